@@ -1,0 +1,8 @@
+"""`python -m lcm_core`; see `lcm_core.cli`."""
+
+import sys
+
+from lcm_core.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

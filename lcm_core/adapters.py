@@ -1,0 +1,218 @@
+"""Trainable LoRA on a U-Net: plain torch modules around its layers, that can be switched off or to their average.
+
+One network then plays three parts (arXiv 2311.05556): the teacher is the network with its adapters off, the online
+student has them on, the target has their exponential moving average.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lcm_core.errors import InputError
+
+Which = Literal["online", "ema", "off"]
+Layer = nn.Linear | nn.Conv2d
+TARGET_MODULES = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+"""Ends of the module names that an LCM-LoRA covers; 67.3 M weights at rank 64 on SD 1.5 (arXiv 2311.05556, Table 1: 67.5 M)."""
+
+
+class _LoraModule(nn.Module):
+    """A frozen layer plus `strength * alpha / rank * up(down(x))`.
+
+    Attributes:
+        base: the layer that it stands for.
+        down, up: the trained halves, float32 by default; `up` starts at zero, so nothing changes at first.
+        use: "online", "ema" (after `start_ema`) or "off".
+        strength: multiplies the addition; 1 is as trained.
+    """
+
+    def __init__(self, base: Layer, down: Layer, up: Layer, alpha: float) -> None:
+        super().__init__()
+        self.base: Layer = base.requires_grad_(False)
+        self.down, self.up = down, up
+        self.average: nn.ModuleList | None = None
+        self.rank: int = down.weight.shape[0]
+        self.alpha = float(alpha)
+        self.strength = 1.0
+        self.use: Which = "online"
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight, for code that asks a layer for its dtype or shape."""
+        return self.base.weight
+
+    def halves(self, ema: bool) -> tuple[Layer, Layer]:
+        """`down` and `up`, or their averages."""
+        if not ema:
+            return self.down, self.up
+        if self.average is None:
+            raise ValueError("these adapters have no average; call start_ema first")
+        return self.average[0], self.average[1]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, with the addition unless it is off."""
+        output = self.base(x)
+        if self.use == "off" or self.strength == 0:
+            return output
+        down, up = self.halves(self.use == "ema")
+        if (
+            x.dtype == self.weight.dtype
+        ):  # a network in bfloat16, adapters in float32; under autocast they differ already
+            x = x.to(down.weight.dtype)
+        addition = up(down(x)) * (self.strength * self.alpha / self.rank)
+        return output + addition.to(output.dtype)
+
+
+class LoraLinear(_LoraModule):
+    """LoRA around a linear layer."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        down = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
+        super().__init__(base, down, nn.Linear(rank, base.out_features, bias=False, device=base.weight.device), alpha)
+
+
+class LoraConv(_LoraModule):
+    """LoRA around a convolution: the first half has its kernel and stride, the second is 1x1."""
+
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float) -> None:
+        shape = (base.kernel_size, base.stride, base.padding, base.dilation)
+        device = base.weight.device
+        down = nn.Conv2d(base.in_channels, rank, *shape, bias=False, device=device)  # type: ignore[arg-type]
+        super().__init__(base, down, nn.Conv2d(rank, base.out_channels, 1, bias=False, device=device), alpha)
+
+
+@dataclass
+class LoraAdapters:
+    """The LoRA modules that `add_lora` put into a network, by the path of the layer that each stands for."""
+
+    layers: dict[str, _LoraModule]
+
+    def parameters(self) -> list[Tensor]:
+        """What to train."""
+        return [half.weight for layer in self.layers.values() for half in layer.halves(ema=False)]
+
+    @contextmanager
+    def using(self, which: Which) -> Iterator[None]:
+        """Within this context the network runs with its adapters "online", averaged ("ema"), or "off"."""
+        before = [layer.use for layer in self.layers.values()]
+        self._set(which)
+        try:
+            yield
+        finally:
+            for layer, use in zip(self.layers.values(), before, strict=True):
+                layer.use = use
+
+    def start_ema(self) -> None:
+        """Begin the average with the present weights."""
+        for layer in self.layers.values():
+            halves = layer.halves(ema=False)
+            layer.average = nn.ModuleList(copy.deepcopy(half).requires_grad_(False) for half in halves)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """`ema = decay * ema + (1 - decay) * online`."""
+        for layer in self.layers.values():
+            for average, half in zip(layer.halves(ema=True), layer.halves(ema=False), strict=True):
+                average.weight.lerp_(half.weight, 1 - decay)
+
+    def _set(self, which: Which) -> None:
+        for layer in self.layers.values():
+            layer.use = which
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] = TARGET_MODULES
+) -> LoraAdapters:
+    """Put trainable LoRA modules into a network, which is frozen otherwise. Until they are trained its output stays.
+
+    Args:
+        model: a diffusers U-Net.
+        rank: width of the bottleneck, at least 1.
+        alpha: the addition is scaled by alpha / rank; None takes the rank, so that the scale is 1.
+        target_modules: ends of the names of the layers to adapt, at a dot.
+
+    Raises:
+        InputError: a bad rank, or no such layer.
+    """
+    if rank < 1:
+        raise InputError(f"LoRA rank {rank} is too small; use 1 or more (64 is usual)")
+    model.requires_grad_(False)
+    ends = tuple(f".{name}" for name in target_modules)
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and f".{path}".endswith(ends)
+    ]
+    if not found:
+        raise InputError(f"the network has no modules named {', '.join(target_modules)}; choose others")
+    layers: dict[str, _LoraModule] = {}
+    for path, module in found:
+        kind = LoraLinear if isinstance(module, nn.Linear) else LoraConv
+        layers[path] = kind(module, rank, rank if alpha is None else alpha)  # type: ignore[arg-type]
+        _replace(model, path, layers[path])
+    return LoraAdapters(layers)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Put the plain layers back."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, _LoraModule):
+            _replace(model, path, module.base)
+
+
+def lora_state_dict(model: nn.Module, ema: bool = False, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The adapters of a network in kohya's layout, which every UI reads: `lora_unet_<path>.lora_down.weight` and so on.
+
+    Args:
+        model: what `add_lora` was given.
+        ema: the averaged adapters instead of the online ones.
+        dtype: None keeps the adapters' own.
+    """
+    state: dict[str, Tensor] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, _LoraModule):
+            name = f"lora_unet_{path.replace('.', '_')}"
+            for half, module in zip(("down", "up"), layer.halves(ema), strict=True):
+                state[f"{name}.lora_{half}.weight"] = module.weight.detach().to(dtype or module.weight.dtype)
+            state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    return state
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: bool = False) -> None:
+    """Give a network's adapters the weights that `lora_state_dict` returned."""
+    own = lora_state_dict(model, ema)
+    if own.keys() != state.keys():
+        odd = min(own.keys() ^ state.keys())
+        raise InputError(f"these LoRA weights do not belong to this network's adapters (first difference: '{odd}')")
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,156 @@
+"""What several commands share: model options, outputs that are checked before the work, the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.errors import InputError
+
+if TYPE_CHECKING:
+    from lcm_core.pipeline import Pipeline
+
+MODEL_OPTIONS = ("model", "unet", "lora", "vae", "tokenizer", "device", "dtype")
+_SETTINGS_OPTIONS = ("timesteps", "guidance_scale", "sampler", "original_steps", "strength", "upscale", "upscale_strength", "gamma")
+
+
+def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose --help ends in an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: python -m lcm_core {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model runs, and where. Each is None when not given."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="'emoji' (default), a diffusers folder, or a .safetensors file")
+    group.add_argument("--unet", choices=("lcm", "teacher"), help="which network of the embedded model (default lcm)")
+    group.add_argument(
+        "--lora", action="append", type=parse_lora, metavar="PATH[:STRENGTH]", help="LoRA to add; may be repeated"
+    )
+    group.add_argument("--vae", metavar="PATH", help="another VAE, e.g. a tiny one for speed")
+    group.add_argument("--tokenizer", metavar="FOLDER", help="CLIP's, for a single file that has none beside it")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one here)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest one here)")
+
+
+def add_settings_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `Settings` that every painting command has. Each is None when not given: the model decides."""
+    group = parser.add_argument_group("settings")
+    group.add_argument(
+        "--guidance",
+        dest="guidance_scale",
+        type=float,
+        metavar="SCALE",
+        help="how strictly to follow the prompt; 1 is off (default: the model's)",
+    )
+    group.add_argument("--size", type=parse_size, metavar="WxH", help="picture size in pixels (default: the model's)")
+    group.add_argument("--sampler", help="lcm, tcd, euler or dpmpp_2m (default: the model's)")
+    group.add_argument("--original-steps", type=int, metavar="N", help="timesteps of the distillation (default 50)")
+    group.add_argument("--timesteps", type=parse_timesteps, metavar="T,T,...", help="your own, falling, e.g. 999,749")
+    group.add_argument("--gamma", type=float, help="tcd only: share of fresh noise per step (default 0.3)")
+    group.add_argument("--strength", type=float, help="with an input image: how much to change, 0 to 1 (default 0.6)")
+    group.add_argument("--upscale", type=float, metavar="FACTOR", help="second pass at FACTOR times the size")
+    group.add_argument("--upscale-strength", type=float, metavar="S", help="strength of the second pass (default 0.5)")
+
+
+def settings_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_settings_options` and --steps, as names and values of `Settings`."""
+    options = {name: getattr(args, name) for name in _SETTINGS_OPTIONS}
+    options["num_inference_steps"] = args.steps
+    options["width"], options["height"] = args.size or (None, None)
+    return options
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """`PATH[:STRENGTH]`; a colon that no number follows belongs to the path."""
+    match = re.fullmatch(r"(.+):([-+]?\d*\.?\d+)", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512` or `512x768` to (width, height)."""
+    match = re.fullmatch(r"(-?\d+)(?:[xX](-?\d+))?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, e.g. 512x768")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """`999,749,499` to its numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of timesteps; write e.g. 999,749,499,249") from None
+
+
+def load_pipeline(options: Mapping[str, Any]) -> tuple[Pipeline, float]:
+    """The pipeline that the model options ask for, and the seconds that it took to load."""
+    start = time.perf_counter()
+    from lcm_core.pipeline import Pipeline
+
+    given = {name: options[name] for name in MODEL_OPTIONS if options.get(name) is not None}
+    lora = [(path, strength) for path, strength in given.pop("lora", ())]
+    pipe = Pipeline.load(given.pop("model", "emoji"), lora=lora, **given)
+    return pipe, time.perf_counter() - start
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that could not be written, before hours of work go into it.
+
+    Raises:
+        InputError: `path` is a folder or write-protected, or its folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"cannot write {path}: it is write-protected; choose another output path")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
+
+
+class Progress:
+    """A bar on stderr that counts steps; use as a context, and hand `step` to the pipeline as callback."""
+
+    def __init__(self, total: int, label: str) -> None:
+        self._total = total
+        self._label = label
+
+    def __enter__(self) -> Progress:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=self._total, desc=self._label, unit="step", file=sys.stderr)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self._bar.close()
+
+    def step(self, info: dict[str, Any]) -> None:
+        """One step of the sampler, made for `info["pictures"]` pictures."""
+        self._bar.update(info["pictures"])
+
+
+def note(message: str) -> None:
+    """Something that the user should know but that stops nothing."""
+    print(f"note: {message}", file=sys.stderr)

@@ -1,0 +1,126 @@
+"""What makes one picture, in numbers and words: validated, stored in every file, enough to make the picture again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from lcm_core.errors import InputError
+
+FEW_STEP_SAMPLERS = ("lcm", "tcd")
+"""For distilled models: they walk the grid of `original_steps`."""
+TEACHER_SAMPLERS = ("euler", "dpmpp_2m")
+"""For plain models, 20 to 50 steps. "euler" is deterministic DDIM."""
+SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
+
+MAX_SIDE = 8192
+"""Pixels. Beyond it the latents alone outgrow what any attention layer can hold."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one picture. Two pictures with equal settings, from one model, are equal."""
+
+    prompt: str = ""
+    """What to paint; unknown words are allowed, and an empty prompt paints anything."""
+    negative_prompt: str = ""
+    """What to avoid. Only plain models at guidance above 1 read it; a full LCM has no negative pass."""
+    num_inference_steps: int = 4
+    """Calls of the network, 1 or more."""
+    guidance_scale: float = 1.0
+    """How strictly to follow the prompt; 1 is off. A full LCM wants 3 to 13, an LCM-LoRA 1 to 2."""
+    seed: int = 0
+    """Start of the picture's own stream of noise."""
+    width: int = 512
+    """Pixels; a multiple of what VAE and U-Net divide by together."""
+    height: int = 512
+    """Pixels, as `width`."""
+    sampler: str = "lcm"
+    """One of `SAMPLERS`."""
+    original_steps: int = 50
+    """Timesteps that the distillation knew (lcm and tcd)."""
+    timesteps: tuple[int, ...] | None = None
+    """Your own timesteps, falling, instead of the sampler's grid."""
+    gamma: float = 0.3
+    """Share of fresh noise in each step (tcd)."""
+    strength: float = 1.0
+    """Share of the way that an input image is noised, in (0, 1]; 1 keeps nothing of it."""
+    upscale: float = 1.0
+    """Second pass: latents enlarged by this factor (1 to 4), then painted over. 1 is off."""
+    upscale_strength: float = 0.5
+    """`strength` of the second pass."""
+
+    def __post_init__(self) -> None:
+        # Equal settings must be written as equal JSON: 8 and 8.0 would not be.
+        for name in ("guidance_scale", "gamma", "strength", "upscale", "upscale_strength"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(int(t) for t in self.timesteps))
+
+    def check(self) -> Settings:
+        """Refuse what no model could do; returns itself.
+
+        Raises:
+            InputError: names the first setting that is wrong, and what it may be.
+        """
+        self._check_steps()
+        for name in ("strength", "upscale_strength"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise InputError(
+                    f"{name} {value} is outside (0, 1]; use 1 for a new image, less to keep more of the old"
+                )
+        if not 1 <= self.upscale <= 4:
+            raise InputError(f"upscale {self.upscale} is out of range; use 1 (off) to 4")
+        if not 0 <= self.gamma <= 1:
+            raise InputError(f"gamma {self.gamma} is outside [0, 1]; 0 adds no fresh noise, 1 the most")
+        if not (math.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 100):
+            raise InputError(f"guidance_scale {self.guidance_scale} is out of range; 1 is off, 1 to 15 is usual")
+        check_size(self.width, self.height)
+        return self
+
+    def _check_steps(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"unknown sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        steps, most = self.num_inference_steps, 1000
+        if self.sampler in FEW_STEP_SAMPLERS and self.timesteps is None:
+            most = self.original_steps
+        if not 1 <= self.original_steps <= 1000:
+            raise InputError(f"original_steps {self.original_steps} is out of range; use 1 to 1000 (50 is usual)")
+        if not 1 <= steps <= most:
+            raise InputError(
+                f"{steps} steps are out of range for sampler {self.sampler!r}; use 1 to {most}"
+                + (" (more needs a higher original_steps)" if most == self.original_steps else "")
+            )
+
+
+def check_size(width: int, height: int, multiple: int = 1) -> None:
+    """Refuse a size that is not positive, too large, or no multiple of `multiple` pixels.
+
+    Raises:
+        InputError: names the nearest size that would do.
+    """
+    for side in (width, height):
+        if not 0 < side <= MAX_SIDE:
+            raise InputError(f"size {width}x{height} is out of range; use sides of {multiple} to {MAX_SIDE} pixels")
+    if width % multiple or height % multiple:
+        near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in (width, height))
+        raise InputError(f"size {width}x{height} does not fit this model; use multiples of {multiple}, e.g. {near}")
+
+
+def from_dict(values: Mapping[str, Any]) -> Settings:
+    """`Settings` of a dict such as a picture carries; entries of other kinds (the model's) are left out.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    known = {field.name: values[field.name] for field in fields(Settings) if values.get(field.name) is not None}
+    defaults = asdict(Settings())
+    for name, value in known.items():
+        default = defaults[name]
+        kinds = (int, float) if isinstance(default, float) else (list, tuple) if default is None else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise InputError(f"the setting {name}={value!r} has the wrong type; it should be like {default!r}")
+    return replace(Settings(), **known)

@@ -1,0 +1,129 @@
+"""Tiny random models in the layouts that the pipeline loads; made once for all tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+WIDTH = 128  # of the text embedding
+
+
+def _tokenizer(folder: Path) -> int:
+    """CLIP's byte-level tokenizer without a single merge: every prompt is spelt out. Returns the vocabulary's size."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return len(tokens)
+
+
+def _text_encoder(vocabulary: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=WIDTH,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+
+
+def _unet(**settings: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=WIDTH,
+        **settings,
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        scaling_factor=0.18215,
+    )
+
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
+def lora_tensors(width: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA in kohya's layout for the middle block's self-attention, `width` channels wide."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in ("to_q", "to_k", "to_v", "to_out_0"):
+        key = f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_{name}"
+        tensors[f"{key}.lora_down.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"{key}.lora_up.weight"] = torch.randn(width, rank, generator=generator)
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `plain` and `lcm` (diffusers folders) and `emoji` (the embedded model's layout), random weights."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    vocabulary = _tokenizer(root / "plain" / "tokenizer")
+    _text_encoder(vocabulary).save_pretrained(root / "plain" / "text_encoder")
+    _vae().save_pretrained(root / "plain" / "vae")
+    _unet().save_pretrained(root / "plain" / "unet")
+    (root / "plain" / "scheduler").mkdir()
+    (root / "plain" / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    for other in ("lcm", "emoji"):
+        (root / other).mkdir()
+        for part in ("tokenizer", "text_encoder", "vae"):
+            (root / other / part).symlink_to(root / "plain" / part)
+    (root / "lcm" / "scheduler").symlink_to(root / "plain" / "scheduler")
+    _unet(time_cond_proj_dim=256).save_pretrained(root / "lcm" / "unet")
+    (root / "emoji" / "unet_lcm").symlink_to(root / "lcm" / "unet")
+    (root / "emoji" / "unet_teacher").symlink_to(root / "plain" / "unet")
+    card = {
+        "name": "emoji",
+        "resolution": 64,
+        "prediction_type": "epsilon",
+        "schedule": {"schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        "original_steps": 50,
+        "guidance_scale": 4.0,
+        "teacher_guidance_scale": 3.0,
+        "teacher_steps": 25,
+    }
+    (root / "emoji" / "model.json").write_text(json.dumps(card))
+    (root / "emoji" / "lora").mkdir()
+    save_file(lora_tensors(64), root / "emoji" / "lora" / "lcm_lora.safetensors")
+    return root

@@ -1,0 +1,123 @@
+"""Atomic writes on real files and real failures of the file system."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcm_core.errors import InputError
+from lcm_core.files import atomic_write, new_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_written_file_or_leftovers_are_wrong(tmp_path: Path) -> None:
+    target = tmp_path / "new folder" / "picture.png"
+    with atomic_write(target) as temporary:
+        assert temporary.parent == target.parent  # a rename across file systems would not be atomic
+        assert temporary.suffix == ".png"  # writers choose the format by it
+        temporary.write_bytes(b"first")
+        assert not target.exists()
+    with atomic_write(str(target)) as temporary:
+        temporary.write_bytes(b"second")
+        assert target.read_bytes() == b"first"
+    assert target.read_bytes() == b"second"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_failed_write_damages_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.safetensors"
+    target.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_that_is_a_file_gives_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    target = tmp_path / "file" / "picture.png"
+    with pytest.raises(InputError, match=r"cannot write .*picture\.png: .*; choose another output path") as caught:
+        atomic_write(target).__enter__()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the file size")
+def test_full_disk_leaves_half_a_file(tmp_path: Path) -> None:
+    """A limit on the file size fails the write as a full disk does, with OSError in its middle."""
+    script = """
+import resource, sys
+from lcm_core.errors import InputError
+from lcm_core.files import atomic_write
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with atomic_write(sys.argv[1]) as temporary:
+        temporary.write_bytes(bytes(5000))
+except InputError as error:
+    print(error)
+"""
+    target = tmp_path / "model.safetensors"
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(target)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.startswith(f"cannot write {target}: "), result.stderr
+    assert "free some space" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file modes are POSIX's")
+def test_file_is_private_against_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "a.txt") as temporary:
+            temporary.write_text("a")
+        assert os.umask(0o027) == 0o027  # reading the umask must not change it
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+
+
+def test_new_folder_is_seen_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "models" / "emoji"
+    with new_folder(target) as temporary:
+        (temporary / "unet").mkdir()
+        (temporary / "unet" / "config.json").write_text("{}")
+        assert not target.exists()
+    assert (target / "unet" / "config.json").read_text() == "{}"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_failed_folder_stays_behind(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "emoji") as temporary:
+            (temporary / "half.bin").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folder_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    for name, message in (("emoji", "emoji exists already; choose another"), ("file/emoji", "cannot write .*emoji: ")):
+        with pytest.raises(InputError, match=message):
+            new_folder(tmp_path / name).__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji", "file"]
+
+
+def test_input_error_escapes_handlers_of_value_error() -> None:
+    with pytest.raises(ValueError, match="one line"):
+        raise InputError("one line")

@@ -1,0 +1,422 @@
+"""LoRA against peft and diffusers: layouts, alpha, strengths, exact removal, training, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lcm_core import keymaps
+from lcm_core.adapters import TARGET_MODULES, load_lora_state_dict
+from lcm_core.errors import InputError
+from lcm_core.lora import add_lora, lora_state_dict, merge, read_lora, remove_lora, save_lora, unmerge
+from lcm_core.weights import read_safetensors, write_safetensors
+
+LAYOUTS = ("kohya", "kohya ldm", "diffusers", "diffusers old", "peft", "peft state")
+
+
+def tiny_unet(**settings: Any) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    base: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(**(base | settings)).eval().requires_grad_(False)
+
+
+def run(unet: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
+    with torch.no_grad():
+        return unet(x, torch.tensor([9, 700]), text).sample
+
+
+def with_peft(unet: nn.Module, rank: int, alpha: float, **settings: Any) -> Any:
+    """The independent reference: the network inside peft, both halves random."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGET_MODULES), **settings)
+    model = get_peft_model(copy.deepcopy(unet), config).eval()
+    generator = torch.Generator().manual_seed(rank)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 / rank**0.5
+    return model
+
+
+def kohya_tensors(peft_model: Any, alpha: float) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            path, _, letter = (
+                name.removeprefix("base_model.model.").removesuffix(".default.weight").rpartition(".lora_")
+            )
+            module = "lora_unet_" + path.replace(".", "_")
+            tensors[f"{module}.lora_{'down' if letter == 'A' else 'up'}.weight"] = parameter.detach()
+            tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def ldm_names(tensors: dict[str, Tensor], unet: nn.Module) -> dict[str, Tensor]:
+    """kohya's trainer for SDXL names modules as the ldm layout does."""
+    paths = [name for name, _ in unet.named_modules()]
+    topology = keymaps.UNetTopology.from_diffusers(f"{path}." for path in paths)
+    back = keymaps.inverted(keymaps.unet_map(topology))
+    flat = {path.replace(".", "_"): str(keymaps.rename(path, back)).replace(".", "_") for path in paths if path}
+    renamed = {}
+    for key, value in tensors.items():
+        module, _, leaf = key.removeprefix("lora_unet_").partition(".")
+        renamed[f"lora_unet_{flat[module]}.{leaf}"] = value
+    return renamed
+
+
+def written(layout: str, peft_model: Any, alpha: float, folder: Path) -> tuple[Any, float | None]:
+    """The same LoRA in a layout: what to give to read_lora, and alpha where the layout cannot hold it."""
+    from diffusers import StableDiffusionPipeline
+    from peft import get_peft_model_state_dict
+
+    kohya = kohya_tensors(peft_model, alpha)
+    file = folder / "lora.safetensors"
+    if layout == "peft":
+        peft_model.save_pretrained(folder)
+        return folder, None
+    if layout == "peft state":
+        return {k: v for k, v in peft_model.state_dict().items() if "lora_" in k}, alpha
+    if layout == "diffusers":
+        metadata = peft_model.peft_config["default"].to_dict()
+        metadata = {k: v for k, v in metadata.items() if isinstance(v, (int, float, str, dict)) or v is None}
+        state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(peft_model).items()}
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata, weight_name=file.name
+        )
+        return file, None
+    if layout == "diffusers old":
+        named = {name.replace(".", "_"): name for name, _ in peft_model.base_model.model.named_modules()}
+        old = {}
+        for key, value in kohya.items():
+            module, _, leaf = key.removeprefix("lora_unet_").partition(".")
+            path = named[module]
+            if leaf == "alpha":
+                continue
+            half = "lora.down.weight" if "down" in leaf else "lora.up.weight"
+            if path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
+                parent, _, name = path.removesuffix(".0").rpartition(".")
+                old[f"unet.{parent}.processor.{name}_{half}"] = value
+            else:
+                old[f"unet.{path}.{half}"] = value
+        return old, alpha
+    write_safetensors(file, ldm_names(kohya, peft_model.base_model.model) if layout == "kohya ldm" else kohya)
+    return file, None
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 4), (16, 8), (64, 16)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merged_output_equals_peft(layout: str, rank: int, alpha: float, tmp_path: Path) -> None:
+    """A missed module, a wrong scale or swapped halves would paint another picture than the trainer saw."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    plain, reference = run(unet), with_peft(unet, rank, alpha)
+    source, given_alpha = written(layout, reference, alpha, tmp_path)
+    merge(unet, [(read_lora(source, given_alpha), 1.0)])
+    expected = run(reference)
+    torch.testing.assert_close(run(unet), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert (expected - plain).abs().max() > 0.1 * expected.abs().max()
+    unmerge(unet)
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+
+
+def test_every_target_is_covered() -> None:
+    """Convolutions of every kind and linear layers must be among what the parity test compares."""
+    names = kohya_tensors(with_peft(tiny_unet(), 2, 2), 2).keys()
+    for end in TARGET_MODULES:
+        assert any(key.split(".")[0].endswith("_" + end.replace(".", "_")) for key in names), end
+
+
+def test_patterns_and_rank_stabilised_scale_equal_peft(tmp_path: Path) -> None:
+    """peft's per-module alpha and its rsLoRA scale must be honoured, not only the plain alpha."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    reference = with_peft(unet, 4, 2, use_rslora=True, alpha_pattern={"to_q": 9, "mid_block.*conv1": 1})
+    reference.save_pretrained(tmp_path)
+    merge(unet, [(read_lora(tmp_path), 1.0)])
+    expected = run(reference)
+    torch.testing.assert_close(run(unet), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_several_loras_add_up_with_their_strengths() -> None:
+    """t' = l1 * t_style + l2 * t_lcm (arXiv 2311.05556): two at once must equal both additions in any order."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    style, lcm = (read_lora(kohya_tensors(with_peft(unet, rank, 2), 2)) for rank in (2, 5))
+    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    original = unet.get_submodule(key).weight.double().clone()
+    merge(unet, [(style, 0.8), (lcm, -0.5)])
+    flat = key.replace(".", "_")
+    layers = [lora.layers["unet"][flat] for lora in (style, lcm)]
+    deltas = [layer.up.double() @ layer.down.double() * 2 / layer.down.shape[0] for layer in layers]
+    expected = original + 0.8 * deltas[0] - 0.5 * deltas[1]
+    torch.testing.assert_close(unet.get_submodule(key).weight.double(), expected, rtol=0, atol=1e-6)
+    first = run(unet)
+    merge(unet, [(lcm, -0.5), (style, 0.8)])  # merging again replaces, it does not add
+    torch.testing.assert_close(run(unet), first, rtol=0, atol=1e-5)
+    merge(unet, [])
+    assert torch.equal(unet.get_submodule(key).weight.double(), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerge_is_exact_in_every_dtype_and_layout_of_memory(dtype: torch.dtype) -> None:
+    """Subtracting would leave rounding behind; and a lost memory format would slow every convolution."""
+    torch.manual_seed(0)
+    unet = tiny_unet().to(dtype).to(memory_format=torch.channels_last)
+    lora = read_lora(kohya_tensors(with_peft(tiny_unet(), 4, 2), 2))
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    strides = {k: v.stride() for k, v in unet.state_dict().items()}
+    for _ in range(2):
+        merge(unet, [(lora, 0.7), (lora, 0.1)])
+    changed = [k for k, v in unet.state_dict().items() if not torch.equal(v, before[k])]
+    assert len(changed) == len(lora.layers["unet"])
+    assert {k: v.stride() for k, v in unet.state_dict().items()} == strides
+    unmerge(unet)
+    unmerge(unet)
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+
+
+def test_linear_and_1x1_convolution_loras_fit_each_other() -> None:
+    """SD 1.x's proj_in is a convolution, many trainers store it as linear; kohya stores linear ones as 1x1 as well."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    tensors = kohya_tensors(with_peft(unet, 2, 2), 2)
+    merge(unet, [(read_lora(tensors), 1.0)])
+    expected = run(unet)
+    swapped = {}
+    for key, value in tensors.items():
+        if "proj_in" in key and value.ndim == 4:
+            value = value.flatten(1)
+        elif "to_q" in key and value.ndim == 2:
+            value = value[..., None, None]
+        swapped[key] = value
+    assert any(swapped[k].ndim != v.ndim for k, v in tensors.items() if "proj_in" in k)
+    merge(unet, [(read_lora(swapped), 1.0)])
+    torch.testing.assert_close(run(unet), expected)
+
+
+def test_absent_alpha_is_the_rank() -> None:
+    """Without alpha the halves are used as they are; a default of 1 would weaken the LoRA by its rank."""
+    state = {"lora_unet_a.lora_down.weight": torch.ones(4, 3), "lora_unet_a.lora_up.weight": torch.ones(2, 4)}
+    layer = read_lora(state).layers["unet"]["a"]
+    torch.testing.assert_close(layer.delta((2, 3)), torch.full((2, 3), 4.0))
+    torch.testing.assert_close(read_lora(state, alpha=1).layers["unet"]["a"].delta((2, 3)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_", "text_encoder.", "base_model.model."])
+def test_text_encoder_layers_are_kept_and_merged(prefix: str) -> None:
+    """A style LoRA's text part must reach the text encoder, whatever transformers calls its modules."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 9,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = CLIPTextModel(CLIPTextConfig(**config))
+    path = "text_model.encoder.layers.1.self_attn.q_proj"
+    if prefix.startswith("lora_"):
+        module, halves = prefix + path.replace(".", "_"), ("lora_down", "lora_up")
+    else:
+        module, halves = prefix + path, ("lora_linear_layer.down", "lora_linear_layer.up")
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    lora = read_lora({f"{module}.{halves[0]}.weight": down, f"{module}.{halves[1]}.weight": up})
+    layer = getattr(text, "text_model", text).encoder.layers[1].self_attn.q_proj
+    before = layer.weight.clone()
+    merge(text, [(lora, 0.5)], part="text_encoder")
+    torch.testing.assert_close(layer.weight, before + 0.5 * up @ down)
+    unmerge(text)
+    assert torch.equal(layer.weight, before)
+    merge(tiny_unet(), [(lora, 1.0)])  # no U-Net part: nothing to do, and no error
+
+
+def test_second_text_encoder_is_told_apart() -> None:
+    """SDXL's two encoders have modules of the same name."""
+    state = {}
+    for part, size in (("lora_te1_", 3), ("lora_te2_", 5), ("lora_unet_", 7)):
+        state |= {f"{part}a.lora_down.weight": torch.ones(1, size), f"{part}a.lora_up.weight": torch.ones(size, 1)}
+    layers = read_lora(state).layers
+    assert {part: layers[part]["a"].down.shape[1] for part in layers} == {
+        "text_encoder": 3,
+        "text_encoder_2": 5,
+        "unet": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_unet_a.dora_scale", "DoRA"),
+        ("base_model.model.a.lora_magnitude_vector.default.weight", "DoRA"),
+        ("lora_unet_a.hada_w1_a", "LoHa"),
+        ("lora_unet_a.lokr_w1", "LoKr"),
+        ("lora_unet_a.lora_mid.weight", "Tucker"),
+        ("lora_unet_a.oft_blocks", "OFT"),
+        ("lora_unet_a.diff", "full difference"),
+        ("model.diffusion_model.out.2.weight", "no key of a LoRA"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(key: str, words: str, tmp_path: Path) -> None:
+    """Ignoring the keys that are not understood would apply half an adapter."""
+    plain = {"lora_unet_a.lora_down.weight": torch.ones(1, 2), "lora_unet_a.lora_up.weight": torch.ones(2, 1)}
+    write_safetensors(tmp_path / "odd.safetensors", {**plain, key: torch.ones(1)})
+    with pytest.raises(InputError, match=rf"odd\.safetensors: .*{words}"):
+        read_lora(tmp_path / "odd.safetensors")
+
+
+def test_broken_loras_are_refused(tmp_path: Path) -> None:
+    """Half a layer, halves that do not join, NaN and an empty file each get their own line."""
+    down, up = {"lora_unet_a.lora_down.weight": torch.ones(2, 3)}, {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
+    with pytest.raises(InputError, match="'a' has only down"):
+        read_lora(down)
+    with pytest.raises(InputError, match=r"halves .* that do not join"):
+        read_lora({**down, "lora_unet_a.lora_up.weight": torch.ones(3, 4)})
+    with pytest.raises(InputError, match="NaN"):
+        read_lora({**up, "lora_unet_a.lora_down.weight": torch.full((2, 3), torch.nan)})
+    with pytest.raises(InputError, match="no tensors"):
+        read_lora({})
+    torch.save(down, tmp_path / "lora.pt")
+    with pytest.raises(InputError, match="pickle"):
+        read_lora(tmp_path / "lora.pt")
+
+
+def test_a_lora_for_another_architecture_changes_nothing() -> None:
+    """The first module that does not fit is named with both shapes, and the network stays as it was."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    before = run(unet)
+    other = read_lora(kohya_tensors(with_peft(tiny_unet(cross_attention_dim=40), 2, 2), 2))
+    with pytest.raises(InputError, match=r"another architecture: its module '\w+attn2_to_k' .*\(32, 40\).*\(32, 24\)"):
+        merge(unet, [(other, 1.0)])
+    deeper = read_lora(kohya_tensors(with_peft(tiny_unet(down_block_types=("CrossAttnDownBlock2D",) * 2), 2, 2), 2))
+    with pytest.raises(InputError, match=r"are not in this model .first: 'down_blocks_1_attentions_0_\w+'"):
+        merge(unet, [(deeper, 1.0)])
+    assert torch.equal(run(unet), before)
+
+
+def test_trainable_adapters_equal_peft_in_output_and_gradient() -> None:
+    """A forward that is right with a backward that is not would train something else."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    reference = with_peft(unet, 3, 6)
+    plain = run(unet)
+    adapters = add_lora(unet, 3, 6)
+    assert torch.equal(run(unet), plain)
+    load_lora_state_dict(unet, kohya_tensors(reference, 6))
+    torch.testing.assert_close(run(unet), run(reference), rtol=1e-5, atol=1e-5)
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([50]), torch.randn(1, 5, 24)
+    for model in (unet, reference):
+        model(x, t, text).sample.square().sum().backward()
+    for path, layer in adapters.layers.items():
+        other = reference.base_model.model.get_submodule(path)
+        scale = layer.down.weight.grad.abs().max().item()
+        torch.testing.assert_close(
+            layer.down.weight.grad, other.lora_A["default"].weight.grad, rtol=1e-3, atol=1e-4 * scale
+        )
+    assert all(p.grad is None for name, p in unet.named_parameters() if ".down." not in name and ".up." not in name)
+    assert len(adapters.parameters()) == 2 * len(adapters.layers)
+
+
+def test_one_network_is_teacher_student_and_target() -> None:
+    """Teacher = adapters off, target = their average: if a switch leaks, the student would chase itself."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    teacher = run(unet)
+    adapters = add_lora(unet, 2, 1)
+    with pytest.raises(ValueError, match="start_ema"), adapters.using("ema"):
+        run(unet)
+    adapters.start_ema()
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    online = run(unet)
+    with adapters.using("off"):
+        assert torch.equal(run(unet), teacher)
+        with adapters.using("ema"):  # the average still holds the first weights, which change nothing
+            assert torch.equal(run(unet), teacher)
+    assert torch.equal(run(unet), online)
+    first = {k: v.clone() for k, v in lora_state_dict(unet, ema=True).items()}
+    adapters.update_ema(0.75)
+    for key, value in lora_state_dict(unet, ema=True).items():
+        if key.endswith("weight"):
+            torch.testing.assert_close(value, 0.75 * first[key] + 0.25 * lora_state_dict(unet)[key])
+    remove_lora(unet)
+    assert torch.equal(run(unet), teacher)
+    assert set(unet.state_dict()) == set(tiny_unet().state_dict())
+
+
+def test_trained_adapters_survive_the_file(tmp_path: Path) -> None:
+    """What is saved after training must, merged into the plain network, paint what the trained one painted."""
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    plain = {k: v.clone() for k, v in unet.state_dict().items()}
+    adapters = add_lora(unet, 4, 8, target_modules=("to_q", "to_out.0", "conv1"))
+    assert all(path.endswith((".to_q", ".to_out.0", ".conv1")) for path in adapters.layers)
+    for parameter in adapters.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2
+    trained = run(unet)
+    save_lora(tmp_path / "lora.safetensors", lora_state_dict(unet), "sd1", {"note": "kept"})
+    metadata = read_safetensors(tmp_path / "lora.safetensors")[1]
+    expected = {"ss_network_dim": "4", "ss_network_alpha": "8.0", "ss_base_model_version": "sd_v1", "note": "kept"}
+    assert expected.items() <= metadata.items()
+    fresh = tiny_unet()
+    fresh.load_state_dict(plain)
+    merge(fresh, [(read_lora(tmp_path / "lora.safetensors"), 1.0)])
+    torch.testing.assert_close(run(fresh), trained, rtol=1e-5, atol=1e-5)
+    assert all(
+        v.dtype == torch.float16 for k, v in lora_state_dict(unet, dtype=torch.float16).items() if "alpha" not in k
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_train_on_a_bfloat16_network(autocast: bool) -> None:
+    """float32 adapters on a bfloat16 network, and under autocast, are the two ways in which LoRAs are trained."""
+    torch.manual_seed(0)
+    unet = tiny_unet().to(torch.float32 if autocast else torch.bfloat16)
+    adapters = add_lora(unet, 2)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    x, text = torch.randn(1, 4, 8, 8, dtype=dtype), torch.randn(1, 5, 24, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = unet(x, torch.tensor([3]), text).sample
+    output.float().square().sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in adapters.parameters())
+    assert any(p.grad.abs().max() > 0 for p in adapters.parameters())
+
+
+def test_size_of_an_lcm_lora_is_the_paper_s() -> None:
+    """67.5 M weights on SD 1.5 at rank 64 (arXiv 2311.05556, Table 1): other target modules would miss that by far."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        adapters = add_lora(unet, 64)
+    assert sum(p.numel() for p in adapters.parameters()) == pytest.approx(67.5e6, rel=0.005)
+
+
+def test_wrong_requests_are_refused() -> None:
+    """A misspelt target that matches nothing would train nothing for hours."""
+    with pytest.raises(InputError, match="rank 0"):
+        add_lora(tiny_unet(), 0)
+    with pytest.raises(InputError, match="no modules named to_qq"):
+        add_lora(tiny_unet(), 2, target_modules=["to_qq"])
+    with pytest.raises(InputError, match="no LoRA layer"):
+        save_lora("nowhere.safetensors", {})

@@ -1,0 +1,316 @@
+"""The rooms stay apart: what a file may import, read from its syntax tree without running it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "lcm_core": set[str](),
+    "trainer": {"lcm_core"},
+    "nodes": {"lcm_core", "trainer"},
+    "extension_a1111": {"lcm_core"},
+}
+"""Each room, and the other rooms that it may import."""
+HOSTS = {
+    *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "server"),
+    *("modules", "modules_forge", "backend", "gradio", "k_diffusion", "ldm", "ldm_patched", "sgm"),
+}
+TORCH_ONLY = ("errors", "files", "schedule", "consistency", "guidance", "solver", "sampling", "interpolation")
+LAYERS = (("schedule",), ("consistency", "guidance"), ("solver", "sampling"), ("pipeline",))
+"""A module of one layer may import those of the layers before it, none of its own and none of those behind."""
+TOP = ("lcm_core.pipeline", "lcm_core.cli", "lcm_core.commands", "lcm_core.__main__")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name. `when`: "import" (with the file), "call", "optional" (ImportError is caught) or "types"."""
+
+    name: str
+    when: str
+    line: int
+
+    @property
+    def top(self) -> str:
+        return self.name.partition(".")[0]
+
+
+RUNTIME = {"import", "call"}
+Tree = Mapping[str, list[Import]]
+"""Module -> what it imports."""
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects the imports of one file, relative ones made absolute."""
+
+    def __init__(self, package: str) -> None:
+        self.package, self.when = package.split("."), "import"
+        self.found: list[Import] = []
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found += [Import(alias.name, self.when, node.lineno) for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = node.module or ""
+        if node.level:
+            kept = self.package[: len(self.package) + 1 - node.level]
+            base = ".".join([*(kept or ["<outside>"]), *([base] if base else [])])
+        self.found += [Import(f"{base}.{alias.name}", self.when, node.lineno) for alias in node.names]
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = ast.unparse(node.func).rpartition(".")[2]
+        if function in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+            self.found.append(Import(str(node.args[0].value), self.when, node.lineno))
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        types = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        self._visit_all(node.body, "types" if types else self.when)
+        self._visit_all(node.orelse, self.when)
+
+    def visit_Try(self, node: ast.Try) -> None:
+        caught = " ".join(ast.unparse(handler.type) for handler in node.handlers if handler.type)
+        optional = "ImportError" in caught or "ModuleNotFoundError" in caught
+        self._visit_all(node.body, "optional" if optional else self.when)
+        self._visit_all([*node.handlers, *node.orelse, *node.finalbody], self.when)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._visit_all(node.body, "call")
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def _visit_all(self, nodes: Sequence[ast.AST], when: str) -> None:
+        before, self.when = self.when, when
+        for node in nodes:
+            self.visit(node)
+        self.when = before
+
+
+def read(sources: Mapping[str, str]) -> Tree:
+    """Path relative to the root -> source, to module -> imports."""
+    tree: dict[str, list[Import]] = {}
+    for path, source in sources.items():
+        module = path.removesuffix(".py").replace("/", ".")
+        reader = _Reader(module.rpartition(".")[0])  # of a package's __init__, the package itself
+        reader.visit(ast.parse(source, path))
+        tree[module.removesuffix(".__init__")] = reader.found
+    return tree
+
+
+@cache
+def checkout() -> Tree:
+    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return read({path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths})
+
+
+def resolve(tree: Tree, name: str) -> str | None:
+    """The file behind an imported name: `lcm_core.files.atomic_write` -> `lcm_core.files`; None for other packages."""
+    while name and name not in tree:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def loads(tree: Tree, module: str, when: set[str]) -> set[str]:
+    """The modules of ours that a module names in its imports."""
+    return {name for i in tree[module] if i.when in when and (name := resolve(tree, i.name))} - {module}
+
+
+def closure(tree: Tree, starts: list[str], when: set[str]) -> set[str]:
+    """All modules of ours that importing `starts` loads, packages above them included."""
+    seen: set[str] = set()
+    waiting = [module for module in starts if module in tree]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            parent = module.rpartition(".")[0]
+            waiting += [*loads(tree, module, when), *([parent] if parent in tree else [])]
+    return seen
+
+
+def foreign(tree: Tree, modules: set[str], allowed: set[str], when: set[str]) -> list[str]:
+    """Imports of packages that are neither ours, nor Python's, nor allowed."""
+    ours = allowed | ROOMS.keys() | sys.stdlib_module_names
+    return [
+        f"{module}:{i.line} imports {i.name}; only {', '.join(sorted(allowed)) or 'the standard library'} may be"
+        for module in sorted(modules)
+        for i in tree[module]
+        if i.when in when and i.top not in ours
+    ]
+
+
+def rooms_are_apart(tree: Tree) -> list[str]:
+    """No room imports another that it may not, or leaves by a relative import. Library and trainer know no host."""
+    found = []
+    for module, imports in tree.items():
+        room = module.partition(".")[0]
+        banned = ROOMS.keys() - ROOMS[room] - {room} | {"<outside>"}
+        if room in ("lcm_core", "trainer"):
+            banned |= HOSTS
+        found += [f"{module}:{i.line} ({room}) imports {i.name}" for i in imports if i.top in banned]
+    return found
+
+
+def torch_is_enough(tree: Tree) -> list[str]:
+    """The modules that hosts load need torch alone, even inside functions; tqdm where its absence is caught."""
+    modules = {f"lcm_core.{name}" for name in TORCH_ONLY}
+    inside = closure(tree, sorted(modules), RUNTIME)
+    found = [f"{module} is loaded by a torch-only module" for module in sorted(inside - modules - {"lcm_core"})]
+    found += foreign(tree, inside, {"torch"}, RUNTIME)
+    return found + foreign(tree, inside, {"torch", "tqdm"}, {"optional"})
+
+
+def safetensors_is_enough(tree: Tree) -> list[str]:
+    """Checkpoints and LoRA, with all that they load, need torch and safetensors alone, even inside functions."""
+    inside = closure(tree, ["lcm_core.checkpoint", "lcm_core.lora"], RUNTIME)
+    return foreign(tree, inside, {"torch", "safetensors"}, RUNTIME | {"optional"})
+
+
+def imports_go_one_way(tree: Tree) -> list[str]:
+    """schedule <- consistency, guidance <- solver, sampling <- pipeline <- command line."""
+    layer = {f"lcm_core.{name}": number for number, names in enumerate(LAYERS) for name in names}
+    found = []
+    for module, imports in tree.items():
+        for i in imports:
+            target = resolve(tree, i.name) or ""
+            upwards = module in layer and target in layer and layer[target] >= layer[module]
+            over = target.startswith(TOP) and module.startswith("lcm_core.") and not module.startswith(TOP)
+            below = module == TOP[0] and target.startswith(TOP[1:])
+            if target != module and (upwards or over or below):
+                found.append(f"{module}:{i.line} imports {target}, which stands above it")
+    return found
+
+
+def no_circles(tree: Tree) -> list[str]:
+    """No module loads itself again by way of others, not even inside a function."""
+    return [
+        f"{module} imports itself by way of {name}"
+        for module in tree
+        for name in loads(tree, module, RUNTIME)
+        if module in closure(tree, [name], RUNTIME) and not name.startswith(f"{module}.")
+    ]
+
+
+def importing_stays_light(tree: Tree) -> list[str]:
+    """Importing any of lcm_core loads torch and safetensors at most; the command lines not even those, for --help."""
+    library = {module for module in tree if module.partition(".")[0] == "lcm_core"}
+    found = foreign(tree, library, {"torch", "safetensors"}, {"import"})
+    commands = closure(tree, ["lcm_core.__main__", "trainer.__main__"], {"import"})
+    return found + foreign(tree, commands, set(), {"import", "optional"})
+
+
+RULES = [
+    rooms_are_apart,
+    torch_is_enough,
+    safetensors_is_enough,
+    imports_go_one_way,
+    no_circles,
+    importing_stays_light,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule: Callable[[Tree], list[str]]) -> None:
+    assert rule(checkout()) == []
+
+
+def test_all_modules_of_the_rules_exist() -> None:
+    """A rule about a file that was renamed would hold for ever."""
+    names = {*TORCH_ONLY, "checkpoint", "lora", *(name for names in LAYERS for name in names), "__main__"}
+    assert {"trainer.__main__", *(f"lcm_core.{name}" for name in names)} <= checkout().keys()
+
+
+BAD = [
+    (rooms_are_apart, {"lcm_core/a.py": "import trainer.lcd"}, "imports trainer.lcd"),
+    (rooms_are_apart, {"lcm_core/a.py": "def f():\n    from comfy import samplers"}, "a:2 (lcm_core) imports comfy"),
+    (rooms_are_apart, {"lcm_core/commands/a.py": "from ...trainer import lcd"}, "imports <outside>.trainer.lcd"),
+    (rooms_are_apart, {"trainer/a.py": "from nodes import Sample"}, "imports nodes.Sample"),
+    (rooms_are_apart, {"trainer/a.py": "from ..lcm_core import schedule"}, "imports <outside>.lcm_core.schedule"),
+    (rooms_are_apart, {"extension_a1111/a.py": "import importlib\nimportlib.import_module('nodes')"}, "imports nodes"),
+    (torch_is_enough, {"lcm_core/schedule.py": "import numpy as np"}, "schedule:1 imports numpy"),
+    (torch_is_enough, {"lcm_core/solver.py": "def f():\n    import einops"}, "solver:2 imports einops"),
+    (torch_is_enough, {"lcm_core/sampling.py": "from tqdm import trange"}, "imports tqdm.trange"),
+    (
+        torch_is_enough,
+        {"lcm_core/files.py": "try:\n    import kornia\nexcept ImportError:\n    pass"},
+        "files:2 imports kornia",
+    ),
+    (
+        torch_is_enough,
+        {"lcm_core/guidance.py": "from lcm_core import unet", "lcm_core/unet.py": ""},
+        "lcm_core.unet is loaded by a torch-only module",
+    ),
+    (torch_is_enough, {"lcm_core/__init__.py": "import diffusers", "lcm_core/errors.py": ""}, "imports diffusers"),
+    (
+        safetensors_is_enough,
+        {"lcm_core/checkpoint.py": "from . import keys", "lcm_core/keys.py": "def f():\n    import diffusers"},
+        "keys:2 imports diffusers",
+    ),
+    (safetensors_is_enough, {"lcm_core/lora.py": "from peft import LoraConfig"}, "imports peft"),
+    (
+        imports_go_one_way,
+        {"lcm_core/schedule.py": "from .solver import f", "lcm_core/solver.py": ""},
+        "schedule:1 imports lcm_core.solver",
+    ),
+    (
+        imports_go_one_way,
+        {"lcm_core/guidance.py": "import lcm_core.consistency", "lcm_core/consistency.py": ""},
+        "guidance:1 imports lcm_core.consistency",
+    ),
+    (
+        imports_go_one_way,
+        {"lcm_core/image.py": "def f():\n    from lcm_core.pipeline import Pipeline", "lcm_core/pipeline.py": ""},
+        "image:2 imports lcm_core.pipeline",
+    ),
+    (
+        imports_go_one_way,
+        {"lcm_core/pipeline.py": "from lcm_core.commands import info", "lcm_core/commands/info.py": ""},
+        "pipeline:1 imports lcm_core.commands.info",
+    ),
+    (
+        no_circles,
+        {"lcm_core/a.py": "from lcm_core.b import f", "lcm_core/b.py": "def f():\n    import lcm_core.a"},
+        "lcm_core.a imports itself by way of lcm_core.b",
+    ),
+    (importing_stays_light, {"lcm_core/image.py": "import PIL.Image"}, "image:1 imports PIL.Image"),
+    (
+        importing_stays_light,
+        {"lcm_core/__main__.py": "import lcm_core.cli", "lcm_core/cli.py": "import torch"},
+        "cli:1 imports torch; only the standard library may be",
+    ),
+]
+GOOD = {
+    "lcm_core/__init__.py": "__version__ = '1'",
+    "lcm_core/__main__.py": "from lcm_core.cli import main",
+    "lcm_core/cli.py": "from .commands import info\nimport argparse",
+    "lcm_core/commands/__init__.py": "",
+    "lcm_core/commands/info.py": "def run():\n    from ..pipeline import Pipeline",
+    "lcm_core/schedule.py": "import math\nimport torch\nfrom lcm_core.errors import InputError",
+    "lcm_core/errors.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy",
+    "lcm_core/sampling.py": "from .schedule import f\ntry:\n    import tqdm\nexcept ImportError:\n    tqdm = None",
+    "lcm_core/pipeline.py": "import lcm_core.sampling\ndef f():\n    import diffusers",
+    "lcm_core/lora.py": "from safetensors.torch import save_file",
+    "trainer/loop.py": "import numpy\nfrom lcm_core.schedule import f\nfrom . import lcd",
+    "trainer/lcd.py": "",
+    "nodes/sample.py": "import comfy.samplers\nfrom lcm_core import sampling\nimport trainer.lcd",
+}
+
+
+@pytest.mark.parametrize(("rule", "sources", "message"), BAD)
+def test_rule_catches(rule: Callable[[Tree], list[str]], sources: dict[str, str], message: str) -> None:
+    """The rules above would prove nothing if a breach went unseen."""
+    found = rule(read(sources))
+    assert message in "\n".join(found)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_lets_pass(rule: Callable[[Tree], list[str]]) -> None:
+    """A rule that forbids what is allowed would be switched off soon."""
+    assert rule(read(GOOD)) == []

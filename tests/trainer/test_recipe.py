@@ -1,0 +1,127 @@
+"""The emoji recipe from icon packages to a finished model, on icons drawn here, with a handful of steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcm_core.weights import read_safetensors
+from trainer.cli import main
+from trainer.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
+from trainer.emoji.data import NAMES_PACKAGE, PACKAGES, is_held_out, load_drawings
+from trainer.emoji.words import build_tokenizer, tokenize
+
+COLOURS = ["red", "green", "blue", "black", "orange", "purple"]
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory):
+    """`node_modules` in the shape of the real packages: 24 coloured shapes in every style."""
+    root = tmp_path_factory.mktemp("icons")
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in ("disc", "square", "bar", "ring")]
+    codes = [f"1F4{i:02X}" for i in range(len(names))]
+    emoji = [
+        {"label": name, "hexcode": code, "tags": ["shape"], "order": i, "group": 4}
+        for i, (name, code) in enumerate(zip(names, codes, strict=True))
+    ]
+    emoji.append({"label": "flag: nowhere", "hexcode": "1F1E6", "tags": [], "order": 99, "group": 9})
+    _write(root / NAMES_PACKAGE.rsplit("@", 1)[0] / "en/data.json", emoji)
+    for package in PACKAGES.values():
+        folder = root / package.rsplit("@", 1)[0]
+        icons = {name.replace(" ", "-"): {"body": _shape(*name.split())} for name in names}
+        _write(folder / "icons.json", {"icons": icons, "width": 32, "height": 32})
+        chars = {code.lower(): name.replace(" ", "-") for code, name in zip(codes, names, strict=True)}
+        _write(folder / "chars.json", {**chars, "1f1e6": names[0].replace(" ", "-")})
+    return root
+
+
+def _write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def _shape(colour: str, shape: str) -> str:
+    return {
+        "disc": f'<circle cx="16" cy="16" r="12" fill="{colour}"/>',
+        "square": f'<rect x="6" y="6" width="20" height="20" fill="{colour}"/>',
+        "bar": f'<rect x="2" y="12" width="28" height="8" fill="{colour}"/>',
+        "ring": f'<circle cx="16" cy="16" r="10" fill="none" stroke="{colour}" stroke-width="5"/>',
+    }[shape]
+
+
+@pytest.fixture(scope="module")
+def drawings(icons, tmp_path_factory):
+    return load_drawings(tmp_path_factory.mktemp("data"), 64, icons)
+
+
+def test_drawings_are_rendered_on_white_without_flags(drawings):
+    assert drawings.images.shape == (72, 3, 64, 64)
+    assert not any("flag" in e.label for e in drawings.entries)
+    first = next(i for i, e in enumerate(drawings.entries) if e.label == "red disc")
+    torch.testing.assert_close(drawings.images[first, :, 32, 32], torch.tensor([255, 0, 0], dtype=torch.uint8))
+    torch.testing.assert_close(drawings.images[first, :, 0, 0], torch.tensor([255, 255, 255], dtype=torch.uint8))
+
+
+def test_every_held_out_emoji_is_seen_in_other_styles(drawings):
+    held_out = [e for e in drawings.entries if e.held_out]
+    assert held_out
+    for entry in held_out:
+        others = [e for e in drawings.entries if e.code == entry.code and e.style != entry.style]
+        assert others
+        assert not any(e.held_out for e in others)
+        assert is_held_out(entry.code, entry.style)
+
+
+def test_any_prompt_has_tokens_and_known_words_have_one_each(drawings, tmp_path):
+    tokenizer = build_tokenizer(drawings, tmp_path)
+    tokens = tokenize(tokenizer, ["red disc, noto style", "Zürich 東京 🍕"])
+    assert tokens.shape == (2, 77)
+    words = tokenizer.convert_ids_to_tokens(tokens[0].tolist())
+    assert (
+        words[:8]
+        == ["<|startoftext|>", "red</w>", "disc</w>", ",</w>", "noto</w>", "style</w>"] + ["<|endoftext|>"] * 2
+    )
+    assert tokenizer.unk_token_id not in tokens[1].tolist()[1:12] or tokenizer.unk_token == "<|endoftext|>"
+    assert (tokens[1] != tokenizer.eos_token_id).sum() > 10  # bytes, not a single unknown token
+
+
+def test_normalised_latents_have_mean_0_and_spread_1_and_the_same_pictures(drawings):
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        spread = vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std((0, 2, 3), keepdim=True)
+        normalise_latents(vae, drawings.images, torch.device("cpu"))
+        after = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        latents = vae.encode(drawings.images.float() / 127.5 - 1).latent_dist.mean * SCALING_FACTOR
+        spread_after = vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std(
+            (0, 2, 3), keepdim=True
+        )
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(spread_after, spread, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-2)
+
+
+def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, capsys):
+    arguments = ["recipe", "emoji", "--work", str(tmp_path / "work"), "--icons", str(icons)]
+    arguments += ["--effort", "0.0005", "--samples", "24", "--output", str(tmp_path / "model")]
+    assert main(arguments) == 0
+    assert "| LCM | LCM | 4 |" in capsys.readouterr().out
+    assert "held-out" in (tmp_path / "model/README.md").read_text()
+    lora = read_safetensors(tmp_path / "model/lora/lcm_lora.safetensors")[0]
+    assert any(key.startswith("lora_unet_down_blocks_0") and key.endswith(".alpha") for key in lora)
+    student = read_safetensors(tmp_path / "model/unet_lcm/diffusion_pytorch_model.safetensors")[0]
+    assert student["time_embedding.cond_proj.weight"].dtype == torch.float16
+    command = [sys.executable, "-m", "lcm_core", "generate", "red disc", "--model", str(tmp_path / "model")]
+    subprocess.run([*command, "--steps", "1", "--out", str(tmp_path / "disc.png")], check=True)
+    assert (tmp_path / "disc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_icons_are_named(tmp_path, capsys):
+    assert main(["recipe", "emoji", "--work", str(tmp_path / "work"), "--icons", str(tmp_path / "nowhere")]) == 2
+    assert "node_modules" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""The trainer's command line: `python -m trainer recipe emoji`.
+
+Importing this loads neither torch nor any other library, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcm_core.errors import InputError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands; `parse_args(...).run` is the chosen command's function."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train and distil diffusion models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_recipe(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, 2 for a mistake in the input, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; what was learnt is saved: run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _add_recipe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "recipe",
+        help="make the embedded model from its public data",
+        description="From the emoji packages to the embedded model's weights, stage by stage. Stopped at any moment, "
+        "the same command goes on where it was.",
+        epilog="example: python -m trainer recipe emoji --work runs/emoji --output runs/emoji/model",
+    )
+    parser.add_argument("name", choices=["emoji"], help="which recipe")
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder between icons and weights")
+    parser.add_argument("--output", type=Path, help="folder of the finished model (default: WORK/model)")
+    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="pixels (default: 64)")
+    parser.add_argument("--icons", type=Path, help="node_modules with the icon packages (default: fetched with npm)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument("--effort", type=float, default=1.0, help="multiplies every stage's steps (default: 1)")
+    parser.add_argument("--samples", type=int, default=2048, help="pictures behind each line of the table")
+    parser.set_defaults(run=_run_recipe)
+
+
+def _run_recipe(args: argparse.Namespace) -> None:
+    from trainer.emoji.recipe import Options, run
+
+    run(
+        Options(
+            work=args.work,
+            output=args.output or args.work / "model",
+            size=args.size,
+            icons=args.icons,
+            device=args.device,
+            effort=args.effort,
+            samples=args.samples,
+        )
+    )

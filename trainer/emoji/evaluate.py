@@ -1,0 +1,140 @@
+"""The benchmark: the teacher under every solver beside the students, in one table, like the paper's Table 1."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lcm_core.files import atomic_write
+from lcm_core.loading import Model
+from lcm_core.painting import Inputs, noise_source, paint
+from lcm_core.settings import Settings
+from trainer.emoji.data import Drawings
+from trainer.emoji.features import FeatureNetwork, extract
+from trainer.metrics import frechet_distance, recall, retrieval_accuracy
+
+BATCH_SIZE = 128
+
+
+def paint_captions(
+    model: Model, captions: list[str], seeds: list[int], sampler: str, steps: int, guidance_scale: float
+) -> Tensor:
+    """Pictures (B, 3, S, S) uint8 on the CPU, by the same way that users' pictures take."""
+    size = model.resolution
+    settings = Settings(
+        num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler, width=size, height=size
+    )
+    cond, uncond = model.encode(captions, size, size), model.encode([""] * len(captions), size, size)
+    pixels = paint(model, Inputs(cond, uncond, noise_source(seeds, model.device)), settings)
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    sampler: str
+    steps: int
+    guidance_scale: float
+    fd: float
+    recall: float
+    alignment: float
+    held_out_alignment: float
+    seen_alignment: float
+    images_per_second: float
+
+
+class Benchmark:
+    """Scores models on the drawings' own captions.
+
+    `samples` captions are drawn from all drawings, with seeds 0, 1, 2, ...; every held-out pair is painted
+    `held_out_repeats` times more, for the comparison of held-out with seen pairs.
+    """
+
+    def __init__(
+        self, drawings: Drawings, features: FeatureNetwork, samples: int = 2048, held_out_repeats: int = 2
+    ) -> None:
+        self.drawings, self.features, self.samples = drawings, features, samples
+        self.real, self.codes = extract(features, drawings.images), drawings.codes()
+        generator = torch.Generator().manual_seed(1234)
+        order = torch.cat([torch.randperm(len(self.codes), generator=generator) for _ in range(1 + samples // 2048)])
+        self.chosen = order[:samples]
+        self.held_out = drawings.indices(held_out=True).repeat(held_out_repeats)
+
+    def score(self, name: str, model: Model, sampler: str, steps: int, guidance_scale: float) -> Row:
+        """Paint and measure one line of the table."""
+        started = time.monotonic()
+        generated = self._features(model, self.chosen, 0, sampler, steps, guidance_scale)
+        speed = self.samples / (time.monotonic() - started)
+        extra = self._features(model, self.held_out, self.samples, sampler, steps, guidance_scale)
+        wanted = self.codes[self.chosen]
+        is_seen = torch.tensor([not self.drawings.entries[i].held_out for i in self.chosen.tolist()])
+        return Row(
+            model=name,
+            sampler=sampler,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            fd=frechet_distance(self.real, generated),
+            recall=recall(self.real, generated),
+            alignment=self._retrieve(generated, wanted),
+            held_out_alignment=self._retrieve(extra, self.codes[self.held_out]),
+            seen_alignment=self._retrieve(generated[is_seen], wanted[is_seen]),
+            images_per_second=speed,
+        )
+
+    def _retrieve(self, generated: Tensor, wanted: Tensor) -> float:
+        return retrieval_accuracy(generated, wanted, self.real, self.codes)
+
+    def _features(
+        self, model: Model, chosen: Tensor, first_seed: int, sampler: str, steps: int, guidance_scale: float
+    ) -> Tensor:
+        parts = []
+        for batch in torch.arange(len(chosen)).split(BATCH_SIZE):
+            captions = [self.drawings.entries[i].plain_caption for i in chosen[batch].tolist()]
+            seeds = (batch + first_seed).tolist()
+            parts.append(extract(self.features, paint_captions(model, captions, seeds, sampler, steps, guidance_scale)))
+        return torch.cat(parts)
+
+
+@dataclass
+class Ledger:
+    """The table's lines in a file: each is measured once, and an interrupted table goes on where it stopped."""
+
+    path: Path
+    benchmark: Benchmark
+    models: dict[str, Model]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [Row(**line) for line in json.loads(self.path.read_text())] if self.path.exists() else []
+
+    def row(self, model: str, sampler: str, steps: int, guidance_scale: float) -> Row:
+        """The line of this model and sampler, from the file, or measured now."""
+        rows = self.rows
+        for row in rows:
+            if (row.model, row.sampler, row.steps, row.guidance_scale) == (model, sampler, steps, guidance_scale):
+                return row
+        measured = self.benchmark.score(model, self.models[model], sampler, steps, guidance_scale)
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(json.dumps([asdict(row) for row in [*rows, measured]], indent=1))
+        return measured
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "| model | sampler | steps | guidance | FD | recall | alignment | seen pairs | held-out pairs | images/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.model} | {r.sampler} | {r.steps} | {r.guidance_scale:g} | {r.fd:.2f} | {r.recall:.3f} "
+            f"| {r.alignment:.3f} | {r.seen_alignment:.3f} | {r.held_out_alignment:.3f} | {r.images_per_second:.1f} |"
+        )
+    return "\n".join(lines) + "\n"

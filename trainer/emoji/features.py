@@ -1,0 +1,91 @@
+"""The benchmark's eye: a small network that tells emoji apart, trained on the real drawings alone.
+
+Its features are what Frechet distance, recall and retrieval are computed in. They are not Inception's, so the numbers
+compare models of this benchmark with each other and with nothing else. No generated picture and no gradient of a
+generative model ever reaches it.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcm_core.weights import read_safetensors, write_safetensors
+from trainer.emoji.autoencoder import to_unit
+from trainer.emoji.data import PACKAGES, Drawings
+from trainer.loop import LoopConfig, train
+
+FEATURE_WIDTH = 128
+
+
+class FeatureNetwork(nn.Module):
+    """(B, 3, S, S) in [-1, 1] -> features (B, 128). `classify` gives the logits that it is trained by."""
+
+    def __init__(self, emoji: int, styles: int = len(PACKAGES)) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 128, 192)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
+            layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.project = nn.Linear(widths[-1] * 16, FEATURE_WIDTH)
+        self.emoji, self.style = nn.Linear(FEATURE_WIDTH, emoji), nn.Linear(FEATURE_WIDTH, styles)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # Pooled to 4x4, not 1x1: where a thing stands in the picture belongs to how it looks.
+        return self.project(F.adaptive_avg_pool2d(self.body(pixels), 4).flatten(1))
+
+    def classify(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self(pixels)
+        return self.emoji(features), self.style(features)
+
+
+def train_features(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> FeatureNetwork:
+    """Train on all real drawings (the held-out ones too: they are real) and store it in `folder`."""
+    codes = drawings.codes()
+    styles = torch.tensor([list(PACKAGES).index(e.style) for e in drawings.entries])
+    network = FeatureNetwork(int(codes.max()) + 1).to(device)
+    ema = copy.deepcopy(network).requires_grad_(False)
+
+    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(codes), (config.batch_size,), generator=generator)
+        pixels = disturb(to_unit(drawings.images[chosen]), generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            emoji, style = network.classify(pixels)
+        loss = F.cross_entropy(emoji.float(), codes[chosen].to(device), label_smoothing=0.1)
+        return loss + F.cross_entropy(style.float(), styles[chosen].to(device))
+
+    train(network, loss_fn, config, folder, ema)
+    write_safetensors(folder / "features.safetensors", ema.state_dict(), {"emoji": str(int(codes.max()) + 1)})
+    return ema
+
+
+def load_features(path: Path) -> FeatureNetwork:
+    tensors, metadata = read_safetensors(path)
+    network = FeatureNetwork(int(metadata["emoji"]))
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False)
+
+
+def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift by up to 3 pixels, soften half of them, and add noise and a change of brightness of random strength."""
+    down, right = torch.randint(-3, 4, (2,), generator=generator).tolist()
+    pixels = pixels.roll((down, right), dims=(-2, -1))
+    soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2.0, mode="bilinear")
+    choice, strength, light = torch.rand(3, len(pixels), 1, 1, 1, generator=generator)
+    pixels = torch.where(choice < 0.5, soft, pixels)
+    noise = torch.randn(pixels.shape, generator=generator) * strength * 0.2
+    return (pixels + noise) * (0.85 + 0.3 * light)
+
+
+@torch.no_grad()
+def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 256) -> Tensor:
+    """uint8 pictures (N, 3, S, S) -> features (N, 128), float32 on the CPU."""
+    device = next(network.parameters()).device
+    return torch.cat([network(to_unit(part).to(device)).float().cpu() for part in images.split(batch_size)])
