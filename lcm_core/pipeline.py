@@ -68,9 +68,10 @@ class Pipeline:
         vae: str | os.PathLike[str] | None = None,
         unet: str | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
+        vae_dtype: str | torch.dtype | None = None,
     ) -> Pipeline:
         """Load a model; see `lcm_core.loading.load_model`."""
-        return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer))
+        return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype))
 
     def __call__(
         self,

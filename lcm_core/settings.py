@@ -16,7 +16,9 @@ TEACHER_SAMPLERS = ("euler", "dpmpp_2m")
 SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
 
 MAX_SIDE = 8192
-"""Pixels. Beyond it the latents alone outgrow what any attention layer can hold."""
+"""Pixels along one side."""
+MAX_PIXELS = 4096 * 4096
+"""Pixels in all. Attention takes time and memory by the square of it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def check_size(width: int, height: int, multiple: int = 1) -> None:
     for side in (width, height):
         if not 0 < side <= MAX_SIDE:
             raise InputError(f"size {width}x{height} is out of range; use sides of {multiple} to {MAX_SIDE} pixels")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"size {width}x{height} is too large; use up to {MAX_PIXELS:,} pixels, e.g. 4096x4096")
     if width % multiple or height % multiple:
         near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in (width, height))
         raise InputError(f"size {width}x{height} does not fit this model; use multiples of {multiple}, e.g. {near}")

@@ -48,8 +48,8 @@ class Tokenizer:
 def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str = "tokenizer") -> Any:
     """The transformers CLIPTokenizer of a model, without a network.
 
-    From the first of these that exists: the folder given; the model's own; one beside a single file; the single file's
-    metadata; CLIP's word list in an installed `open_clip` or `clip` package.
+    From the first of these that exists: the folder given; the model's own folder, or a single file's metadata; a folder
+    beside a single file; CLIP's word list in an installed `open_clip` or `clip` package.
 
     Args:
         model: folder or single file of the model.
@@ -63,13 +63,12 @@ def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str
     root = Path(model)
     if tokenizer is not None:
         return _load(Path(tokenizer), name)
-    beside = root if root.is_dir() else root.parent
-    candidates = [beside / name, beside.parent / name, beside / "tokenizer", root.with_suffix("") / name]
-    for folder in candidates:
-        if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
-            return _load(folder, name)
     if root.is_file() and (files := read_tokenizer_files(root)):
         return _from_files(files)
+    near = [root, root.parent] if root.is_dir() else [root.with_suffix(""), root.parent]
+    for folder in (place / kind for kind in (name, "tokenizer") for place in near):
+        if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
+            return _load(folder, name)
     for package in _BPE_PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin and (bpe := Path(spec.origin).with_name(_BPE_FILE)).is_file():
@@ -95,7 +94,7 @@ def _from_folder(folder: Path) -> Any:
 
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more precise
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder} holds no usable CLIP tokenizer ({reason}); get its files again") from error
 

@@ -87,7 +87,9 @@ def train(
         InputError: the loss is not finite (the last good state stays on disk), or the state is of another model.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     state = _State(folder, parameters, optimizer, ema)
     first = state.load()
     with _progress(config.steps, first, folder.name) as progress, _saved_on_exit(state):

@@ -42,21 +42,22 @@ def recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> float:
 
 
 def retrieval_accuracy(generated: Tensor, wanted: Tensor, real: Tensor, labels: Tensor) -> float:
-    """Share of the pictures whose nearest real picture, by cosine, shows what was asked for.
+    """Share of the pictures whose nearest real picture, by cosine, shows what was asked for; NaN if there are none.
 
     Args:
         generated: (M, D) features; wanted: (M,) the label asked for.
         real: (N, D) features; labels: (N,) their labels.
     """
-    _check(real, generated)
+    _check(real, generated, least=0)
     similarity = torch.nn.functional.normalize(generated) @ torch.nn.functional.normalize(real).T  # (M, N)
     return float((labels[similarity.argmax(1)] == wanted).double().mean())
 
 
-def _check(real: Tensor, generated: Tensor) -> None:
+def _check(real: Tensor, generated: Tensor, least: int = 2) -> None:
     for name, features in (("real", real), ("generated", generated)):
-        if features.ndim != 2 or len(features) < 2:
-            raise InputError(f"{name} features of shape {tuple(features.shape)} are too few; give (N, D) with N >= 2")
+        if features.ndim != 2 or len(features) < least:
+            shape = tuple(features.shape)
+            raise InputError(f"{name} features of shape {shape} are too few; give (N, D) with N >= {least}")
         if not bool(torch.isfinite(features).all()):
             raise InputError(f"{name} features are not finite; the pictures came from a broken model")
     if real.shape[1] != generated.shape[1]:

@@ -17,8 +17,17 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.pipeline import Pipeline
 
-MODEL_OPTIONS = ("model", "unet", "lora", "vae", "tokenizer", "device", "dtype")
-_SETTINGS_OPTIONS = ("timesteps", "guidance_scale", "sampler", "original_steps", "strength", "upscale", "upscale_strength", "gamma")
+MODEL_OPTIONS = ("model", "unet", "lora", "vae", "tokenizer", "device", "dtype", "vae_dtype")
+_SETTINGS_OPTIONS = (
+    "timesteps",
+    "guidance_scale",
+    "sampler",
+    "original_steps",
+    "strength",
+    "upscale",
+    "upscale_strength",
+    "gamma",
+)
 
 
 def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -45,6 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", metavar="FOLDER", help="CLIP's, for a single file that has none beside it")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one here)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest one here)")
+    group.add_argument("--vae-dtype", metavar="DTYPE", help="the VAE's (default: that of --dtype)")
 
 
 def add_settings_options(parser: argparse.ArgumentParser) -> None:
@@ -108,13 +118,16 @@ def load_pipeline(options: Mapping[str, Any]) -> tuple[Pipeline, float]:
     return pipe, time.perf_counter() - start
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that could not be written, before hours of work go into it.
+def check_output(path: Path, folder: bool = False) -> None:
+    """Refuse an output file (or new folder) that could not be written, before hours of work go into it.
 
     Raises:
-        InputError: `path` is a folder or write-protected, or its folder cannot be made or written.
+        InputError: `path` is a folder (or, for a folder, exists at all), or write-protected; or its own folder
+            cannot be made or written.
     """
-    if path.is_dir():
+    if folder and path.exists():
+        raise InputError(f"cannot write {path}: it exists already; choose a new folder")
+    if not folder and path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; give a file name")
     if path.exists() and not os.access(path, os.W_OK):
         raise InputError(f"cannot write {path}: it is write-protected; choose another output path")
@@ -152,5 +165,12 @@ class Progress:
 
 
 def note(message: str) -> None:
-    """Something that the user should know but that stops nothing."""
-    print(f"note: {message}", file=sys.stderr)
+    """Something that the user should know but that stops nothing; on a line of its own, even above a moving bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"note: {message}", file=sys.stderr)
+
+
+def plural(count: int, thing: str) -> str:
+    """`1 step`, `4 steps`."""
+    return f"{count} {thing}{'s' * (count != 1)}"

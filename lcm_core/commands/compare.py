@@ -14,6 +14,7 @@ from lcm_core.commands.common import (
     check_output,
     load_pipeline,
     parse_size,
+    plural,
 )
 from lcm_core.errors import InputError
 
@@ -54,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)}")
     check_output(args.out)
     lcm = {name: getattr(args, name) for name in MODEL_OPTIONS}
-    columns = [f"teacher, {steps} steps" for steps in args.teacher_steps]
-    columns += [f"LCM, {steps} step{'s' * (steps > 1)}" for steps in args.steps]
+    columns = [f"teacher, {plural(steps, 'step')}" for steps in args.teacher_steps]
+    columns += [f"LCM, {plural(steps, 'step')}" for steps in args.steps]
     teacher_columns = _columns(args, _teacher(args, lcm), "teacher", args.teacher_steps, args.teacher_guidance)
     lcm_columns = _columns(args, lcm, "LCM", args.steps, args.guidance)
     rows = list(zip(*teacher_columns, *lcm_columns, strict=True))
@@ -70,7 +71,9 @@ def _teacher(args: argparse.Namespace, lcm: dict[str, Any]) -> dict[str, Any]:
         return {**lcm, "model": args.teacher, "lora": None, "unet": None}
     if args.lora:
         return {**lcm, "lora": None}
-    if (args.model or "emoji") == "emoji":
+    from lcm_core.loading import CARD, find_model
+
+    if (find_model(args.model or "emoji") / CARD).is_file():
         return {**lcm, "unet": "teacher"}
     raise InputError(f"no teacher is known for {args.model}; give --teacher MODEL, or the LCM as --lora of its teacher")
 

@@ -42,13 +42,12 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read, merge, cast, write."""
     from lcm_core.checkpoint import save_diffusers, save_single_file
-    from lcm_core.image import new_folder
+    from lcm_core.files import new_folder
     from lcm_core.loading import find_source
 
-    if args.to == "single-file":
-        if args.path.suffix != ".safetensors":
-            raise InputError(f"--path {args.path} should end in .safetensors for a single file")
-        check_output(args.path)
+    if args.to == "single-file" and args.path.suffix != ".safetensors":
+        raise InputError(f"--path {args.path} should end in .safetensors for a single file")
+    check_output(args.path, folder=args.to == "diffusers")
     source = find_source(args.model, args.unet)
     components = _components(source, args.lora or (), args.dtype)
     if args.to == "single-file":

@@ -18,6 +18,7 @@ from lcm_core.commands.common import (
     check_output,
     load_pipeline,
     note,
+    plural,
     settings_options,
 )
 from lcm_core.errors import InputError
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)} is too few; use 1 or more")
     seeds = range(options.get("seed", 0), options.get("seed", 0) + args.count)
     paths = _outputs(args, options["prompt"], seeds)
+    if stored:
+        _use_threads(options.pop("threads", None))
     pipe, load_seconds = load_pipeline(options)
     image, mask = options.pop("image", None), options.pop("mask", None)
     first = pipe.resolve(image=image, **{k: v for k, v in options.items() if k not in MODEL_OPTIONS})
@@ -82,8 +85,16 @@ def _stored(path: Path) -> dict[str, Any]:
     stored = read_settings(path)
     if "prompt" not in stored:
         raise InputError(f"{path} was not made by `generate`; give a picture that was")
-    extra = {name: stored[name] for name in (*MODEL_OPTIONS, "image", "mask") if name in stored}
+    extra = {name: stored[name] for name in (*MODEL_OPTIONS, "image", "mask", "threads") if name in stored}
     return {**asdict(from_dict(stored)), **extra}
+
+
+def _use_threads(count: object) -> None:
+    """Sums are split among the CPU's threads, so that another number of them rounds to other last bits."""
+    import torch
+
+    if isinstance(count, int) and count > 0:
+        torch.set_num_threads(count)
 
 
 def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> list[Path]:
@@ -133,6 +144,6 @@ def _summary(
     where = f"{paths[0]} to {paths[-1].name}" if many else str(paths[0])
     seed = f"seeds {seeds[0]} to {seeds[-1]}" if many else f"seed {settings.seed}"
     return (
-        f"{where}: model {pipe.model.title}, {settings.num_inference_steps} steps, guidance "
+        f"{where}: model {pipe.model.title}, {plural(settings.num_inference_steps, 'step')}, guidance "
         f"{settings.guidance_scale:g}, {seed}; loaded in {load_seconds:.1f} s, painted in {seconds:.2f} s"
     )

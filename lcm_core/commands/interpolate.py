@@ -14,6 +14,7 @@ from lcm_core.commands.common import (
     add_settings_options,
     check_output,
     load_pipeline,
+    plural,
     settings_options,
 )
 from lcm_core.errors import InputError
@@ -66,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from lcm_core.interpolation import ease, plan_frames
 
     check_animation(args.out, args.fps)
-    if args.out.suffix or not args.out.is_dir():
-        check_output(args.out)
+    check_output(args.out, folder=not args.out.suffix)
     options = settings_options(args) | {"negative_prompt": args.negative_prompt}
     plan_frames(2, args.frames)  # refuses what cannot be before the model is loaded
     ease(0, args.ease)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         frames = list(travel)
     save_animation(frames, args.out, args.fps)
     print(
-        f"{args.out}: {len(frames)} frames, model {pipe.model.title}, {steps} steps each; "
+        f"{args.out}: {plural(len(frames), 'frame')}, model {pipe.model.title}, {plural(steps, 'step')} each; "
         f"loaded in {load_seconds:.1f} s, painted in {progress.seconds:.2f} s"
     )
 

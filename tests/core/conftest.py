@@ -94,6 +94,13 @@ def lora_tensors(width: int, rank: int = 4) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.fixture
+def wide_lora(tmp_path: Path) -> Path:
+    """A LoRA for a network as wide as Stable Diffusion 1.x."""
+    save_file(lora_tensors(1280), tmp_path / "wide.safetensors")
+    return tmp_path / "wide.safetensors"
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `plain` and `lcm` (diffusers folders) and `emoji` (the embedded model's layout), random weights."""

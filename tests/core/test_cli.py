@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import lcm_core
 from lcm_core.cli import main
-
-from .conftest import lora_tensors
+from lcm_core.image import save_image
 
 COMMANDS = ("generate", "compare", "interpolate", "export", "info")
 CPU = ("--device", "cpu", "--dtype", "float32")
@@ -34,7 +34,8 @@ def files() -> list[str]:
 
 
 def shell(*argv: str, **options) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = str(Path(lcm_core.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *argv], env=environment, **pipes, **options)
 
@@ -52,6 +53,7 @@ def test_help_loads_no_heavy_library() -> None:
     code = """
 import sys
 from lcm_core.cli import main
+from lcm_core.image import save_image
 try:
     main(["generate", "--help"])
 except SystemExit:
@@ -63,7 +65,9 @@ print({name for name in ("torch", "numpy", "PIL", "diffusers", "transformers") i
 
 
 def test_generate_info_and_the_same_bytes_again(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "a slice of pizza", "--model", emoji, "--out", "pizza.png", "--seed", "7", *CPU]) == 0
+    # No --dtype: what was chosen for each network must be found in the file.
+    argv = ["generate", "a slice of pizza", "--model", emoji, "--out", "pizza.png", "--seed", "7", "--device", "cpu"]
+    assert main(argv) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"pizza.png: model {emoji} (lcm), 4 steps, guidance 4, seed 7; loaded in ")
     assert "4/4" in printed.err  # the progress bar
@@ -80,26 +84,20 @@ def test_generate_info_and_the_same_bytes_again(emoji: str, capsys: pytest.Captu
 def test_every_setting_survives_the_way_through_the_file(emoji: str) -> None:
     """Whatever was set must be stored and used again, or the second file would differ."""
     Image.effect_noise((64, 64), 80).convert("RGB").save("in.png")
-    options = [
-        "--steps",
-        "3",
-        "--guidance",
-        "2",
-        "--sampler",
-        "tcd",
-        "--gamma",
-        "0.5",
-        "--original-steps",
-        "40",
-        "--size",
-        "128x64",
-        "--strength",
-        "0.8",
-    ]
-    lora = ["--unet", "teacher", "--lora", "lcm_lora:0.7", "--negative", "dull"]
+    options = ["--steps", "3", "--guidance", "2", "--sampler", "tcd", "--gamma", "0.5", "--original-steps", "40"]
+    options += ["--size", "128x64", "--strength", "0.8"]
+    lora = ["--unet", "teacher", "--lora", "lcm_lora:0.7", "--negative", "dull", "--vae-dtype", "bfloat16"]
     argv = ["generate", "a cat, 猫", "--model", emoji, "--image", "in.png", *options, *lora, *CPU]
     assert main([*argv, "--out", "a.png"]) == 0
     assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert main([*argv, "--out", "c.png", "--lora", "lcm_lora:0.1"]) == 0
     assert Image.open("c.png").tobytes() != Image.open("a.png").tobytes()
@@ -119,7 +117,8 @@ def test_inpainting_and_upscaling_from_the_command_line(emoji: str) -> None:
     argv = ["generate", "a cat", "--model", emoji, "--steps", "1", *CPU]
     assert main([*argv, "--image", "in.png", "--mask", "nothing.png", "--out", "kept.png"]) == 0
     assert Image.open("kept.png").tobytes() == Image.open("in.png").tobytes()
-    assert main([*argv, "--upscale", "2", "--timesteps", "999", "--out", "big.jpg"]) == 0
+    argv = ["generate", "a cat", "--model", emoji, "--timesteps", "999,499", *CPU]
+    assert main([*argv, "--upscale", "2", "--out", "big.jpg"]) == 0
     assert Image.open("big.jpg").size == (128, 128)
 
 
@@ -203,8 +202,9 @@ def _fails(argv: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixtur
         (["a", "--size", "big"], ("--size", "WIDTHxHEIGHT")),
         (["a", "--size", "100x64"], ("100x64", "multiples of 64", "128x64")),
         (["a", "--size", "0"], ("0x0",)),
-        (["a", "--size", "-64x64"], ("-64x64",)),
+        (["a", "--size=-64x64"], ("-64x64",)),
         (["a", "--size", "99999999"], ("99999999",)),
+        (["a", "--size", "8192"], ("8192x8192", "too large")),
         (["a", "--steps", "0"], ("0 steps", "1 to 50")),
         (["a", "--steps", "51"], ("51 steps", "original_steps")),
         (["a", "--strength", "0.5"], ("strength", "input image")),
@@ -248,17 +248,16 @@ def test_broken_model_files(emoji: str, capsys: pytest.CaptureFixture[str]) -> N
         "random.safetensors": ("not a safetensors file",),
         "model.ckpt": ("pickle", "convert"),
         "strange.safetensors": ("unknown architecture",),
-        "nan.safetensors": ("NaN", "out.2.weight" if False else "conv_out.weight"),
+        "nan.safetensors": ("NaN", "conv_out.weight"),
     }.items():
         _fails(["generate", "a", "--model", name, "--out", "a.png"], (name, *words), capsys)
-        if name not in ("nan.safetensors",):
+        if name != "nan.safetensors":
             _fails(["info", name], (name, *words), capsys)
 
 
-def test_loras_that_do_not_fit(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file(lora_tensors(320), "wide.safetensors")
+def test_loras_that_do_not_fit(emoji: str, wide_lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x": torch.zeros(3)}, "strange.safetensors")
-    for name in ("wide.safetensors", "strange.safetensors"):
+    for name in (str(wide_lora), "strange.safetensors"):
         argv = ["generate", "a", "--model", emoji, "--unet", "teacher", "--lora", name, "--out", "a.png"]
         _fails(argv, (name,), capsys)
 
@@ -274,12 +273,20 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     _fails(["generate", "a", "--model", "none", "--out", "file/a.png"], ("file/a.png", "another output path"), capsys)
     _fails(["compare", "a", "--model", "none", "--out", "folder.png"], ("folder.png", "folder"), capsys)
     travel = ["interpolate", "--from", "a", "--to", "b", "--model", "none", "--out"]
-    _fails([*travel, "full"], ("full", "not an empty folder"), capsys)
+    _fails([*travel, "full"], ("full", "exists already"), capsys)
     _fails([*travel, "a.avi"], (".avi", ".mp4"), capsys)
     _fails([*travel, "a.gif", "--frames", "0"], ("0 frames",), capsys)
     _fails([*travel, "a.gif", "--ease", "bouncy"], ("bouncy", "smooth"), capsys)
-    _fails(["export", "--to", "diffusers", "--model", emoji, "--path", "full"], ("full", "empty folder"), capsys)
+    _fails(["export", "--to", "diffusers", "--model", emoji, "--path", "full"], ("full", "exists already"), capsys)
     _fails(["export", "--to", "single-file", "--model", emoji, "--path", "x.png"], ("x.png", ".safetensors"), capsys)
+
+
+def test_a_picture_whose_settings_were_tampered_with(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"prompt": "a", "model": emoji, "num_inference_steps": "four"}
+    save_image(Image.new("RGB", (8, 8)), "odd.png", settings)
+    _fails(["generate", "--from", "odd.png"], ("num_inference_steps='four'", "wrong type"), capsys)
+    save_image(Image.new("RGB", (8, 8)), "grid.png", {"command": "compare"})
+    _fails(["generate", "--from", "grid.png"], ("grid.png", "`generate`"), capsys)
 
 
 def test_a_journey_without_a_goal(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,14 +314,36 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(emoji: str) -> None:
 
 def test_ctrl_c_ends_with_one_line_and_leaves_nothing(emoji: str) -> None:
     argv = ["generate", "a", "--model", emoji, "--steps", "50", "--count", "50", "--out", "many", *CPU]
-    process = shell("-m", "lcm_core", *argv)
+    # A test run in the background hands down SIGINT as ignored; at a user's prompt it is not.
+    process = shell("-m", "lcm_core", *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stderr is not None
-    text = ""
+    text = " "
     while "/2500" not in text:
-        text += process.stderr.read(1)
+        letter = process.stderr.read(1)
+        assert letter, text  # ended by itself
+        text += letter
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in text + errors
     assert errors.splitlines()[-1] == "interrupted; nothing was left half-written"
     assert files() == []
+
+
+def test_a_prompt_too_long_is_a_note_not_a_failure(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "a cat with a hat " * 10, "--model", emoji, "--steps", "1", "--out", "a.png", *CPU]
+    assert main(argv) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "75 tokens" in notes[0]
+
+
+def test_a_plain_model_asked_for_few_steps_gets_advice(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "a cat", "--model", str(Path(emoji).parent / "plain"), "--out", "a.png", *CPU]
+    assert main(argv) == 0
+    assert "need an LCM-LoRA" in capsys.readouterr().err
+    assert main([*argv, "--lora", f"{emoji}/lora/lcm_lora.safetensors"]) == 0
+    assert "LCM-LoRA" not in capsys.readouterr().err

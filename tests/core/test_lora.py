@@ -13,6 +13,7 @@ from lcm_core import keymaps
 from lcm_core.adapters import TARGET_MODULES, load_lora_state_dict
 from lcm_core.errors import InputError
 from lcm_core.lora import add_lora, lora_state_dict, merge, read_lora, remove_lora, save_lora, unmerge
+from lcm_core.lora_keys import parse_key
 from lcm_core.weights import read_safetensors, write_safetensors
 
 LAYOUTS = ("kohya", "kohya ldm", "diffusers", "diffusers old", "peft", "peft state")
@@ -209,6 +210,28 @@ def test_linear_and_1x1_convolution_loras_fit_each_other() -> None:
     assert any(swapped[k].ndim != v.ndim for k, v in tensors.items() if "proj_in" in k)
     merge(unet, [(read_lora(swapped), 1.0)])
     torch.testing.assert_close(run(unet), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "address"),
+    [
+        ("lora_unet_a_b.lora_down.weight", ("unet", "a_b", "down")),
+        ("lora_unet_a_b.alpha", ("unet", "a_b", "alpha")),
+        ("lora_te2_text_model_a.lora_up.weight", ("text_encoder_2", "text_model_a", "up")),
+        ("unet.a.b.lora_A.weight", ("unet", "a.b", "down")),
+        ("unet.a.b.alpha", ("unet", "a.b", "alpha")),
+        ("unet.a.attn1.processor.to_out_lora.up.weight", ("unet", "a.attn1.to_out.0", "up")),
+        ("a.attn2.processor.to_q_lora.down.weight", ("unet", "a.attn2.to_q", "down")),
+        ("base_model.model.a.b.lora_B.default.weight", ("unet", "a.b", "up")),
+        ("base_model.model.unet.a.lora_B.weight", ("unet", "a", "up")),
+        ("diffusion_model.input_blocks.1.1.proj_in.lora_up.weight", ("unet", "input_blocks.1.1.proj_in", "up")),
+        ("text_encoder_2.text_model.a.lora_linear_layer.down.weight", ("text_encoder_2", "text_model.a", "down")),
+        ("text_encoder.text_model.a.lora_A.weight", ("text_encoder", "text_model.a", "down")),
+    ],
+)
+def test_key_layouts(key: str, address: tuple[str, str, str]) -> None:
+    """Every way in which the tools name a tensor; one that is taken for another module would not be merged at all."""
+    assert tuple(parse_key(key)) == address
 
 
 def test_absent_alpha_is_the_rank() -> None:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path, delay):
     )
     here, folder = os.path.dirname(__file__), tmp_path / "parts"
     command = [sys.executable, str(script), str(folder), here]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(here).parents[1])}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     while not (folder / "state.safetensors").exists():
         assert process.poll() is None, "the run ended before it saved anything"
         time.sleep(0.01)
@@ -81,7 +83,7 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path, delay):
     process.send_signal(signal.SIGKILL)
     process.wait()
     read_safetensors(folder / "state.safetensors")  # whole, though the process died at any moment
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
     whole = _run(tmp_path / "whole", replace(CONFIG, steps=60))
     state = read_safetensors(folder / "state.safetensors")[0]
     for prefix, module in zip(("online", "ema"), whole, strict=True):

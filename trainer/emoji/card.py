@@ -56,7 +56,7 @@ def model_card(
         "not Inception FID. Alignment: the share of pictures whose nearest real drawing shows the emoji asked for, in",
         "any style. Fixed seeds; the captions are the drawings' names with their style.",
         "",
-        to_markdown(rows),
+        to_markdown(rows) if rows else "Not measured yet for these weights.\n",
         "## Limits",
         "",
         "- Small pictures, soft details; faces that differ in an eyebrow come out alike. No letters, flags or symbols.",

@@ -53,28 +53,23 @@ class Row:
 class Benchmark:
     """Scores models on the drawings' own captions.
 
-    `samples` captions are drawn from all drawings, with seeds 0, 1, 2, ...; every held-out pair is painted
-    `held_out_repeats` times more, for the comparison of held-out with seen pairs.
+    `samples` captions are drawn from all drawings, seen and held out, and painted with seeds 0, 1, 2, ...
     """
 
-    def __init__(
-        self, drawings: Drawings, features: FeatureNetwork, samples: int = 2048, held_out_repeats: int = 2
-    ) -> None:
-        self.drawings, self.features, self.samples = drawings, features, samples
+    def __init__(self, drawings: Drawings, features: FeatureNetwork, samples: int = 2048) -> None:
+        self.drawings, self.features = drawings, features
         self.real, self.codes = extract(features, drawings.images), drawings.codes()
         generator = torch.Generator().manual_seed(1234)
-        order = torch.cat([torch.randperm(len(self.codes), generator=generator) for _ in range(1 + samples // 2048)])
+        rounds = 1 + samples // len(self.codes)
+        order = torch.cat([torch.randperm(len(self.codes), generator=generator) for _ in range(rounds)])
         self.chosen = order[:samples]
-        self.held_out = drawings.indices(held_out=True).repeat(held_out_repeats)
+        self.held_out = torch.tensor([drawings.entries[i].held_out for i in self.chosen.tolist()])
 
     def score(self, name: str, model: Model, sampler: str, steps: int, guidance_scale: float) -> Row:
         """Paint and measure one line of the table."""
         started = time.monotonic()
-        generated = self._features(model, self.chosen, 0, sampler, steps, guidance_scale)
-        speed = self.samples / (time.monotonic() - started)
-        extra = self._features(model, self.held_out, self.samples, sampler, steps, guidance_scale)
-        wanted = self.codes[self.chosen]
-        is_seen = torch.tensor([not self.drawings.entries[i].held_out for i in self.chosen.tolist()])
+        generated = self._paint(model, sampler, steps, guidance_scale)
+        speed = len(generated) / (time.monotonic() - started)
         return Row(
             model=name,
             sampler=sampler,
@@ -82,23 +77,23 @@ class Benchmark:
             guidance_scale=guidance_scale,
             fd=frechet_distance(self.real, generated),
             recall=recall(self.real, generated),
-            alignment=self._retrieve(generated, wanted),
-            held_out_alignment=self._retrieve(extra, self.codes[self.held_out]),
-            seen_alignment=self._retrieve(generated[is_seen], wanted[is_seen]),
+            alignment=self._retrieve(generated, torch.ones_like(self.held_out)),
+            held_out_alignment=self._retrieve(generated, self.held_out),
+            seen_alignment=self._retrieve(generated, ~self.held_out),
             images_per_second=speed,
         )
 
-    def _retrieve(self, generated: Tensor, wanted: Tensor) -> float:
-        return retrieval_accuracy(generated, wanted, self.real, self.codes)
+    def _retrieve(self, generated: Tensor, which: Tensor) -> float:
+        """Retrieval accuracy of those pictures that `which` marks, (M,) bool."""
+        return retrieval_accuracy(generated[which], self.codes[self.chosen[which]], self.real, self.codes)
 
-    def _features(
-        self, model: Model, chosen: Tensor, first_seed: int, sampler: str, steps: int, guidance_scale: float
-    ) -> Tensor:
+    def _paint(self, model: Model, sampler: str, steps: int, guidance_scale: float) -> Tensor:
+        """Features of one picture for each chosen caption, (M, 128)."""
         parts = []
-        for batch in torch.arange(len(chosen)).split(BATCH_SIZE):
-            captions = [self.drawings.entries[i].plain_caption for i in chosen[batch].tolist()]
-            seeds = (batch + first_seed).tolist()
-            parts.append(extract(self.features, paint_captions(model, captions, seeds, sampler, steps, guidance_scale)))
+        for seeds in torch.arange(len(self.chosen)).split(BATCH_SIZE):
+            captions = [self.drawings.entries[i].plain_caption for i in self.chosen[seeds].tolist()]
+            pictures = paint_captions(model, captions, seeds.tolist(), sampler, steps, guidance_scale)
+            parts.append(extract(self.features, pictures))
         return torch.cat(parts)
 
 

@@ -36,19 +36,21 @@ from trainer.loop import LoopConfig
 STAGES = {
     "features": LoopConfig(steps=2400, batch_size=64, learning_rate=2e-3),
     "vae": LoopConfig(steps=6500, batch_size=16, learning_rate=1e-3, ema_decay=0.998),
-    "teacher": LoopConfig(steps=7000, batch_size=64, learning_rate=7e-4),
-    "lcm": LoopConfig(steps=2500, batch_size=64, learning_rate=2e-4, ema_decay=0.95),
-    "lora": LoopConfig(steps=1000, batch_size=64, learning_rate=1e-3, ema_decay=0.95),
+    "teacher": LoopConfig(steps=3700, batch_size=64, learning_rate=7e-4),
+    "lcm": LoopConfig(steps=2500, batch_size=32, learning_rate=2e-4, ema_decay=0.95),
+    "lora": LoopConfig(steps=300, batch_size=32, learning_rate=1e-3, ema_decay=0.95),
 }
 """Each training stage's loop. The numbers are those of the shipped weights."""
-DISTILLATION = LCDConfig(w_min=0.5, w_max=6.0)
+DISTILLATION = LCDConfig(w_min=0.0, w_max=2.0)
 """Guidance that suits the small teacher; Stable Diffusion wants 2 to 14."""
 LORA_DISTILLATION = replace(DISTILLATION, w_min=2.0, w_max=2.0)
 LORA_RANK = 8
 LORA_FILE = "lora/lcm_lora.safetensors"
-TEACHER_GUIDANCE = (1.5, 2.0, 3.0, 5.0)
-STUDENT_GUIDANCE = (1.5, 2.0, 3.0, 5.0)
-"""Guidance scales that the table tries; the one of lowest FD becomes the default."""
+TEACHER_GUIDANCE = (1.5, 3.0, 5.0)
+STUDENT_GUIDANCE = (1.5, 2.0, 3.0, 5.0, 7.0)
+"""Guidance scales that are tried; the one of lowest FD becomes the default."""
+GUIDANCE_SAMPLES = 512
+"""Pictures behind each trial of a guidance scale."""
 
 
 @dataclass(frozen=True)
@@ -166,23 +168,25 @@ def get_features(shop: Workshop) -> FeatureNetwork:
 
 def get_table(shop: Workshop, folder: Path) -> list[Row]:
     """Every line of the table, from the finished model's files; each is measured once and kept in the work folder."""
-    lora = [(folder / LORA_FILE, 1.0)]
     models = {
         "teacher": load_model(folder, shop.device, unet="teacher"),
         "LCM": load_model(folder, shop.device, unet="lcm"),
-        "LCM-LoRA": load_model(folder, shop.device, unet="teacher", lora=lora),
+        "LCM-LoRA": load_model(folder, shop.device, unet="teacher", lora=[(folder / LORA_FILE, 1.0)]),
     }
-    benchmark = Benchmark(shop.drawings, get_features(shop), shop.options.samples)
-    ledger = Ledger(shop.options.work / f"table-{shop.options.size}.json", benchmark, models)
-    guidance = min(TEACHER_GUIDANCE, key=lambda g: ledger.row("teacher", "dpmpp_2m", 25, g).fd)
-    student_guidance = min(STUDENT_GUIDANCE, key=lambda g: ledger.row("LCM", "lcm", 4, g).fd)
-    for steps in (1, 2, 4, 8, 25):
-        for sampler in ("euler", "dpmpp_2m"):
-            ledger.row("teacher", sampler, steps, guidance)
-    for steps in (1, 2, 4, 8):
+    features, work, size = get_features(shop), shop.options.work, shop.options.size
+    trial_samples = min(GUIDANCE_SAMPLES, shop.options.samples)
+    trial = Ledger(work / f"guidance-{size}.json", Benchmark(shop.drawings, features, trial_samples), models)
+    guidance = min(TEACHER_GUIDANCE, key=lambda g: trial.row("teacher", "dpmpp_2m", 25, g).fd)
+    student_guidance = min(STUDENT_GUIDANCE, key=lambda g: trial.row("LCM", "lcm", 4, g).fd)
+    ledger = Ledger(work / f"table-{size}.json", Benchmark(shop.drawings, features, shop.options.samples), models)
+    for steps in (4, 1, 2, 8):
         ledger.row("LCM", "lcm", steps, student_guidance)
+        ledger.row("teacher", "dpmpp_2m", steps, guidance)
         ledger.row("LCM-LoRA", "lcm", steps, 1.0)
-    return ledger.rows
+    ledger.row("teacher", "dpmpp_2m", 25, guidance)
+    for steps in (1, 2, 4, 8):
+        ledger.row("teacher", "euler", steps, guidance)
+    return sorted(ledger.rows, key=lambda row: (row.model, row.sampler, row.steps))
 
 
 def _cached(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lcm_core.adapters import LoraAdapters, add_lora, lora_state_dict
 from lcm_core.guidance import guidance_embedding
 from lcm_core.schedule import get_alphas_cumprod
+from lcm_core.unet import exact_output
 from trainer.emoji import Network
 from trainer.emoji.teacher import CaptionedLatents, build_unet
 from trainer.emoji.words import tokenize
@@ -47,6 +48,7 @@ def full_student(teacher_unet: Network) -> Network:
     if missing != ["time_embedding.cond_proj.weight"] or unexpected:
         raise ValueError(f"teacher and student differ: missing {missing}, unexpected {unexpected}")
     nn.init.zeros_(unet.time_embedding.cond_proj.weight)
+    exact_output(unet)
     return unet
 
 
@@ -59,6 +61,7 @@ def distil_full(
     device: torch.device,
 ) -> Network:
     """Latent consistency distillation of the whole U-Net. The target network is the average, and the result."""
+    exact_output(teacher["unet"])
     online = full_student(teacher["unet"]).to(device)
     target = copy.deepcopy(online).requires_grad_(False)
     networks = as_student(online), as_student(target), as_teacher(teacher["unet"].to(device))
@@ -105,6 +108,7 @@ def distil_lora(
     with their average.
     """
     unet = copy.deepcopy(teacher["unet"]).to(device)
+    exact_output(unet)
     adapters = add_lora(unet, rank)
     adapters.start_ema()
 
