@@ -117,6 +117,9 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
     assert any(key.startswith("lora_unet_down_blocks_0") and key.endswith(".alpha") for key in lora)
     student = read_safetensors(tmp_path / "model/unet_lcm/diffusion_pytorch_model.safetensors")[0]
     assert student["time_embedding.cond_proj.weight"].dtype == torch.float16
+    configs = [file.read_text() for file in (tmp_path / "model").glob("*/config.json")]
+    assert len(configs) == 4
+    assert not any(str(tmp_path) in text for text in configs)  # nobody's folders in a published model
     command = [sys.executable, "-m", "lcm_core", "generate", "red disc", "--model", str(tmp_path / "model")]
     subprocess.run([*command, "--steps", "1", "--out", str(tmp_path / "disc.png")], check=True)
     assert (tmp_path / "disc.png").read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,13 @@ CREDITS = {
     "fluent": "Fluent Emoji (flat), Microsoft, MIT License",
     "twemoji": "Twemoji, Twitter and contributors, CC-BY 4.0",
 }
+KNOWN_FAULTS = (
+    "- Trained briefly: many emoji are not recognisable yet.",
+    "- One and two steps are poor, and four LCM steps are not yet better than four DPM++ steps of the teacher.",
+    "  The teacher predicts noise, and at t = 999 an error of that is 14.6 times larger in the picture: more",
+    "  accuracy than a network of this size reaches. Velocity prediction has no such factor and is tried next.",
+)
+"""Of the weights that are shipped now."""
 NAMES_CREDIT = "Names and keywords: emojibase-data, MIT License, from Unicode CLDR, Unicode License"
 
 
@@ -59,6 +66,7 @@ def model_card(
         to_markdown(rows) if rows else "Not measured yet for these weights.\n",
         "## Limits",
         "",
+        *KNOWN_FAULTS,
         "- Small pictures, soft details; faces that differ in an eyebrow come out alike. No letters, flags or symbols.",
         "- Words outside the emoji vocabulary are read letter by letter and mean nothing to it.",
         "- It copies the three drawing styles; it was made for tests and teaching, not for artwork.",

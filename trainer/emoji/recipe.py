@@ -20,7 +20,7 @@ from torch import Tensor
 from lcm_core.files import atomic_write, new_folder
 from lcm_core.loading import load_model
 from lcm_core.lora import save_lora
-from lcm_core.weights import read_safetensors, write_safetensors
+from lcm_core.weights import read_json, read_safetensors, write_json, write_safetensors
 from trainer.emoji import Network
 from trainer.emoji.autoencoder import SCALING_FACTOR, encode_mean, train_vae
 from trainer.emoji.card import model_card
@@ -213,6 +213,9 @@ def assemble(
     networks = {"vae": vae, "text_encoder": teacher["text_encoder"], "unet_teacher": teacher["unet"], "unet_lcm": lcm}
     for name, network in networks.items():
         copy.deepcopy(network).half().save_pretrained(folder / name)
+        config = read_json(folder / name / "config.json")
+        config.pop("_name_or_path", None)  # the work folder on this machine
+        write_json(folder / name / "config.json", config)
     shop.tokenizer.save_pretrained(folder / "tokenizer")
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(shop.options.work / "tokenizer" / file, folder / "tokenizer" / file)
