@@ -84,7 +84,6 @@ def test_any_prompt_has_tokens_and_known_words_have_one_each(drawings, tmp_path)
         words[:8]
         == ["<|startoftext|>", "red</w>", "disc</w>", ",</w>", "noto</w>", "style</w>"] + ["<|endoftext|>"] * 2
     )
-    assert tokenizer.unk_token_id not in tokens[1].tolist()[1:12] or tokenizer.unk_token == "<|endoftext|>"
     assert (tokens[1] != tokenizer.eos_token_id).sum() > 10  # bytes, not a single unknown token
 
 
