@@ -63,6 +63,23 @@ def to_eps(model_output: Tensor, x_t: Tensor, abar: Tensor, prediction_type: str
     raise _unknown(prediction_type)
 
 
+def prediction_target(x0: Tensor, eps: Tensor, abar: Tensor, prediction_type: str) -> Tensor:
+    """What a perfect network predicts at add_noise(x0, eps, abar), like x0: the target of a diffusion loss.
+
+    epsilon: eps; v_prediction: sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv 2202.00512 App. D); sample: x0.
+
+    Raises:
+        InputError: unknown prediction type.
+    """
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "v_prediction":
+        return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+    if prediction_type == "sample":
+        return x0
+    raise _unknown(prediction_type)
+
+
 def apply_boundary(
     x0: Tensor, x_t: Tensor, timesteps: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0
 ) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcm_core.checkpoint import ModelInfo, read_info
+from lcm_core.checkpoint import ModelInfo, read_info, read_tokenizer_files
 from lcm_core.errors import InputError
 from lcm_core.fast import optimise_unet, optimise_vae
 from lcm_core.lora import merge, read_lora
@@ -139,7 +139,7 @@ def load_model(
         unet=network,
         vae=loaded_vae,
         text=text,
-        schedule=_schedule(source.info),
+        schedule=noise_schedule(source.info),
         prediction_type=source.info.prediction_type,
         resolution=network.model.config.sample_size * loaded_vae.scale,
         origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
@@ -163,6 +163,16 @@ class Source:
     """Which U-Net of a shipped model."""
     card: Mapping[str, Any] = field(default_factory=dict)
     """What its model.json says."""
+
+    def read_tokenizers(self) -> dict[str, dict[str, str]]:
+        """The tokenizers in the model's folder, or in the metadata of its file: name to file name to text."""
+        if self.root.is_file():
+            files = read_tokenizer_files(self.root)
+            return {"tokenizer": files} if files else {}
+        return {
+            folder.name: {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())}
+            for folder in sorted(self.root.glob("tokenizer*"))
+        }
 
 
 def find_source(name: PathLike, unet: str | None = None) -> Source:
@@ -206,7 +216,7 @@ def find_model(name: PathLike) -> Path:
 
 
 def merge_loras(unet: UNet, text: TextEncoder, files: Sequence[tuple[Path, float]]) -> None:
-    """Merge LoRA files into the U-Net and the text encoders.
+    """Merge LoRA files into the U-Net and the text encoders, for good.
 
     Raises:
         InputError: a file is no LoRA, or one for another architecture.
@@ -214,10 +224,10 @@ def merge_loras(unet: UNet, text: TextEncoder, files: Sequence[tuple[Path, float
     if not files:
         return
     loras = [(read_lora(path), strength) for path, strength in files]
-    merge(unet.model, loras)
+    merge(unet.model, loras, keep_originals=False)
     parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
     for part, encoder in zip(parts, text.encoders, strict=False):
-        merge(encoder.model, loras, part)
+        merge(encoder.model, loras, part, keep_originals=False)
     text.clear_cache()
 
 
@@ -256,7 +266,8 @@ def find_lora(path: PathLike, root: Path) -> Path:
     )
 
 
-def _schedule(info: ModelInfo) -> NoiseSchedule:
+def noise_schedule(info: ModelInfo) -> NoiseSchedule:
+    """The schedule that a model was trained with."""
     name = _SCHEDULES.get(info.beta_schedule, info.beta_schedule)
     steps, start, end = info.num_train_timesteps, info.beta_start, info.beta_end
     return NoiseSchedule(get_alphas_cumprod(name, steps, start, end, info.zero_terminal_snr))

@@ -126,7 +126,9 @@ def save_lora(
     weights.write_safetensors(path, tensors, {**stated, **(metadata or {})})
 
 
-def merge(model: nn.Module, loras: Sequence[tuple[Lora, float]], part: Part = "unet") -> None:
+def merge(
+    model: nn.Module, loras: Sequence[tuple[Lora, float]], part: Part = "unet", keep_originals: bool = True
+) -> None:
     """Merge LoRAs, all together and each with its strength, into a network's weights, in place of any merged before.
 
     The weights that change are kept so that `unmerge` can put them back bit for bit. On a CPU the originals themselves
@@ -136,6 +138,7 @@ def merge(model: nn.Module, loras: Sequence[tuple[Lora, float]], part: Part = "u
         model: a diffusers U-Net or a transformers text encoder.
         loras: from `read_lora`, with strengths; 1 is as trained.
         part: which layers of the LoRAs to use.
+        keep_originals: False saves their memory where nothing will be unmerged.
 
     Raises:
         InputError: a LoRA is for another architecture. Nothing has been merged then.
@@ -145,11 +148,9 @@ def merge(model: nn.Module, loras: Sequence[tuple[Lora, float]], part: Part = "u
     names = lora_keys.flat_names(modules, part)
     for lora, _ in loras:
         _check_fit(lora, lora.layers.get(part, {}), names, modules)
-    originals: dict[str, Tensor] = {}
-    for path in dict.fromkeys(names[flat] for lora, _ in loras for flat in lora.layers.get(part, {})):
-        weight = modules[path].weight
-        originals[path] = weight.data if weight.device.type == "cpu" else weight.data.cpu()
-    setattr(model, _ORIGINALS, originals)
+    changed = {names[flat] for lora, _ in loras for flat in lora.layers.get(part, {})} if keep_originals else set()
+    # .cpu() hands out the very tensor where it is on the CPU already; the merged weight below is new memory.
+    setattr(model, _ORIGINALS, {path: modules[path].weight.data.cpu() for path in changed})
     with torch.no_grad():
         for path, total in _deltas(loras, part, names, modules):
             weight = modules[path].weight

@@ -13,7 +13,7 @@ from torch import Tensor
 from lcm_core.checkpoint import Component, read_component, read_safetensors
 from lcm_core.configs import vae_config
 from lcm_core.errors import InputError
-from lcm_core.networks import Device, assemble, choose_device, choose_dtype, choose_memory_format
+from lcm_core.networks import LARGE_ON_CPU, Device, assemble, choose_device, choose_dtype, choose_memory_format
 from lcm_core.weights import PathLike
 
 LARGEST_UNTILED = 128 * 128  # latent pixels: 1024 x 1024 with the usual factor of 8
@@ -107,7 +107,8 @@ def load_vae(
         source: what `checkpoint.read_component` reads, or what it returns; or `taesd_decoder.safetensors` with
             `taesd_encoder.safetensors` beside it.
         device, memory_format: None chooses for this machine.
-        dtype: None chooses, but never float16, in which SDXL's VAE overflows.
+        dtype: None chooses, but never float16, in which SDXL's VAE overflows, and float32 for a small AutoencoderKL on
+            a CPU, which gains little there and whose pictures bfloat16 moves by some 255ths.
         scaling_factor: overrides the VAE's own. A bare SDXL VAE file has the shapes of SD 1.x and needs 0.13025 here.
 
     Raises:
@@ -121,7 +122,8 @@ def load_vae(
     if kind not in kinds:
         raise InputError(f"{component.source} holds a {kind}; give an AutoencoderKL or an AutoencoderTiny")
     place = choose_device(device)
-    number = choose_dtype(place, dtype)
+    weights = sum(tensor.numel() for tensor in component.tensors.values())
+    number = choose_dtype(place, dtype, LARGE_ON_CPU if kind == "AutoencoderTiny" else weights)
     if dtype is None and number == torch.float16:
         number = torch.float32
     layout = choose_memory_format(place, memory_format)

@@ -1,4 +1,4 @@
-"""The trainer's command line: `python -m trainer recipe emoji`.
+"""The trainer's command line: `python -m trainer distill | cache | eval | presets | recipe`.
 
 Importing this loads neither torch nor any other library, so that `--help` answers at once.
 """
@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+from lcm_core.commands.common import note
 from lcm_core.errors import InputError
+from trainer.commands.cache import add_cache
+from trainer.commands.distill import add_distill
+from trainer.commands.eval import add_eval
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and message."""
+        self.exit(USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands; `parse_args(...).run` is the chosen command's function."""
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train and distil diffusion models.")
+    parser = _Parser(prog="python -m trainer", description="Distil diffusion models into few-step ones.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_distill(commands)
+    add_cache(commands)
+    add_eval(commands)
     _add_recipe(commands)
     return parser
 
@@ -28,17 +43,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 2 for a mistake in the input, 130 when interrupted."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            # The libraries' talk to developers is not for users; our own warnings become notes of one line.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = lambda message, *_, **__: note(str(message))
+            args.run(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; what was learnt is saved: run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "error: out of memory; use --gradient-checkpointing, more --accumulation, or a smaller --resolution; "
+            "the same command goes on where it was",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     return 0
 
 
-def _add_recipe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch raises its own OutOfMemoryError on accelerators, and a plain RuntimeError on the CPU.
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "not enough memory" in words
+
+
+def _add_recipe(commands: Any) -> None:
     parser = commands.add_parser(
         "recipe",
         help="make the embedded model from its public data",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files import atomic_write
+from lcm_core.loading import MODELS
 from lcm_core.weights import read_safetensors, write_safetensors
 
 PACKAGES = {
@@ -30,6 +31,9 @@ GROUPS = {0: "smileys", 1: "people", 3: "animals", 4: "food", 5: "travel", 6: "a
 """Unicode's emoji groups that are used. Left out: symbols, flags and components, which are signs, not drawings."""
 HELD_OUT_SHARE = 0.15
 """Share of the emoji of which one style's drawing is never trained on (so a third of this of all the drawings)."""
+
+SHIPPED = MODELS / "emoji" / "benchmark"
+"""The drawings' latents, features and names, beside the embedded model."""
 
 TEMPLATES = ("{}", "{}", "a {}", "a {} emoji", "an emoji of a {}", "a drawing of a {}", "{} emoji", "the {}")
 
@@ -69,10 +73,20 @@ class Drawings:
     def indices(self, held_out: bool) -> Tensor:
         return torch.tensor([i for i, e in enumerate(self.entries) if e.held_out == held_out])
 
-    def codes(self) -> Tensor:
-        """(N,) the number of each picture's emoji, the same in every style."""
-        numbers = {code: i for i, code in enumerate(dict.fromkeys(e.code for e in self.entries))}
-        return torch.tensor([numbers[e.code] for e in self.entries])
+
+def number_emoji(entries: list[Drawing]) -> Tensor:
+    """(N,) the number of each picture's emoji, the same in every style."""
+    numbers = {code: i for i, code in enumerate(dict.fromkeys(e.code for e in entries))}
+    return torch.tensor([numbers[e.code] for e in entries])
+
+
+def read_entries(path: Path) -> list[Drawing]:
+    return [Drawing(**{**entry, "tags": tuple(entry["tags"])}) for entry in json.loads(path.read_text())]
+
+
+def write_entries(path: Path, entries: list[Drawing]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps([asdict(e) for e in entries], separators=(",", ":"), ensure_ascii=False))
 
 
 def load_drawings(folder: Path, size: int, icons: Path | None = None) -> Drawings:
@@ -88,11 +102,26 @@ def load_drawings(folder: Path, size: int, icons: Path | None = None) -> Drawing
         modules = icons or fetch_packages(folder)
         entries, svgs = list_drawings(modules)
         images = torch.stack([render(svg, size) for svg in svgs])
-        with atomic_write(words) as temporary:
-            temporary.write_text(json.dumps([asdict(e) for e in entries]))
+        write_entries(words, entries)
         write_safetensors(pictures, {"images": images}, {})
-    entries = [Drawing(**{**e, "tags": tuple(e["tags"])}) for e in json.loads(words.read_text())]
-    return Drawings(read_safetensors(pictures)[0]["images"], entries)
+    return Drawings(read_safetensors(pictures)[0]["images"], read_entries(words))
+
+
+def save_shipped(folder: Path, entries: list[Drawing], latents: Tensor, features: Tensor) -> None:
+    """Keep what is needed of the drawings where the icons are not at hand, in half precision.
+
+    Args:
+        latents: (M, 4, h, w) of the drawings that are not held out, in their order, scaled as the U-Net wants.
+        features: (N, D) of all drawings, from the benchmark's feature network.
+    """
+    write_safetensors(folder / "drawings.safetensors", {"latents": latents.half(), "features": features.half()}, {})
+    write_entries(folder / "drawings.json", entries)
+
+
+def load_shipped(folder: Path = SHIPPED) -> tuple[Tensor, list[str]]:
+    """Latents (M, 4, h, w) float32 of the drawings that may be trained on, scaled, and their captions."""
+    captions = [e.plain_caption for e in read_entries(folder / "drawings.json") if not e.held_out]
+    return read_safetensors(folder / "drawings.safetensors")[0]["latents"].float(), captions
 
 
 def fetch_packages(folder: Path) -> Path:

@@ -14,8 +14,9 @@ from lcm_core.files import atomic_write
 from lcm_core.loading import Model
 from lcm_core.painting import Inputs, noise_source, paint
 from lcm_core.settings import Settings
-from trainer.emoji.data import Drawings
-from trainer.emoji.features import FeatureNetwork, extract
+from lcm_core.weights import read_safetensors
+from trainer.emoji.data import SHIPPED, Drawing, number_emoji, read_entries
+from trainer.emoji.features import FeatureNetwork, extract, load_features
 from trainer.metrics import frechet_distance, recall, retrieval_accuracy
 
 BATCH_SIZE = 128
@@ -54,16 +55,21 @@ class Benchmark:
     """Scores models on the drawings' own captions.
 
     `samples` captions are drawn from all drawings, seen and held out, and painted with seeds 0, 1, 2, ...
+
+    Args:
+        entries: what the N drawings show.
+        real: the drawings' features (N, D).
+        features: the network that they come from.
     """
 
-    def __init__(self, drawings: Drawings, features: FeatureNetwork, samples: int = 2048) -> None:
-        self.drawings, self.features = drawings, features
-        self.real, self.codes = extract(features, drawings.images), drawings.codes()
+    def __init__(self, entries: list[Drawing], real: Tensor, features: FeatureNetwork, samples: int = 2048) -> None:
+        self.entries, self.features = entries, features
+        self.real, self.codes = real, number_emoji(entries)
         generator = torch.Generator().manual_seed(1234)
         rounds = 1 + samples // len(self.codes)
         order = torch.cat([torch.randperm(len(self.codes), generator=generator) for _ in range(rounds)])
         self.chosen = order[:samples]
-        self.held_out = torch.tensor([drawings.entries[i].held_out for i in self.chosen.tolist()])
+        self.held_out = torch.tensor([entries[i].held_out for i in self.chosen.tolist()])
 
     def score(self, name: str, model: Model, sampler: str, steps: int, guidance_scale: float) -> Row:
         """Paint and measure one line of the table."""
@@ -91,10 +97,21 @@ class Benchmark:
         """Features of one picture for each chosen caption, (M, 128)."""
         parts = []
         for seeds in torch.arange(len(self.chosen)).split(BATCH_SIZE):
-            captions = [self.drawings.entries[i].plain_caption for i in self.chosen[seeds].tolist()]
+            captions = [self.entries[i].plain_caption for i in self.chosen[seeds].tolist()]
             pictures = paint_captions(model, captions, seeds.tolist(), sampler, steps, guidance_scale)
             parts.append(extract(self.features, pictures))
         return torch.cat(parts)
+
+
+def load_benchmark(samples: int = 2048, folder: Path = SHIPPED) -> Benchmark:
+    """The benchmark as shipped: no icons have to be rendered, no network trained.
+
+    Raises:
+        InputError: the folder lacks a file of it.
+    """
+    real = read_safetensors(folder / "drawings.safetensors")[0]["features"].float()
+    network = load_features(folder / "features.safetensors")
+    return Benchmark(read_entries(folder / "drawings.json"), real, network, samples)
 
 
 @dataclass
@@ -119,17 +136,3 @@ class Ledger:
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps([asdict(row) for row in [*rows, measured]], indent=1))
         return measured
-
-
-def to_markdown(rows: list[Row]) -> str:
-    """The table as Markdown."""
-    lines = [
-        "| model | sampler | steps | guidance | FD | recall | alignment | seen pairs | held-out pairs | images/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r.model} | {r.sampler} | {r.steps} | {r.guidance_scale:g} | {r.fd:.2f} | {r.recall:.3f} "
-            f"| {r.alignment:.3f} | {r.seen_alignment:.3f} | {r.held_out_alignment:.3f} | {r.images_per_second:.1f} |"
-        )
-    return "\n".join(lines) + "\n"

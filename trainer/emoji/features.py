@@ -17,59 +17,60 @@ from torch import Tensor, nn
 
 from lcm_core.weights import read_safetensors, write_safetensors
 from trainer.emoji.autoencoder import to_unit
-from trainer.emoji.data import PACKAGES, Drawings
+from trainer.emoji.data import PACKAGES, Drawings, number_emoji
 from trainer.loop import LoopConfig, train
 
 FEATURE_WIDTH = 128
 
 
 class FeatureNetwork(nn.Module):
-    """(B, 3, S, S) in [-1, 1] -> features (B, 128). `classify` gives the logits that it is trained by."""
+    """(B, 3, S, S) in [-1, 1] -> features (B, 128)."""
 
-    def __init__(self, emoji: int, styles: int = len(PACKAGES)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 128, 192)
+        widths = (3, 24, 48, 80, 112)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
             layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.project = nn.Linear(widths[-1] * 16, FEATURE_WIDTH)
-        self.emoji, self.style = nn.Linear(FEATURE_WIDTH, emoji), nn.Linear(FEATURE_WIDTH, styles)
 
     def forward(self, pixels: Tensor) -> Tensor:
         # Pooled to 4x4, not 1x1: where a thing stands in the picture belongs to how it looks.
         return self.project(F.adaptive_avg_pool2d(self.body(pixels), 4).flatten(1))
 
-    def classify(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self(pixels)
-        return self.emoji(features), self.style(features)
-
 
 def train_features(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> FeatureNetwork:
-    """Train on all real drawings (the held-out ones too: they are real) and store it in `folder`."""
-    codes = drawings.codes()
+    """Train on all real drawings (the held-out ones too: they are real) to name their emoji and their style."""
+    codes = number_emoji(drawings.entries)
     styles = torch.tensor([list(PACKAGES).index(e.style) for e in drawings.entries])
-    network = FeatureNetwork(int(codes.max()) + 1).to(device)
+    heads = {"emoji": nn.Linear(FEATURE_WIDTH, int(codes.max()) + 1), "style": nn.Linear(FEATURE_WIDTH, len(PACKAGES))}
+    network = nn.ModuleDict({"features": FeatureNetwork(), **heads}).to(device)
     ema = copy.deepcopy(network).requires_grad_(False)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(codes), (config.batch_size,), generator=generator)
         pixels = disturb(to_unit(drawings.images[chosen]), generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            emoji, style = network.classify(pixels)
+            features = network["features"](pixels)
+            emoji, style = network["emoji"](features), network["style"](features)
         loss = F.cross_entropy(emoji.float(), codes[chosen].to(device), label_smoothing=0.1)
         return loss + F.cross_entropy(style.float(), styles[chosen].to(device))
 
     train(network, loss_fn, config, folder, ema)
-    write_safetensors(folder / "features.safetensors", ema.state_dict(), {"emoji": str(int(codes.max()) + 1)})
-    return ema
+    features = ema["features"]
+    assert isinstance(features, FeatureNetwork)
+    return features
+
+
+def save_features(path: Path, network: FeatureNetwork) -> None:
+    write_safetensors(path, {name: tensor.half() for name, tensor in network.state_dict().items()}, {})
 
 
 def load_features(path: Path) -> FeatureNetwork:
-    tensors, metadata = read_safetensors(path)
-    network = FeatureNetwork(int(metadata["emoji"]))
-    network.load_state_dict(tensors)
+    network = FeatureNetwork()
+    network.load_state_dict(read_safetensors(path)[0])
     return network.eval().requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,33 @@ from lcm_core.files import atomic_write, new_folder
 from lcm_core.loading import load_model
 from lcm_core.lora import save_lora
 from lcm_core.weights import read_json, read_safetensors, write_json, write_safetensors
+from trainer.config import LoopConfig, MethodConfig
 from trainer.emoji import Network
 from trainer.emoji.autoencoder import SCALING_FACTOR, encode_mean, train_vae
 from trainer.emoji.card import model_card
-from trainer.emoji.data import Drawings, load_drawings
-from trainer.emoji.evaluate import Benchmark, Ledger, Row, to_markdown
-from trainer.emoji.features import FeatureNetwork, load_features, train_features
+from trainer.emoji.data import SHIPPED, Drawings, load_drawings, save_shipped
+from trainer.emoji.evaluate import Ledger, Row, load_benchmark
+from trainer.emoji.features import extract, load_features, save_features, train_features
 from trainer.emoji.student import distil_full, distil_lora
-from trainer.emoji.teacher import CaptionedLatents, train_teacher
+from trainer.emoji.teacher import PREDICTION_TYPE, CaptionedLatents, train_teacher
 from trainer.emoji.words import build_tokenizer
-from trainer.lcd import LCDConfig
-from trainer.loop import LoopConfig
+from trainer.tables import to_markdown
 
 STAGES = {
     "features": LoopConfig(steps=2400, batch_size=64, learning_rate=2e-3),
     "vae": LoopConfig(steps=6500, batch_size=16, learning_rate=1e-3, ema_decay=0.998),
-    "teacher": LoopConfig(steps=3700, batch_size=64, learning_rate=7e-4),
-    "lcm": LoopConfig(steps=2500, batch_size=32, learning_rate=2e-4, ema_decay=0.95),
-    "lora": LoopConfig(steps=300, batch_size=32, learning_rate=1e-3, ema_decay=0.95),
+    "teacher": LoopConfig(steps=9700, batch_size=64, learning_rate=7e-4),
+    "lcm": LoopConfig(steps=2000, batch_size=32, learning_rate=2e-4, ema_decay=0.95),
+    "lora": LoopConfig(steps=400, batch_size=32, learning_rate=1e-3, ema_decay=0.95),
 }
 """Each training stage's loop. The numbers are those of the shipped weights."""
-DISTILLATION = LCDConfig(w_min=0.0, w_max=2.0)
+DISTILLATION = MethodConfig(w_min=0.0, w_max=3.0)
 """Guidance that suits the small teacher; Stable Diffusion wants 2 to 14."""
-LORA_DISTILLATION = replace(DISTILLATION, w_min=2.0, w_max=2.0)
+LORA_DISTILLATION = replace(DISTILLATION, w_min=1.0, w_max=1.0)
 LORA_RANK = 8
 LORA_FILE = "lora/lcm_lora.safetensors"
-TEACHER_GUIDANCE = (1.5, 3.0, 5.0)
-STUDENT_GUIDANCE = (1.5, 2.0, 3.0, 5.0, 7.0)
+TEACHER_GUIDANCE = (1.5, 2.0, 3.0)
+STUDENT_GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 """Guidance scales that are tried; the one of lowest FD becomes the default."""
 GUIDANCE_SAMPLES = 512
 """Pictures behind each trial of a guidance scale."""
@@ -103,9 +103,10 @@ def run(options: Options) -> None:
     if not options.output.exists():
         with new_folder(options.output) as folder:
             assemble(shop, folder, vae, teacher, lcm, lora)
+            ship_benchmark(shop, folder / SHIPPED.name, vae)
     rows = get_table(shop, options.output)
     finish(shop, options.output, rows)
-    print(to_markdown(rows))
+    print(to_markdown([asdict(row) for row in rows]))
 
 
 def get_vae(shop: Workshop) -> Network:
@@ -158,12 +159,15 @@ def get_lora(shop: Workshop, vae: Network, teacher: Mapping[str, Network]) -> di
     return read_safetensors(path)[0]
 
 
-def get_features(shop: Workshop) -> FeatureNetwork:
-    path = shop.folder("features") / "features.safetensors"
-    if not path.exists():
-        torch.manual_seed(0)
-        train_features(shop.drawings, shop.options.loop("features"), path.parent, shop.device)
-    return load_features(path).to(shop.device)
+def ship_benchmark(shop: Workshop, folder: Path, vae: Network) -> None:
+    """Put the feature network and what it sees in the drawings beside the model."""
+    torch.manual_seed(0)  # the network's first weights
+    network = train_features(shop.drawings, shop.options.loop("features"), shop.folder("features"), shop.device)
+    folder.mkdir()
+    save_features(folder / "features.safetensors", network)
+    network = load_features(folder / "features.safetensors")  # as everybody else will have it, rounded
+    real = extract(network, shop.drawings.images)
+    save_shipped(folder, shop.drawings.entries, get_latents(shop, vae).latents, real)
 
 
 def get_table(shop: Workshop, folder: Path) -> list[Row]:
@@ -173,12 +177,12 @@ def get_table(shop: Workshop, folder: Path) -> list[Row]:
         "LCM": load_model(folder, shop.device, unet="lcm"),
         "LCM-LoRA": load_model(folder, shop.device, unet="teacher", lora=[(folder / LORA_FILE, 1.0)]),
     }
-    features, work, size = get_features(shop), shop.options.work, shop.options.size
-    trial_samples = min(GUIDANCE_SAMPLES, shop.options.samples)
-    trial = Ledger(work / f"guidance-{size}.json", Benchmark(shop.drawings, features, trial_samples), models)
+    work, size = shop.options.work, shop.options.size
+    shipped, samples = folder / SHIPPED.name, shop.options.samples
+    trial = Ledger(work / f"guidance-{size}.json", load_benchmark(min(GUIDANCE_SAMPLES, samples), shipped), models)
     guidance = min(TEACHER_GUIDANCE, key=lambda g: trial.row("teacher", "dpmpp_2m", 25, g).fd)
     student_guidance = min(STUDENT_GUIDANCE, key=lambda g: trial.row("LCM", "lcm", 4, g).fd)
-    ledger = Ledger(work / f"table-{size}.json", Benchmark(shop.drawings, features, shop.options.samples), models)
+    ledger = Ledger(work / f"table-{size}.json", load_benchmark(samples, shipped), models)
     for steps in (4, 1, 2, 8):
         ledger.row("LCM", "lcm", steps, student_guidance)
         ledger.row("teacher", "dpmpp_2m", steps, guidance)
@@ -228,7 +232,7 @@ def describe(shop: Workshop, folder: Path, guidance_scale: float, teacher_guidan
     settings = {
         "name": "emoji",
         "resolution": shop.options.size,
-        "prediction_type": DISTILLATION.prediction_type,
+        "prediction_type": PREDICTION_TYPE,
         "schedule": {"schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         "original_steps": DISTILLATION.original_steps,
         "guidance_scale": guidance_scale,

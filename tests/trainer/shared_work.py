@@ -1,0 +1,42 @@
+"""What each process of `test_several_processes_have_the_losses_of_one` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.distill import Latents, distill
+from trainer.processes import join_processes
+from trainer.students import lora_student
+
+
+class Network(nn.Module):
+    """A convolution, and a layer for the conditioning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1)
+        self.to_q = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return (self.conv1(x) + self.to_q(context).mean(1)[:, :, None, None] + t[:, None, None, None] / 1000).tanh()
+
+
+def main(folder: str, steps: str) -> None:
+    """Distil up to `steps`, with whatever processes there are."""
+    torch.manual_seed(0)
+    module = Network()
+    student = lora_student(module, lambda x, t, c, w: module(x, t, c["context"]), StudentConfig(rank=2))
+    draw = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(9, 4, 8, 8, generator=draw), torch.randn(9, 5, 3, generator=draw)
+    data = Latents(latents, {"context": context}, {"context": torch.zeros(1, 5, 3)})
+    loop = LoopConfig(int(steps), 6, 3e-2, warmup_steps=1, cooldown=0.0, ema_decay=0.9, accumulation=2)
+    team = join_processes(torch.device("cpu"))
+    schedule = NoiseSchedule(get_alphas_cumprod())
+    method = MethodConfig(loss="l2", noise_offset=0.1)
+    distill(student, data, schedule, "epsilon", method, loop, Path(folder), 0.3, processes=team)
+    team.wait()

@@ -1,0 +1,147 @@
+"""The plan of `--dry-run` beside what is really allocated and written."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lcm_core.adapters import lora_state_dict
+from lcm_core.checkpoint import read_component
+from lcm_core.lora import save_lora
+from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from trainer.config import DistillConfig, LoopConfig, MethodConfig, StudentConfig
+from trainer.data.cache import prepare
+from trainer.data.settings import DataConfig
+from trainer.distill import Latents, distill
+from trainer.estimate import LIBRARIES, make_plan, time_left, to_text
+from trainer.processes import Processes
+from trainer.rehearsal import rehearsal
+from trainer.students import full_student, lora_student, prepare_unet, unet_network
+
+from .conftest import WIDTH, build_unet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(teachers, photos, tmp_path):
+    """A LoRA run of 2 pictures at a time on the tiny teacher."""
+    return DistillConfig(
+        teacher=str(teachers()),
+        output=str(tmp_path / "out"),
+        device="cpu",
+        data=DataConfig(path=str(photos), resolution=64),
+        student=StudentConfig(rank=4, precision="float32"),
+        training=LoopConfig(steps=2, batch_size=2, learning_rate=1e-3, tensorboard=False),
+    )
+
+
+def real_student(config):
+    component = read_component(f"{config.teacher}/unet", "unet")
+    unet = build_unet()
+    prepare_unet(unet, config.student, (8, 8))
+    if config.student.kind == "full":
+        return full_student(component, unet_network(unet), config.student, device=CPU)
+    return lora_student(unet, unet_network(unet), config.student)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_weights_are_counted_exactly(config, kind):
+    config = replace(config, student=replace(config.student, kind=kind))
+    student, memory = real_student(config), make_plan(config).memory
+    assert memory["weights that learn"] == 4 * count(student.trained)
+    assert memory["their moving average"] == 4 * count(student.trained)
+    assert memory["optimiser"] == 8 * count(student.trained)
+    assert memory["frozen weights"] == 4 * count(build_unet())
+
+
+def test_the_state_and_the_lora_are_as_large_as_planned(config, tmp_path):
+    student, plan = real_student(config), make_plan(config)
+    words = torch.randn(3, 77, WIDTH)
+    data = Latents(torch.randn(2, 4, 8, 8), {"encoder_hidden_states": words[:2]}, {"encoder_hidden_states": words[2:]})
+    schedule = NoiseSchedule(get_alphas_cumprod())
+    distill(student, data, schedule, "epsilon", MethodConfig(), config.training, tmp_path)
+    save_lora(tmp_path / "lora.safetensors", lora_state_dict(student.unet, ema=True, dtype=torch.float16))
+    # names and shapes of a tiny network's many small tensors weigh more than 2 percent, so they are taken off
+    for name, file in (("state", "state.safetensors"), ("result", "lora.safetensors")):
+        with open(tmp_path / file, "rb") as stream:
+            header = int.from_bytes(stream.read(8), "little") + 8
+        assert (tmp_path / file).stat().st_size - header == pytest.approx(plan.disk[name], rel=0.02), name
+
+
+def test_the_cache_is_as_large_as_planned(config, tmp_path):
+    plan = make_plan(config)
+    prepare(config.data, config.teacher, tmp_path / "cache", CPU)
+    written = 0
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        with open(file, "rb") as stream:
+            written += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    assert written == pytest.approx(plan.disk["cache"], rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rehearsed_step_takes_the_memory_of_a_real_one(config, checkpointing):
+    """What a real backward pass keeps, as torch's profiler saw it allocated."""
+    config = replace(config, student=replace(config.student, gradient_checkpointing=checkpointing))
+    student = real_student(config)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 500])
+    cond = {"encoder_hidden_states": torch.randn(2, 77, WIDTH)}
+    student.networks.online(x, t, cond, None)  # what is made once is not counted
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = student.networks.online(x, t, cond, None)
+    kept = sum(event.self_cpu_memory_usage for event in profile.events())
+    with rehearsal(CPU) as memory:
+        unet = build_unet()
+        unet.to = lambda **_: unet  # as in the estimate
+        prepare_unet(unet, config.student, (8, 8))
+        rehearsed = lora_student(unet, unet_network(unet), config.student, with_average=False)
+        x, t = torch.empty(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
+        cond = {"encoder_hidden_states": torch.empty(2, 77, WIDTH)}
+        before = memory.live
+        assert rehearsed.networks.online(x, t, cond, None).shape == output.shape
+        planned = memory.peak - before
+    assert planned >= 0.9 * kept
+    assert planned <= 1.6 * kept + 2**20
+
+
+def test_a_rehearsal_holds_no_memory_and_forgets_what_is_gone():
+    with rehearsal(CPU) as memory:
+        huge = torch.empty(1 << 40)  # 4 TiB
+        assert memory.live == 4 << 40
+        view = huge[1:]
+        del huge
+        assert memory.live == 4 << 40
+        del view
+        assert memory.live == 0
+        assert memory.peak == 4 << 40
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_more_pictures_at_once_take_more_and_checkpointing_takes_less(config):
+    def activations(batch, accumulation=1, checkpointing=False):
+        training = replace(config.training, batch_size=batch, accumulation=accumulation)
+        student = replace(config.student, gradient_checkpointing=checkpointing)
+        plan = make_plan(replace(config, training=training, student=student), Processes(CPU))
+        return plan.memory["activations and gradients"]
+
+    plain = activations(16)
+    assert plain > 1.5 * activations(16, accumulation=4)
+    assert activations(16, checkpointing=True) < plain
+
+
+def test_the_text_names_every_part_and_time_only_once_steps_were_measured(config, tmp_path):
+    plan = make_plan(config)
+    text = to_text(plan)
+    assert plan.memory["libraries"] == LIBRARIES
+    for part in ("frozen weights", "activations and gradients", "cache", "state", "result", "6 pictures", "unknown"):
+        assert part in text
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    lines = [f'{{"step": {i}, "loss": 1, "seconds": {s}}}\n' for i, s in enumerate((9.0, 2.0, 2.0))]
+    (tmp_path / "out" / "run" / "log.jsonl").write_text("".join(lines))
+    plan.seconds = time_left(replace(config, training=replace(config.training, steps=103)))
+    assert plan.seconds == pytest.approx(200)
+    assert "3 min from here on" in to_text(plan)

@@ -1,0 +1,286 @@
+"""Every method's loss against a second implementation in float64, one sample at a time, from the papers' equations."""
+
+import itertools
+import math
+import operator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lcm_core.errors import InputError
+from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
+from trainer.config import MethodConfig
+from trainer.data.cache import Batch
+from trainer.methods import get_method, make_sample
+from trainer.methods.segmented import phase_edges
+from trainer.methods.shared import Networks, at, draw_noise, draw_timesteps, snr_weight, teacher_jump
+
+SHAPE = (5, 4, 3, 2)
+BETAS = [(math.sqrt(0.00085) + i / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2 for i in range(1000)]
+ABAR = list(itertools.accumulate((1 - beta for beta in BETAS), operator.mul))
+CONFIG = MethodConfig(huber_c=0.01, w_min=1, w_max=9)
+
+
+def _network(seed: int):
+    """A smooth function of everything that a U-Net is given, with weights of its own."""
+    weights = torch.randn(5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def call(x, t, conditioning, w):
+        per_sample = (t.double() / 300).sin() * weights[0] + conditioning["encoder_hidden_states"].mean((1, 2))
+        per_sample = per_sample + conditioning["added_cond_kwargs"]["time_ids"].mean(1) * weights[1]
+        if w is not None:
+            per_sample = per_sample + 0.1 * w * weights[2]
+        return (x * weights[3] + per_sample.view(-1, 1, 1, 1)).tanh() * weights[4]
+
+    return call
+
+
+def _conditioning(generator):
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return {"encoder_hidden_states": draw(5, 7, 3), "added_cond_kwargs": {"time_ids": draw(5, 6)}}
+
+
+def _row(conditioning, i):
+    return {
+        "encoder_hidden_states": conditioning["encoder_hidden_states"][i : i + 1],
+        "added_cond_kwargs": {"time_ids": conditioning["added_cond_kwargs"]["time_ids"][i : i + 1]},
+    }
+
+
+def _abar(t: float) -> float:
+    low = min(int(t), 998)
+    log_sigma = [0.5 * math.log((1 - ABAR[i]) / ABAR[i]) for i in (low, low + 1)]
+    return 1 / (1 + math.exp(2 * (log_sigma[0] + (t - low) * (log_sigma[1] - log_sigma[0]))))
+
+
+def _seen(output, x, abar, kind):
+    """(x0, eps) from the three kinds of output."""
+    signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
+    if kind == "epsilon":
+        return (x - noise * output) / signal, output
+    if kind == "v_prediction":
+        return signal * x - noise * output, signal * output + noise * x
+    return output, (x - signal * output) / noise
+
+
+def _consistency(network, x, t, conditioning, w, kind):
+    """arXiv 2310.04378 Eq. 9 with sigma_data 0.5 and timestep scaling 10."""
+    x0, _ = _seen(network(x, torch.tensor([t]), conditioning, w), x, _abar(t), kind)
+    scaled = 10.0 * t
+    return 0.25 / (scaled**2 + 0.25) * x + scaled / math.sqrt(scaled**2 + 0.25) * x0
+
+
+def _trajectory(network, x, t, end, conditioning, w, kind):
+    """The step of arXiv 2402.19159 from t to `end`, in its exponential form with lambda = log(alpha / sigma)."""
+    x0, _ = _seen(network(x, torch.tensor([t]), conditioning, w), x, _abar(t), kind)
+    lam = [0.5 * math.log(_abar(v) / (1 - _abar(v))) for v in (t, end)]
+    sigma = [math.sqrt(1 - _abar(v)) for v in (t, end)]
+    return sigma[1] / sigma[0] * x - math.sqrt(_abar(end)) * math.expm1(lam[0] - lam[1]) * x0
+
+
+def _teacher_eps(teacher, x, t, conditioning, null, w, kind):
+    eps = [_seen(teacher(x, torch.tensor([t]), c, None), x, _abar(t), kind)[1] for c in (conditioning, null)]
+    return (1 + w) * eps[0] - w * eps[1]
+
+
+def _jump(teacher, x, t, s, conditioning, null, w, solver, kind):
+    """DDIM (arXiv 2010.02502 Eq. 12), or DPM-Solver++(2S) with r = 1/2 (arXiv 2211.01095 Alg. 1)."""
+    eps = _teacher_eps(teacher, x, t, conditioning, null, w, kind)
+    x0 = (x - math.sqrt(1 - _abar(t)) * eps) / math.sqrt(_abar(t))
+    if solver == "ddim":
+        return math.sqrt(_abar(s)) * x0 + math.sqrt(1 - _abar(s)) * eps
+    lam = [0.5 * math.log(_abar(v) / (1 - _abar(v))) for v in (t, s)]
+    half, h = (lam[0] + lam[1]) / 2, lam[1] - lam[0]
+    abar_mid = 1 / (1 + math.exp(-2 * half))
+    sigma = [math.sqrt(1 - _abar(v)) for v in (t, s)]
+    u = math.sqrt(1 - abar_mid) / sigma[0] * x - math.sqrt(abar_mid) * math.expm1(-h / 2) * x0
+    low, high = s, t
+    for _ in range(200):  # the timestep whose lambda is the midpoint's
+        middle = (low + high) / 2
+        low, high = (middle, high) if 0.5 * math.log(_abar(middle) / (1 - _abar(middle))) > half else (low, middle)
+    middle = round(middle * 512) / 512  # as samplers do: `timesteps_from_sigmas` says why
+    eps_mid = _teacher_eps(teacher, u, middle, conditioning, null, w, kind)
+    x0_mid = (u - math.sqrt(1 - abar_mid) * eps_mid) / math.sqrt(abar_mid)
+    return sigma[1] / sigma[0] * x - math.sqrt(_abar(s)) * math.expm1(-h) * x0_mid
+
+
+def _distance(difference, config):
+    if config.loss == "l2":
+        return float((difference**2).mean())
+    if config.loss == "huber":
+        return float(((difference**2 + config.huber_c**2).sqrt() - config.huber_c).mean())
+    return float((1 + difference**2 / (2 * config.huber_c**2)).log().mean())
+
+
+def _reference(networks, sample, config, kind):
+    """The loss of each sample; what was drawn is taken from `sample`, everything else is computed here."""
+    online, target, teacher = networks
+    losses = []
+    for i in range(len(sample.x0)):
+        x0, eps, w = sample.x0[i : i + 1], sample.eps[i : i + 1].double(), sample.w[i : i + 1].double()
+        t, s, end = int(sample.t[i]), int(sample.s[i]), int(sample.end[i])
+        cond, null = _row(sample.conditioning, i), _row(sample.null_conditioning, i)
+        x_t = math.sqrt(_abar(t)) * x0 + math.sqrt(1 - _abar(t)) * eps
+        if config.kind == "finetune":
+            x_s = math.sqrt(_abar(s)) * x0 + math.sqrt(1 - _abar(s)) * eps
+        else:
+            x_s = _jump(teacher, x_t, t, s, cond, null, float(w), config.solver, kind)
+        if config.kind in ("lcd", "finetune"):
+            difference = _consistency(online, x_t, t, cond, w, kind) - _consistency(target, x_s, s, cond, w, kind)
+        else:
+            landed = _trajectory(online, x_t, t, end, cond, w, kind)
+            difference = landed - _trajectory(target, x_s, s, end, cond, w, kind)
+        losses.append(_distance(difference, config))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _sample(config, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(SHAPE, generator=draw, dtype=torch.float64)
+    batch = Batch(x0, _conditioning(draw), _conditioning(draw))
+    sample = make_sample(batch, config, get_alphas_cumprod(), draw)
+    return replace(sample, eps=sample.eps.double(), w=sample.w.double())
+
+
+NETWORKS = Networks(_network(1), _network(2), _network(3))
+
+
+@pytest.mark.parametrize("loss", ["l2", "huber", "cauchy"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2s"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
+def test_the_loss_equals_the_papers(method, kind, solver, loss):
+    config = replace(CONFIG, kind=method, loss=loss, solver=solver)
+    for seed in range(3):
+        sample = _sample(config, seed)
+        ours = get_method(config).loss(NETWORKS, sample, get_alphas_cumprod(), config, kind)
+        torch.testing.assert_close(ours, _reference(NETWORKS, sample, config, kind), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
+def test_only_the_online_network_learns(method):
+    weights = [torch.nn.Parameter(torch.tensor(0.5)) for _ in range(3)]
+    networks = Networks(*(lambda x, t, c, w, p=p: x * p for p in weights))
+    config = replace(CONFIG, kind=method)
+    get_method(config).loss(networks, _sample(config), get_alphas_cumprod(), config, "epsilon").sum().backward()
+    assert weights[0].grad is not None
+    assert weights[1].grad is None
+    assert weights[2].grad is None
+
+
+def test_timesteps_lie_on_the_grid_one_skip_apart():
+    t, s = draw_timesteps(4096, MethodConfig(), get_alphas_cumprod(), torch.Generator().manual_seed(0))
+    assert sorted(set(t.tolist())) == list(range(19, 1000, 20))
+    torch.testing.assert_close(s, torch.where(t == 19, 0, t - 20))
+
+
+def test_jitter_reaches_every_timestep():
+    config = MethodConfig(grid_jitter=True)
+    t, s = draw_timesteps(40000, config, get_alphas_cumprod(), torch.Generator().manual_seed(0))
+    assert sorted(set(t.tolist())) == list(range(1000))
+    torch.testing.assert_close(s, (t - 20).clamp(min=0))
+
+
+def test_lognormal_timesteps_follow_the_normal_distribution_of_log_sigma():
+    config = MethodConfig(timestep_sampling="lognormal")
+    t, _ = draw_timesteps(200_000, config, get_alphas_cumprod(), torch.Generator().manual_seed(0))
+    edges = [0.5 * math.log((1 - ABAR[v]) / ABAR[v]) for v in [0, *range(19, 1000, 20)]]
+    normal = torch.distributions.Normal(-1.1, 2.0)
+    shares = normal.cdf(torch.tensor(edges)).diff()
+    shares = shares / shares.sum()
+    found = torch.bincount(t // 20, minlength=50) / len(t)
+    torch.testing.assert_close(found, shares, rtol=0, atol=0.005)
+
+
+def test_tcd_ends_anywhere_between_zero_and_the_jump():
+    s = torch.full((20000,), 7)
+    end = get_method(MethodConfig(kind="tcd")).draw_end(
+        s + 20, s, MethodConfig(), 1000, torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(torch.bincount(end) / 20000, torch.full((8,), 1 / 8), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("phases", [1, 2, 3, 4, 8, 50])
+def test_phases_end_where_a_sampler_of_as_many_steps_looks(phases):
+    edges = phase_edges(MethodConfig(phases=phases), 1000)
+    visited = get_timesteps_lcm(phases).flip(0)[:-1]
+    torch.testing.assert_close(edges, torch.cat([torch.zeros(1, dtype=torch.int64), visited]))
+
+
+def test_no_segmented_jump_leaves_its_phase():
+    config = MethodConfig(kind="segmented", phases=4, grid_jitter=True)
+    x0 = torch.zeros(4000, 1, 1, 1)
+    sample = make_sample(Batch(x0, {}, {}), config, get_alphas_cumprod(), torch.Generator().manual_seed(0))
+    edges = torch.tensor([-1, 259, 499, 759, 999])
+    phase = torch.bucketize(sample.t, edges)
+    torch.testing.assert_close(sample.end, edges[phase - 1].clamp(min=0))
+    assert (sample.s >= sample.end).all()
+
+
+def test_each_process_draws_its_rows_of_what_one_would_draw():
+    config = replace(CONFIG, kind="tcd", noise_offset=0.1)
+    x0 = torch.arange(8.0).view(8, 1, 1, 1)
+    alphas = get_alphas_cumprod()
+    whole = make_sample(Batch(x0, {}, {}), config, alphas, torch.Generator().manual_seed(3))
+    part = make_sample(Batch(x0[5:7], {}, {}), config, alphas, torch.Generator().manual_seed(3), 8, 5)
+    for name in ("x0", "eps", "t", "s", "end", "w"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[5:7], rtol=0, atol=0)
+
+
+def test_snr_weights():
+    """min(SNR, gamma) and max(SNR, 1); a weight multiplies its own sample's loss."""
+    abar = torch.tensor([0.9, 0.5, 0.1])
+    snr = torch.tensor([9.0, 1.0, 1 / 9])
+    torch.testing.assert_close(snr_weight(abar, MethodConfig(weighting="min_snr")), snr.clamp(max=5))
+    torch.testing.assert_close(snr_weight(abar, MethodConfig(weighting="truncated_snr")), snr.clamp(min=1))
+    config = replace(CONFIG, weighting="min_snr")
+    sample = _sample(config)
+    losses = [get_method(c).loss(NETWORKS, sample, get_alphas_cumprod(), c, "epsilon") for c in (CONFIG, config)]
+    weights = torch.tensor([min(ABAR[t] / (1 - ABAR[t]), 5.0) for t in sample.t.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(losses[1], losses[0] * weights)
+
+
+def test_noise_offset_moves_whole_channels():
+    eps = draw_noise(torch.Size((64, 4, 16, 16)), MethodConfig(noise_offset=2.0), torch.Generator().manual_seed(0))
+    plain = draw_noise(torch.Size((64, 4, 16, 16)), MethodConfig(), torch.Generator().manual_seed(0))
+    offsets = eps - plain
+    torch.testing.assert_close(offsets, offsets[:, :, :1, :1].expand_as(offsets), rtol=0, atol=1e-5)
+    assert float(offsets[:, :, 0, 0].std()) == pytest.approx(2.0, rel=0.15)
+
+
+def test_the_jump_from_zero_terminal_snr_is_exact():
+    """At t = 999 the signal is 2e-4 of the sample: rounding in x0 = (x - eps) / 2e-4 must not show in x_s."""
+    schedule = NoiseSchedule(get_alphas_cumprod(zero_terminal_snr=True))
+    sample = _sample(replace(CONFIG, w_min=7, w_max=7))
+    sample = replace(sample, t=torch.full((5,), 999), s=torch.full((5,), 979))
+    jumps = []
+    for dtype in (torch.float64, torch.float32):
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4)).to(dtype)
+        teacher = lambda x, t, c, w, dtype=dtype: x.to(dtype).mul(0.5).cos()  # noqa: E731
+        jumps.append(teacher_jump(teacher, x, sample, schedule.alphas_cumprod, CONFIG, "v_prediction").double())
+    torch.testing.assert_close(jumps[1], jumps[0], rtol=0, atol=2e-6)
+
+
+def test_a_fractional_timestep_has_the_alphas_cumprod_that_samplers_use():
+    t = torch.tensor([0.0, 17.5, 998.0, 999.0], dtype=torch.float64)
+    expected = torch.tensor([_abar(float(v)) for v in t], dtype=torch.float64)
+    torch.testing.assert_close(at(get_alphas_cumprod(), t).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "magic"}, "unknown method 'magic'"),
+        ({"loss": "l3"}, "unknown loss 'l3'"),
+        ({"weighting": "heavy"}, "unknown weighting 'heavy'"),
+        ({"timestep_sampling": "odd"}, "unknown timestep_sampling 'odd'"),
+        ({"original_steps": 1001}, "original_steps=1001"),
+        ({"solver": "euler"}, "unknown solver 'euler'"),
+        ({"kind": "segmented", "phases": 51}, "phases=51"),
+    ],
+)
+def test_a_wrong_setting_is_named(change, words):
+    config = replace(CONFIG, **change)
+    with pytest.raises(InputError, match=words):
+        get_method(config).loss(NETWORKS, _sample(config), get_alphas_cumprod(), config, "epsilon")

@@ -1,0 +1,150 @@
+"""What a run leaves, opened with the programs that it is for."""
+
+import json
+
+import pytest
+import torch
+
+from lcm_core.loading import load_model
+from lcm_core.painting import Inputs, noise_source, paint
+from lcm_core.settings import Settings
+from lcm_core.weights import read_safetensors
+from trainer.cli import main
+
+PROMPT, SEED, STEPS = "picture number 3", 7, 3
+
+
+def _distil(teacher, photos, output, *words):
+    options = ["--data", photos, "--steps", 4, "--batch-size", 4, "--rank", 2, "--warmup-steps", 1]
+    quick = ["--learning-rate", 0.03, "--samples", 0, "--preview-every", 0, "--no-tensorboard", "--name", "mine"]
+    command = ["distill", "--teacher", teacher, "--output", output, *options, *quick, *words]
+    assert main([str(word) for word in command]) == 0
+    return output
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def lora_run(request, teachers, photos, tmp_path_factory):
+    teacher = teachers(request.param)
+    return teacher, _distil(teacher, photos, tmp_path_factory.mktemp("lora"))
+
+
+def _paint(model, guidance_scale):
+    """One picture in [0, 1] by `lcm_core`."""
+    chosen = Settings(num_inference_steps=STEPS, guidance_scale=guidance_scale, sampler="lcm", width=64, height=64)
+    cond = model.encode([PROMPT], 64, 64)
+    with torch.no_grad():
+        return paint(model, Inputs(cond, None, noise_source([SEED], model.device)), chosen).clamp(-1, 1) / 2 + 0.5
+
+
+def _diffusers(folder, unet):
+    from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    # diffusers would clip x0 of latents to 1 by default, which no sampler of Stable Diffusion does
+    scheduler = LCMScheduler.from_config(scheduler.config, clip_sample=False)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _paint_with_diffusers(pipe, guidance_scale):
+    generator = torch.Generator().manual_seed(SEED)
+    options = {"num_inference_steps": STEPS, "height": 64, "width": 64, "output_type": "pt"}
+    return pipe(PROMPT, guidance_scale=guidance_scale, generator=generator, **options).images
+
+
+def test_the_lora_paints_the_same_picture_in_diffusers_with_peft_and_here(lora_run):
+    from diffusers import UNet2DConditionModel
+
+    teacher, output = lora_run
+    file = output / "mine_lora.safetensors"
+    pipe = _diffusers(teacher, UNet2DConditionModel.from_pretrained(teacher / "unet"))
+    without = _paint_with_diffusers(pipe, 1.0)
+    pipe.load_lora_weights(str(file))
+    theirs = _paint_with_diffusers(pipe, 1.0)
+    ours = _paint(load_model(teacher, "cpu", "float32", lora=[(file, 1.0)]), 1.0)
+    assert (theirs - without).abs().max() > 0.01, "the LoRA does nothing"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_the_lora_file_says_what_it_is(lora_run):
+    teacher, output = lora_run
+    tensors, metadata = read_safetensors(output / "mine_lora.safetensors")
+    assert {name.split(".", 1)[1] for name in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert all(name.startswith("lora_unet_") for name in tensors)
+    assert metadata["ss_network_dim"] == "2"
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert json.loads(metadata["lcm_suite.distill"])["teacher"] == str(teacher)
+
+
+def test_the_run_leaves_everything_that_was_promised(lora_run):
+    _, output = lora_run
+    names = {path.name for path in output.iterdir()}
+    promised = {"README.md", "report.html", "workflow_comfyui.json", "config.json", "results.json", "skipped.json"}
+    assert promised <= names
+    log = [json.loads(line) for line in (output / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [0, 1, 2, 3]
+    card = (output / "README.md").read_text()
+    assert "mine_lora.safetensors" in card
+    assert "guidance scale 1 " in card
+
+
+def test_the_workflow_uses_the_result_and_its_wires_meet(lora_run):
+    teacher, output = lora_run
+    graph = json.loads((output / "workflow_comfyui.json").read_text())
+    for node in graph.values():
+        for value in node["inputs"].values():
+            assert not isinstance(value, list) or value[0] in graph
+    by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
+    assert by_kind["LoraLoaderModelOnly"]["lora_name"] == "mine_lora.safetensors"
+    assert (by_kind["KSampler"]["sampler_name"], by_kind["KSampler"]["scheduler"]) == ("lcm", "simple")
+    expected = "v_prediction" if teacher.name == "v_prediction" else "lcm"
+    assert by_kind["ModelSamplingDiscrete"]["sampling"] == expected
+
+
+@pytest.fixture(scope="module")
+def full_run(teachers, photos, tmp_path_factory):
+    teacher = teachers("v_prediction", zero_snr=True)
+    words = ["--student", "full", "--method", "tcd", "--solver", "dpmpp_2s"]
+    return _distil(teacher, photos, tmp_path_factory.mktemp("full"), *words)
+
+
+def test_the_full_student_paints_the_same_from_its_folder_its_file_and_in_diffusers(full_run):
+    from diffusers import DiffusionPipeline
+
+    from_file = _paint(load_model(full_run / "mine.safetensors", "cpu", "float32"), 4.0)
+    from_folder = _paint(load_model(full_run / "diffusers", "cpu", "float32"), 4.0)
+    torch.testing.assert_close(from_file, from_folder, rtol=0, atol=1e-6)
+    pipe = DiffusionPipeline.from_pretrained(full_run / "diffusers", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    torch.testing.assert_close(_paint_with_diffusers(pipe, 4.0), from_folder, rtol=0, atol=2e-3)
+
+
+def test_the_single_file_keeps_the_guidance_input_and_the_marks(full_run):
+    tensors, metadata = read_safetensors(full_run / "mine.safetensors")
+    projection = tensors["model.diffusion_model.time_embed.cond_proj.weight"]
+    assert projection.shape == (32, 256)
+    assert projection.any()
+    assert {"v_pred", "ztsnr"} <= tensors.keys()
+    assert json.loads(metadata["lcm_suite.distill"])["method"]["kind"] == "tcd"
+
+
+def test_more_steps_replace_the_results(teachers, photos, tmp_path):
+    words = ["--student", "full", "--method", "finetune"]
+    _distil(teachers("epsilon"), photos, tmp_path, *words)
+    before = read_safetensors(tmp_path / "diffusers/unet/diffusion_pytorch_model.safetensors")[0]
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    _distil(teachers("epsilon"), photos, tmp_path, *words, "--steps", 6)
+    after = read_safetensors(tmp_path / "diffusers/unet/diffusion_pytorch_model.safetensors")[0]
+    assert any(not torch.equal(before[name], after[name]) for name in after)

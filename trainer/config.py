@@ -1,0 +1,137 @@
+"""Everything that `python -m trainer distill` can be told: dataclasses, presets, and what wins over what.
+
+Settings come from, in rising order: the defaults below, a preset, a file (TOML or JSON), flags. This file loads no
+other library, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trainer.data.settings import DataConfig
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How the student learns."""
+
+    kind: str = "lcd"
+    """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency) or
+    segmented (each phase of the trajectory by itself)."""
+    original_steps: int = 50
+    """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps."""
+    w_min: float = 2.0
+    """Smallest guidance w = guidance_scale - 1 that the student learns."""
+    w_max: float = 14.0
+    """Largest guidance w; equal to w_min for one fixed guidance."""
+    solver: str = "ddim"
+    """The teacher's solver: ddim, or dpmpp_2s (second order, twice the teacher's time)."""
+    loss: str = "huber"
+    """Distance between the two predictions: l2, huber or cauchy."""
+    huber_c: float = 0.001
+    """The c of the Huber and Cauchy distances."""
+    phases: int = 4
+    """Phases of the segmented method: the steps that the student will be sampled with."""
+    weighting: str = "none"
+    """Weight of each timestep's loss by its signal-to-noise ratio: none, min_snr (at most snr_gamma), or
+    truncated_snr (at least 1)."""
+    snr_gamma: float = 5.0
+    """Largest weight under min_snr."""
+    noise_offset: float = 0.0
+    """Spread of one more noise number for each whole channel; 0.05 to 0.1 teaches very dark and bright pictures."""
+    timestep_sampling: str = "uniform"
+    """Which timesteps are drawn: uniform, or lognormal (noise levels around sigma = 1/3 more often)."""
+    grid_jitter: bool = False
+    """Shift each sample's timesteps by less than one skip, so that the student also knows those between the grid's."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What is trained."""
+
+    kind: str = "lora"
+    """lora (small file for any checkpoint of the family; one U-Net in memory) or full (a U-Net that reads guidance)."""
+    rank: int = 64
+    """Width of the LoRA."""
+    alpha: float = 0.0
+    """The LoRA is scaled by alpha / rank; 0 takes the rank."""
+    target_modules: tuple[str, ...] = ()
+    """Ends of the names of the layers that get a LoRA; none stands for those of LCM-LoRA."""
+    guidance_embedding_dim: int = 256
+    """Width of a full student's guidance input."""
+    precision: str = "auto"
+    """Number format of the frozen weights and of the computation: float32, bfloat16, or auto for this machine's."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third slower, much less memory."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile; CUDA only, pays after some minutes."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast."""
+
+    steps: int
+    """Optimiser steps in all."""
+    batch_size: int
+    """Samples in each step, over all processes and accumulated parts together."""
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 200
+    """Steps over which the learning rate rises from zero."""
+    cooldown: float = 0.3
+    """The last share of the steps, over which the learning rate falls to zero."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, which is the target and the result; smaller at the start, where an
+    average has nothing to remember. 0 for none: the target is the student itself."""
+    seed: int = 0
+    """Seeds the first weights, and the batches and the noise of every step."""
+    save_every: float = 120.0
+    """Seconds between two saved states."""
+    accumulation: int = 1
+    """Parts that each process takes its share of a batch in, one after the other: less memory, the same result."""
+    optimizer: str = "adamw"
+    """adamw, or adamw8bit (a quarter of the memory; needs bitsandbytes and CUDA)."""
+    tensorboard: bool = True
+    """Write curves for TensorBoard where it is installed."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What the run shows."""
+
+    preview_every: int = 500
+    """Steps between two preview grids; 0 for none, and no pictures in the report either."""
+    preview_prompts: tuple[str, ...] = ()
+    """Prompts of the preview grids; none takes the first captions."""
+    preview_steps: int = 4
+    """Sampling steps of the previews."""
+    samples: int = 512
+    """Pictures behind each line of the final table; 0 for no table."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One run of `distill`."""
+
+    teacher: str = ""
+    """The checkpoint to distil: a diffusers folder, a .safetensors file, or emoji."""
+    output: str = ""
+    """Folder of the run: state, previews, report and results. Running again with it continues."""
+    name: str = ""
+    """Name of the files that come out; the output folder's where empty."""
+    prediction_type: str = ""
+    """epsilon, v_prediction or sample, where the teacher's own files say it wrongly."""
+    tokenizer: str = ""
+    """Folder with CLIP's vocab.json and merges.txt, for single files that have none beside them."""
+    device: str = ""
+    """cpu, cuda, cuda:1 or mps; the best one here where empty."""
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1000, batch_size=16, learning_rate=1e-4))
+    report: ReportConfig = field(default_factory=ReportConfig)

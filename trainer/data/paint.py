@@ -1,0 +1,109 @@
+"""Latents without images: the teacher paints the prompts; and the shipped drawings, whose latents are there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_core.consistency import Denoiser
+from lcm_core.errors import InputError
+from lcm_core.guidance import guide
+from lcm_core.loading import load_model
+from lcm_core.sampling import initial_latents, initial_noise, sample_dpmpp_2m
+from lcm_core.schedule import get_sigmas_trailing
+from lcm_core.settings import check_size
+from trainer.data.encode import Rows
+from trainer.data.hashing import hash_json, hash_tensors
+from trainer.data.items import Skipped
+from trainer.data.settings import DataConfig
+from trainer.data.shards import Maker
+from trainer.data.sources import read_prompts
+from trainer.data.teacher import Teacher
+
+
+class Prompts:
+    """Pictures that the teacher paints: DPM-Solver++ 2M under guidance, each from a seed of its own.
+
+    Raises:
+        InputError: the prompts or the resolution cannot be used.
+    """
+
+    def __init__(self, config: DataConfig, teacher: Teacher, prediction_type: str = "") -> None:
+        self.config, self.teacher, self.prediction_type = config, teacher, prediction_type
+        self.side = config.resolution or teacher.resolution
+        check_size(self.side, self.side, teacher.multiple)
+        self.captions = [prompt for prompt in read_prompts(Path(config.prompts)) for _ in range(config.variant_count)]
+        self.skipped: Skipped = []
+
+    def identity(self) -> dict[str, Any]:
+        """Prompts, all of the teacher but its VAE, and how it paints."""
+        config = self.config
+        return {
+            "prompts": hash_json(self.captions),
+            "text": self.teacher.hash_text(),
+            "unet": self.teacher.hash_unet(self.prediction_type),
+            "painting": [self.side, config.teacher_steps, config.teacher_guidance, config.teacher_seed],
+        }
+
+    def load(self, device: torch.device) -> Maker:
+        """Load the teacher."""
+        config, source = self.config, self.teacher.source
+        model = load_model(self.teacher.name, device, unet=source.chosen, tokenizer=self.teacher.tokenizer)
+        denoiser = Denoiser(model.unet, model.schedule, self.prediction_type or model.prediction_type)
+        sigmas = get_sigmas_trailing(model.schedule, config.teacher_steps or model.teacher_steps)
+        scale = config.teacher_guidance or model.teacher_guidance_scale
+        shape = (model.vae.latent_channels, self.side // model.vae.scale, self.side // model.vae.scale)
+        time_ids = (self.side, self.side, 0, 0, self.side, self.side)
+
+        @torch.inference_mode()
+        def paint(numbers: range) -> Tensor:
+            captions = [self.captions[number] for number in numbers]
+            cond, uncond = (model.encode(words, self.side, self.side) for words in (captions, [""] * len(captions)))
+            guided = guide(denoiser, cond, uncond, scale, model.guidance_embedding_dim)
+            noise = initial_noise([config.teacher_seed + number for number in numbers], shape, model.device)
+            return sample_dpmpp_2m(guided, initial_latents(noise, float(sigmas[0])), sigmas, disable=True).cpu()
+
+        def make(numbers: range) -> dict[str, Tensor]:
+            rows = Rows()
+            for start in range(0, len(numbers), config.cache_batch):
+                part = numbers[start : start + config.cache_batch]
+                rows.add(paint(part).clone(), part, [time_ids] * len(part))
+            return rows.tensors([])
+
+        return make
+
+
+class Shipped:
+    """The drawings that the embedded model learnt from, as the latents of its own VAE.
+
+    Raises:
+        InputError: the teacher has another VAE.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        from trainer.emoji.data import load_shipped
+
+        self.teacher = teacher
+        self.latents, self.captions = load_shipped()
+        self.skipped: Skipped = []
+        if teacher.hash_vae() != Teacher("emoji").hash_vae():
+            raise InputError(f"data emoji goes with teacher emoji alone; give images of your own for {teacher.name}")
+
+    def identity(self) -> dict[str, Any]:
+        """The drawings, and the VAE that their latents belong to."""
+        return {"shipped": hash_json(self.captions), "latents": hash_tensors({"latents": self.latents})}
+
+    def load(self, device: torch.device) -> Maker:
+        """Nothing to load."""
+        side = self.teacher.resolution
+
+        def make(numbers: range) -> dict[str, Tensor]:
+            rows = Rows()
+            part = self.latents[numbers.start : numbers.stop]
+            rows.add(part, numbers, [(side, side, 0, 0, side, side)] * len(numbers))
+            return rows.tensors([])
+
+        return make

@@ -1,0 +1,100 @@
+"""What the data is and how it is prepared. Loads no other library, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lcm_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures with captions, or prompts alone; give `path` or `prompts`."""
+
+    path: str = ""
+    """A folder of images with captions in .txt files or metadata.jsonl; a webdataset .tar or a folder of them; a folder
+    saved by the `datasets` library; or emoji, for the drawings of the embedded model."""
+    prompts: str = ""
+    """A text file with one prompt on each line, instead of images: the teacher paints what the student learns from."""
+    cache: str = ""
+    """Folder of latents and text embeddings, which several runs may share; OUTPUT/cache where empty."""
+    resolution: int = 0
+    """Side of a square picture in pixels; other shapes get about as many pixels. 0 takes the teacher's."""
+    buckets: bool = True
+    """Keep each picture's shape, as nearly as the teacher's sizes allow; without it all are cropped to squares."""
+    max_aspect: float = 2.0
+    """Longest bucket: its long side by its short one. What is longer is cropped."""
+    flip: bool = False
+    """Also learn mirror images; not for data with letters or faces that must not be mirrored."""
+    crop: float = 1.0
+    """Also learn random crops, which keep at least this share of both sides; 1 for none."""
+    colour: float = 0.0
+    """Also learn other brightness, contrast, saturation and hue, by up to this share; 0 for none, 0.1 is mild."""
+    variants: int = 0
+    """Versions of each picture in the cache, of which the first is plain; for prompts, pictures of each. 0 takes 1, or
+    2 with flip, or 4 with crop or colour."""
+    caption_dropout: float = 0.0
+    """Share of captions that are replaced by the empty prompt while training."""
+    teacher_steps: int = 0
+    """Steps in which the teacher paints a prompt; 0 takes its own number, mostly 25."""
+    teacher_guidance: float = 0.0
+    """Guidance scale with which the teacher paints a prompt; 0 takes its own, mostly 7.5."""
+    teacher_seed: int = 0
+    """Seeds the teacher's pictures and the random parts of the augmentation."""
+    cache_batch: int = 4
+    """Pictures that go through the VAE or the teacher at once while the cache is made; the VAE takes fewer of those
+    beyond 512 x 512 pixels."""
+    shard_size: int = 128
+    """Pictures in one file of the cache: what is done again after a stop."""
+
+    @property
+    def is_image_free(self) -> bool:
+        """Whether the teacher paints the pictures."""
+        return bool(self.prompts)
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether a picture's later variants differ from its first."""
+        return self.flip or self.crop < 1 or self.colour > 0
+
+    @property
+    def variant_count(self) -> int:
+        """`variants`, resolved."""
+        if self.variants:
+            return self.variants
+        return 4 if self.crop < 1 or self.colour > 0 else 2 if self.flip else 1
+
+    def check(self) -> DataConfig:
+        """Refuse what cannot be meant; returns itself.
+
+        Raises:
+            InputError: names the first setting that is wrong, and what it may be.
+        """
+        if bool(self.path) == bool(self.prompts):
+            given = "both data and prompts were" if self.path else "neither data nor prompts were"
+            raise InputError(f"{given} given; give a folder of images, or a prompts file for an image-free run")
+        ranges = {
+            "resolution": (0, 8192),
+            "max_aspect": (1, 8),
+            "crop": (0.1, 1),
+            "colour": (0, 1),
+            "variants": (0, 1000),
+            "caption_dropout": (0, 1),
+            "teacher_steps": (0, 1000),
+            "teacher_guidance": (0, 100),
+            "teacher_seed": (0, 2**53),
+            "cache_batch": (1, 1024),
+            "shard_size": (1, 65536),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise InputError(f"{name} {value} is out of range; use {low} to {high}")
+        if self.prompts and self.is_augmented:
+            raise InputError("flip, crop and colour are for images; leave them out with prompts")
+        if self.path and self.variants > 1 and not self.is_augmented:
+            raise InputError(f"{self.variants} variants would all be alike; add flip, crop or colour")
+        if self.is_augmented and self.variant_count == 1:
+            raise InputError("1 variant is the plain picture, without augmentation; use variants 2 or more")
+        return self

@@ -1,0 +1,127 @@
+"""Pictures inside webdataset tars: `0001.jpg` with its caption in `0001.txt` or `0001.json`.
+
+A tar is read once from end to end for the places of its members; a picture is then fetched by its place, so any order
+of reading is quick and nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lcm_core.errors import InputError
+from trainer.data.items import (
+    CAPTIONS,
+    LONE_CAPTION,
+    PICTURES,
+    Item,
+    Skipped,
+    Source,
+    clean,
+    decode,
+    find_caption,
+    parse_object,
+    read_bytes,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TEXTS = (*CAPTIONS, ".json")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LONGEST_TEXT = 1_000_000  # bytes
+
+
+class Span(NamedTuple):
+    """Where a member's bytes are."""
+
+    name: str
+    start: int
+    size: int
+
+
+def find_tars(path: Path) -> list[Path]:
+    """The tars that a path stands for: itself, or those in a folder without pictures of its own; else none.
+
+    Raises:
+        InputError: they are compressed.
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    tars = [file for file in files if file.suffix == ".tar"]
+    if any(file.name.lower().endswith(PICTURES) for file in files):
+        return []
+    packed = next((file for file in files if file.name.endswith(_COMPRESSED)), None)
+    if packed is not None and not tars:
+        raise InputError(f"{packed} is compressed, so its pictures cannot be fetched one by one; unpack it to a .tar")
+    return tars
+
+
+def read_tars(paths: list[Path]) -> Source:
+    """List the pictures in tars, in their order. Of a damaged tar, those before the damage are used."""
+    items: list[Item] = []
+    skipped: Skipped = []
+    for path in paths:
+        for stem, members in _groups(path, skipped).items():
+            _add(path, stem, members, items, skipped)
+    return Source(items, paths, skipped)
+
+
+def _groups(path: Path, skipped: Skipped) -> dict[str, dict[str, Span]]:
+    """Members by name up to the first dot, then by suffix."""
+    groups: dict[str, dict[str, Span]] = {}
+    try:
+        for span in _spans(path):
+            folder, slash, name = span.name.rpartition("/")
+            stem, dot, suffix = name.partition(".")
+            if stem:  # others are hidden
+                groups.setdefault(folder + slash + stem, {})[dot + suffix.lower()] = span
+    # more than TarError comes out of tarfile on damaged headers
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        skipped.append((path.name, f"the tar is damaged after {len(groups)} samples ({error}); get it again"))
+    return groups
+
+
+def _spans(path: Path) -> Iterator[Span]:
+    end = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if not member.isreg() or member.issparse():
+                continue
+            if not 0 <= member.offset_data <= member.offset_data + member.size <= end:
+                raise tarfile.ReadError("unexpected end of data")
+            yield Span(member.name, member.offset_data, member.size)
+
+
+def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], skipped: Skipped) -> None:
+    """Turn one group into an item, or say why not."""
+    picture = next((members[suffix] for suffix in PICTURES if suffix in members), None)
+    text = next((members[suffix] for suffix in _TEXTS if suffix in members), None)
+    if picture is None:
+        if text is not None:
+            skipped.append((f"{path.name}/{stem}", LONE_CAPTION))
+        return
+    key = f"{path.name}/{picture.name}"
+    try:
+        caption = "" if text is None else _caption(path, text)
+    except InputError as error:
+        skipped.append((key, str(error)))
+        return
+    items.append(Item(key, caption, partial(_open_member, path, picture, key)))
+
+
+def _caption(path: Path, span: Span) -> str:
+    name = f"{path.name}/{span.name}"
+    if span.size > _LONGEST_TEXT:
+        raise InputError(f"{name} is too long for a caption ({span.size:,} bytes); shorten it")
+    try:
+        text = read_bytes(path, name, span.start, span.size).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    return find_caption(parse_object(text, name), name) if span.name.lower().endswith(".json") else clean(text)
+
+
+def _open_member(path: Path, span: Span, key: str) -> Image:
+    return decode(read_bytes(path, key, span.start, span.size), key)

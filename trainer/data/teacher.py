@@ -1,0 +1,86 @@
+"""What the cache has to know of a teacher without loading it: sizes that it can take, and hashes of its networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from lcm_core.checkpoint import Component, list_components, read_component
+from lcm_core.loading import CARD, Source, find_model, find_source
+from lcm_core.tokens import find_tokenizer
+from lcm_core.weights import PathLike
+from trainer.data.hashing import hash_json, hash_tensors
+
+
+def find_teacher(name: PathLike) -> Source:
+    """The parts of a model that is to teach; of a shipped one, with its teacher's U-Net.
+
+    Raises:
+        InputError: an unknown model.
+    """
+    return find_source(name, "teacher" if (find_model(name) / CARD).is_file() else None)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher, by name or path, and the folder of its tokenizer where it has none of its own."""
+
+    name: PathLike
+    tokenizer: PathLike | None = None
+
+    @cached_property
+    def source(self) -> Source:
+        """Where its networks lie."""
+        return find_teacher(self.name)
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        config = self._vae.config
+        channels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return int(2 ** (len(channels) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self._vae.config.get("latent_channels", 4))
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that the sides of a picture must be multiples of."""
+        return self.scale * int(2 ** (len(self._unet.config["block_out_channels"]) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """Pixels, along each side, that it was trained at."""
+        return int(self.source.card.get("resolution") or self._unet.config["sample_size"] * self.scale)
+
+    def hash_vae(self) -> str:
+        """Its VAE: another one makes other latents."""
+        config = {key: self._vae.config.get(key) for key in ("scaling_factor", "shift_factor")}
+        return hash_json([hash_tensors(self._vae.tensors), config])
+
+    def hash_text(self) -> list[str]:
+        """Its text encoders with their words."""
+        path = self.source.text
+        names = [name for name in list_components(path) if name.startswith("text_encoder")] or ["text_encoder"]
+        return [self._hash_encoder(name) for name in names]
+
+    def hash_unet(self, prediction_type: str) -> str:
+        """Its U-Net, and how it is asked."""
+        info = asdict(self.source.info) | {"prediction_type": prediction_type or self.source.info.prediction_type}
+        return hash_json([hash_tensors(self._unet.tensors), info])
+
+    def _hash_encoder(self, name: str) -> str:
+        part = read_component(self.source.text, name)
+        words = find_tokenizer(self.source.text, self.tokenizer, name.replace("text_encoder", "tokenizer"))
+        stated = {key: part.config.get(key) for key in ("hidden_act", "num_hidden_layers", "num_attention_heads")}
+        return hash_json([hash_tensors(part.tensors), stated, words.get_vocab()])
+
+    @cached_property
+    def _unet(self) -> Component:
+        return read_component(self.source.unet, "unet")
+
+    @cached_property
+    def _vae(self) -> Component:
+        return read_component(self.source.vae, "vae")

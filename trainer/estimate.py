@@ -1,0 +1,257 @@
+"""The plan of a run, for `--dry-run`: how much memory, disk and time it will take.
+
+Memory comes from a rehearsal of one step (`trainer.rehearsal`), disk from the shapes of what will be written, time from
+the steps that this run has already made; without any, it is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lcm_core.checkpoint import Component, list_components, read_component
+from lcm_core.loading import Source
+from lcm_core.networks import choose_device
+from trainer.config import DistillConfig
+from trainer.data.cache import EMOJI
+from trainer.data.settings import DataConfig
+from trainer.data.sources import read_prompts, read_source
+from trainer.data.teacher import Teacher
+from trainer.emoji.data import load_shipped
+from trainer.methods import get_method
+from trainer.methods.shared import Networks
+from trainer.processes import Processes, join_processes
+from trainer.rehearsal import rehearsal
+from trainer.report_parts import duration, size
+from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
+
+LIBRARIES = 450_000_000
+"""Bytes of main memory that Python and its libraries take before a model is loaded; matters on a CPU only."""
+TOKENS = 77
+
+
+@dataclass
+class Plan:
+    """What a run will need. Every part is in bytes."""
+
+    memory: dict[str, int] = field(default_factory=dict)
+    """While training, by what it is for; on the accelerator, or of main memory on a CPU. They add up to the peak."""
+    caching_memory: int = 0
+    """Peak while latents and text embeddings are computed, before the training."""
+    disk: dict[str, int] = field(default_factory=dict)
+    """What will lie in the output folder."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What the run will do, in words."""
+    seconds: float | None = None
+    """That the rest of the training will take; None where no step has been measured."""
+
+
+def print_plan(config: DistillConfig) -> None:
+    """Print the plan of a run; see `make_plan`."""
+    team = join_processes(choose_device(config.device or None))
+    if team.is_main:
+        print(to_text(make_plan(config, team)))
+
+
+def make_plan(config: DistillConfig, team: Processes | None = None) -> Plan:
+    """Estimate what a run needs, without loading a network.
+
+    Args:
+        config: the run's settings.
+        team: the processes that will share the work; None for one, on the chosen device.
+
+    Raises:
+        InputError: a teacher or data that cannot be used.
+    """
+    team = team or Processes(choose_device(config.device or None))
+    teacher = Teacher(config.teacher, config.tokenizer or None)
+    unet = read_component(teacher.source.unet, "unet")
+    side = (config.data.resolution or teacher.resolution) // teacher.scale
+    captions, pictures = _count_data(config.data)
+    memory, trained = _training_memory(config, team, unet, side)
+    return Plan(
+        facts={
+            "teacher": f"{config.teacher} ({teacher.source.info.family}), {_count(unet):,} weights in the U-Net",
+            "student": f"{config.student.kind}, {trained:,} weights learn, on {team.device}",
+            "data": f"{pictures:,} pictures of about {side * teacher.scale} x {side * teacher.scale} pixels",
+            "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
+        },
+        memory=memory,
+        caching_memory=_caching_memory(teacher.source, team.device, side * teacher.scale, config.data.cache_batch),
+        disk={
+            "cache": _cache_size(teacher, pictures, captions, side),
+            "state": _state_size(config, trained),
+            "result": _result_size(config, teacher.source, unet, trained),
+        },
+        seconds=time_left(config),
+    )
+
+
+def to_text(plan: Plan) -> str:
+    """The plan as lines for a terminal."""
+    memory, disk = sum(plan.memory.values()), sum(plan.disk.values())
+    lines = [f"{name:<12}{value}" for name, value in plan.facts.items()]
+    lines.append(f"{'memory':<12}{size(max(memory, plan.caching_memory))} at the peak")
+    lines += [f"  {size(value):>10}  {name}" for name, value in plan.memory.items()]
+    lines.append(f"  {size(plan.caching_memory):>10}  before that, while the cache is made")
+    lines.append(f"{'disk':<12}{size(disk)}")
+    lines += [f"  {size(value):>10}  {name}" for name, value in plan.disk.items()]
+    unknown = "unknown until some steps have run: start, stop after a minute, and ask again"
+    lines.append(f"{'time':<12}{unknown if plan.seconds is None else duration(plan.seconds) + ' from here on'}")
+    return "\n".join(lines)
+
+
+def _training_memory(config: DistillConfig, team: Processes, unet: Component, side: int) -> tuple[dict[str, int], int]:
+    """Bytes by what they are for, and how many weights learn."""
+    student, training, device = config.student, config.training, team.device
+    precision = choose_precision(device, student.precision, _count(unet))
+    part = max(rows.stop - rows.start for rows in team.rows(training.batch_size, training.accumulation))
+    with rehearsal(device, precision) as memory:
+        fixed, trained, step = _build(config, unet, precision, (side, side))
+        before = memory.live
+        step(part)
+        transient = memory.peak - before
+    per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
+    table = {
+        "frozen weights": fixed,
+        "weights that learn": 4 * trained,
+        "their moving average": 4 * trained if training.ema_decay > 0 else 0,
+        "optimiser": per_weight * trained,
+        "activations and gradients": transient,
+        "libraries": LIBRARIES if device.type == "cpu" else 0,
+    }
+    return {name: value for name, value in table.items() if value}, trained
+
+
+def _build(
+    config: DistillConfig, unet: Component, precision: torch.dtype, size: tuple[int, int]
+) -> tuple[int, int, Callable[[int], None]]:
+    """Inside a rehearsal: bytes of the frozen weights, how many weights learn, and one step on a part of a batch."""
+    is_lora, needs_teacher = config.student.kind == "lora", get_method(config.method).needs_teacher
+    torch.set_default_dtype(precision)
+    teacher = _network(unet.config, config, size).requires_grad_(False) if is_lora or needs_teacher else None
+    torch.set_default_dtype(torch.float32)
+    call = None if teacher is None else unet_network(teacher, precision)
+    frozen = 0 if teacher is None else _bytes(teacher)
+    if is_lora:
+        assert teacher is not None
+        assert call is not None
+        student = lora_student(teacher, call, config.student, with_average=False)
+        networks, trained = student.networks, student.trained
+    else:
+        width = unet.config.get("time_cond_proj_dim") or config.student.guidance_embedding_dim
+        trained = _network({**unet.config, "time_cond_proj_dim": width}, config, size)
+        online = unet_network(trained, precision)
+        networks = Networks(online, online, call or online)
+    number = sum(p.numel() for p in trained.parameters())
+    return frozen, number, partial(_rehearse_step, networks, unet.config, needs_teacher, size)
+
+
+def _rehearse_step(
+    networks: Networks, unet: Mapping[str, Any], needs_teacher: bool, size: tuple[int, int], part: int
+) -> None:
+    """The calls of one step that matter for memory: teacher on both halves, target, online with its backward."""
+    x, t, w = torch.empty(part, unet["in_channels"], *size), torch.zeros(part, dtype=torch.int64), torch.empty(part)
+    with torch.no_grad():
+        if needs_teacher:
+            networks.teacher(torch.cat([x, x]), torch.cat([t, t]), _conditioning(unet, 2 * part), None)
+        aim = networks.target(x, t, _conditioning(unet, part), w)
+    (networks.online(x, t, _conditioning(unet, part), w) - aim).square().mean().backward()
+
+
+def _conditioning(unet: Mapping[str, Any], count: int) -> dict[str, Any]:
+    cond: dict[str, Any] = {"encoder_hidden_states": torch.empty(count, TOKENS, unet["cross_attention_dim"])}
+    if unet.get("addition_embed_type") == "text_time":
+        width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        added = {"text_embeds": torch.empty(count, width), "time_ids": torch.empty(count, 6)}
+        cond["added_cond_kwargs"] = added
+    return cond
+
+
+def _network(unet: Mapping[str, Any], config: DistillConfig, size: tuple[int, int]) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    network: Any = UNet2DConditionModel.from_config(dict(unet))
+    network.to = lambda **_: network  # another layout is as large, and tensors without contents cannot change theirs
+    prepare_unet(network, replace(config.student, compile=False), size)
+    return network
+
+
+def _caching_memory(source: Source, device: torch.device, side: int, batch: int) -> int:
+    """Text encoders, then the VAE, which are loaded one after the other."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    text = sum(4 * _count(read_component(source.text, name)) for name in _encoders(source))
+    config = read_component(source.vae, "vae").config
+    kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+    with rehearsal(device) as memory, torch.no_grad():
+        kind.from_config(config).encode(torch.empty(batch, 3, side, side))
+    return max(text, memory.peak) + (LIBRARIES if device.type == "cpu" else 0)
+
+
+def _cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> int:
+    """Latents in float32, text embeddings in float16 with one for the empty prompt."""
+    width = teacher_width = 0
+    for name in _encoders(teacher.source):
+        config = read_component(teacher.source.text, name).config
+        width += config["hidden_size"]
+        teacher_width = config["projection_dim"] if name.endswith("_2") else 0
+    return pictures * teacher.latent_channels * side**2 * 4 + (captions + 1) * (TOKENS * width + teacher_width) * 2
+
+
+def _state_size(config: DistillConfig, trained: int) -> int:
+    """Weights, their average, two moments, and five numbers for each step."""
+    copies = 2 if config.training.ema_decay > 0 else 1
+    moments = 2 if config.training.optimizer == "adamw8bit" else 8
+    return trained * (4 * copies + moments) + config.training.steps * 5 * 8
+
+
+def _result_size(config: DistillConfig, source: Source, unet: Component, trained: int) -> int:
+    """A LoRA in float16; or the whole model, twice: as a folder and as one file."""
+    if config.student.kind == "lora":
+        return 2 * trained
+    others = [read_component(source.vae, "vae"), *(read_component(source.text, name) for name in _encoders(source))]
+    stored = sum(tensor.nbytes for part in others for tensor in part.tensors.values())
+    return 2 * (2 * trained + stored)
+
+
+def _count_data(config: DataConfig) -> tuple[int, int]:
+    """How many captions there are, and how many pictures in the cache."""
+    if config.is_image_free:
+        prompts = read_prompts(Path(config.prompts))
+        return len(set(prompts)), len(prompts) * config.variant_count
+    if config.path == EMOJI:
+        captions = load_shipped()[1]
+        return len(set(captions)), len(captions)
+    items = read_source(Path(config.path)).items
+    return len({item.caption for item in items}), len(items) * config.variant_count
+
+
+def time_left(config: DistillConfig) -> float | None:
+    """Seconds for the steps that are left, by the median step of this run so far."""
+    log = Path(config.output) / "run" / "log.jsonl"
+    if not config.output or not log.is_file():
+        return None
+    seconds = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
+    return statistics.median(seconds) * max(0, config.training.steps - len(seconds)) if seconds else None
+
+
+def _encoders(source: Source) -> list[str]:
+    names = [name for name in list_components(source.text) if name.startswith("text_encoder")]
+    return names or ["text_encoder"]
+
+
+def _count(component: Component) -> int:
+    return sum(tensor.numel() for tensor in component.tensors.values())
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())

@@ -1,0 +1,33 @@
+"""Segmented, or phased, consistency distillation (PCM, arXiv 2405.18407; TSCD of Hyper-SD, arXiv 2404.13686).
+
+The trajectory is cut into phases, and within each the student leads to the phase's own end: the loss of `tcd` with the
+end fixed. The edges are the timesteps that a sampler of as many steps visits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lcm_core.errors import InputError
+from trainer.config import MethodConfig
+
+
+def phase_edges(config: MethodConfig, total: int) -> Tensor:
+    """Where the phases end, (phases,) int64 rising from 0: the edge of phase p is grid point ceil(p N / phases).
+
+    With N = 50 and four phases: 0, 259, 499, 759, the lower ones of the four timesteps of `get_timesteps_lcm`.
+
+    Raises:
+        InputError: more phases than grid points, or none.
+    """
+    if not 1 <= config.phases <= config.original_steps:
+        raise InputError(f"phases={config.phases} must be 1 to original_steps={config.original_steps}")
+    points = -(-torch.arange(config.phases) * config.original_steps // config.phases)  # rounded up
+    return (points * (total // config.original_steps) - 1).clamp(min=0)
+
+
+def draw_end(t: Tensor, s: Tensor, config: MethodConfig, total: int, generator: torch.Generator) -> Tensor:
+    """The end of the phase that t lies in, (B,) int64: the greatest edge below t, 0 for t = 0."""
+    edges = phase_edges(config, total)
+    return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]

@@ -1,0 +1,187 @@
+"""The pieces of which the methods' losses are made: what is drawn, the guided teacher's jump, the weights.
+
+Samples are variance-preserving, x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; f, w and the jump are those of
+arXiv 2310.04378.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcm_core.consistency import add_noise, to_eps, to_x0
+from lcm_core.errors import InputError
+from lcm_core.guidance import guide
+from lcm_core.solver import solver_jump
+from trainer.config import MethodConfig
+from trainer.methods.distances import distance
+
+Conditioning = dict[str, Any]
+Network = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
+"""(x_t (B, C, h, w), timesteps (B,), conditioning, w (B,) or None) -> model output like x_t."""
+
+WEIGHTINGS = ("none", "min_snr", "truncated_snr")
+TIMESTEP_SAMPLINGS = ("uniform", "lognormal")
+_LOG_SIGMA_MEAN, _LOG_SIGMA_SPREAD = -1.1, 2.0  # arXiv 2310.14189 Sec. 3.5
+
+
+class Networks(NamedTuple):
+    """The three parts of a distillation; only `online` receives a gradient."""
+
+    online: Network
+    target: Network
+    teacher: Network
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All that is given and drawn for a batch of B samples, on one device."""
+
+    x0: Tensor
+    """Clean latents (B, C, h, w)."""
+    eps: Tensor
+    """Their noise, alike."""
+    t: Tensor
+    """Noisy timesteps (B,) int64: where the online network looks."""
+    s: Tensor
+    """One skip below, at least 0: where the teacher jumps to and the target network looks."""
+    end: Tensor
+    """Where the two predictions are compared, at most s; 0 for plain consistency."""
+    w: Tensor
+    """Guidance (B,)."""
+    conditioning: Conditioning
+    """What the networks are given, (B, ...) tensors and dicts of them."""
+    null_conditioning: Conditioning
+    """The same of the empty prompt."""
+
+    def part(self, rows: slice) -> Sample:
+        """Some of the samples."""
+        return Sample(**{f.name: _each(getattr(self, f.name), lambda v: v[rows]) for f in fields(self)})
+
+    def to(self, device: torch.device) -> Sample:
+        """The same on another device."""
+        return Sample(
+            **{f.name: _each(getattr(self, f.name), lambda v: v.to(device, non_blocking=True)) for f in fields(self)}
+        )
+
+
+def draw_timesteps(
+    size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(t, s), each (B,) int64: t on the skipping grid, or shifted down by `grid_jitter`; s one skip below, at least 0.
+
+    lognormal: grid point n has the share of a normal distribution of log sigma that lies between it and its
+    predecessor (arXiv 2310.14189 Sec. 3.5).
+
+    Raises:
+        InputError: `original_steps` out of range, or an unknown sampling.
+    """
+    total = len(alphas_cumprod)
+    if not 1 <= config.original_steps <= total:
+        raise InputError(f"original_steps={config.original_steps} must be 1 to {total}")
+    skip = total // config.original_steps
+    if config.timestep_sampling == "uniform":
+        n = torch.randint(1, config.original_steps + 1, (size,), generator=generator)
+    elif config.timestep_sampling == "lognormal":
+        grid = torch.arange(config.original_steps + 1) * skip - 1
+        abar = alphas_cumprod.cpu().double()[grid.clamp(min=0)]
+        log_sigma = ((1 - abar) / abar).log() / 2
+        shares = torch.erf((log_sigma - _LOG_SIGMA_MEAN) / (math.sqrt(2) * _LOG_SIGMA_SPREAD)).diff()
+        n = 1 + torch.multinomial(shares, size, replacement=True, generator=generator)
+    else:
+        raise InputError(
+            f"unknown timestep_sampling {config.timestep_sampling!r}; choose {', '.join(TIMESTEP_SAMPLINGS)}"
+        )
+    t = n * skip - 1
+    if config.grid_jitter:
+        t = t - torch.randint(skip, (size,), generator=generator)
+    return t, (t - skip).clamp(min=0)
+
+
+def draw_guidance(size: int, config: MethodConfig, generator: torch.Generator) -> Tensor:
+    """w of each sample, (B,), even over [w_min, w_max]."""
+    return config.w_min + (config.w_max - config.w_min) * torch.rand(size, generator=generator)
+
+
+def draw_noise(shape: torch.Size, config: MethodConfig, generator: torch.Generator) -> Tensor:
+    """Noise (B, C, h, w), with `noise_offset` times another number for each whole channel."""
+    eps = torch.randn(shape, generator=generator)
+    if config.noise_offset:
+        eps = eps + config.noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
+    return eps
+
+
+def at(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
+    """alphas_cumprod (T,) at whole or fractional timesteps (B,) -> (B, 1, 1, 1); linear in log sigma as samplers do."""
+    if not t.is_floating_point():
+        return alphas_cumprod[t].view(-1, 1, 1, 1)
+    log_sigma = (((1 - alphas_cumprod) / alphas_cumprod).log()) / 2
+    low = t.floor().long().clamp(0, len(alphas_cumprod) - 2)
+    value = torch.lerp(log_sigma[low], log_sigma[low + 1], (t - low).to(log_sigma.dtype))
+    return torch.sigmoid(-2 * value).view(-1, 1, 1, 1)
+
+
+def teacher_jump(
+    teacher: Network, x_t: Tensor, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+) -> Tensor:
+    """x_s, like x_t: one solver step along the augmented PF-ODE, whose noise is (1 + w) eps(c) - w eps(null) (Eq. 15).
+
+    Both halves of the guidance run in one batch of twice the size.
+    """
+    # In double precision where there is one: with zero terminal SNR, eps to x0 multiplies rounding by 4519.
+    wide = torch.float32 if x_t.device.type == "mps" else torch.float64
+    abar = alphas_cumprod.to(wide)
+
+    def eps_of(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        output = teacher(x.to(x_t.dtype), t, conditioning, None)
+        return to_eps(output.to(wide), x, at(abar, t), prediction_type)
+
+    guided = guide(eps_of, sample.conditioning, sample.null_conditioning, 1 + sample.w.to(wide))
+    return solver_jump(guided, x_t.to(wide), sample.t, sample.s, abar, config.solver).to(x_t.dtype)
+
+
+def predict(
+    network: Network, x: Tensor, t: Tensor, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that a student sees in x at t, each like x."""
+    output, abar = network(x, t, sample.conditioning, sample.w), at(alphas_cumprod, t)
+    return to_x0(output, x, abar, prediction_type), to_eps(output, x, abar, prediction_type)
+
+
+def noised(sample: Sample, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The samples with their noise at timesteps t."""
+    return add_noise(sample.x0, sample.eps, at(alphas_cumprod, t))
+
+
+def weighted_distance(guess: Tensor, aim: Tensor, t: Tensor, alphas_cumprod: Tensor, config: MethodConfig) -> Tensor:
+    """The distance of each sample, (B,), times the weight of its timestep."""
+    return snr_weight(at(alphas_cumprod, t).flatten(), config) * distance(guess, aim, config.loss, config.huber_c)
+
+
+def snr_weight(abar: Tensor, config: MethodConfig) -> Tensor:
+    """Weight of a loss between clean samples at SNR = abar / (1 - abar), (B,) -> (B,).
+
+    none: 1. min_snr: min(SNR, gamma) (arXiv 2303.09556 Sec. 3.4). truncated_snr: max(SNR, 1) (arXiv 2202.00512 Sec. 4).
+
+    Raises:
+        InputError: unknown weighting.
+    """
+    if config.weighting == "none":
+        return torch.ones_like(abar)
+    snr = abar / (1 - abar)
+    if config.weighting == "min_snr":
+        return snr.clamp(max=config.snr_gamma)
+    if config.weighting == "truncated_snr":
+        return snr.clamp(min=1)
+    raise InputError(f"unknown weighting {config.weighting!r}; choose {', '.join(WEIGHTINGS)}")
+
+
+def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {key: _each(inner, function) for key, inner in value.items()}
+    return function(value)

@@ -1,0 +1,35 @@
+"""Trajectory consistency distillation (arXiv 2402.19159): from any point to any later one, not only to the end.
+
+`f^{t->e}(x_t) = sqrt(abar_e) x0 + sqrt(1 - abar_e) eps`, with x0 and eps as the network sees them in x_t; at e = t it
+is x_t itself, so no boundary scalings are needed. The loss compares `f_online^{t->e}(x_t)` with `f_target^{s->e}(x_s)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lcm_core.solver import ddim_jump
+from trainer.config import MethodConfig
+from trainer.methods.shared import Network, Networks, Sample, at, noised, predict, teacher_jump, weighted_distance
+
+
+def draw_end(t: Tensor, s: Tensor, config: MethodConfig, total: int, generator: torch.Generator) -> Tensor:
+    """e of each sample, even over the timesteps 0..s, (B,) int64."""
+    return (torch.rand(s.shape, generator=generator, dtype=torch.float64) * (s + 1)).long()
+
+
+def loss(
+    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+) -> Tensor:
+    """The loss of each sample, (B,), compared at `sample.end`."""
+
+    def f(network: Network, x: Tensor, t: Tensor) -> Tensor:
+        x0, eps = predict(network, x, t, sample, alphas_cumprod, prediction_type)
+        return ddim_jump(x0, eps, at(alphas_cumprod, sample.end))
+
+    x_t = noised(sample, sample.t, alphas_cumprod)
+    with torch.no_grad():
+        x_s = teacher_jump(networks.teacher, x_t, sample, alphas_cumprod, config, prediction_type)
+        aim = f(networks.target, x_s, sample.s)
+    return weighted_distance(f(networks.online, x_t, sample.t), aim, sample.t, alphas_cumprod, config)

@@ -1,0 +1,216 @@
+"""What a finished run leaves: files that every program loads, a model card, and a ComfyUI workflow that uses them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_core.adapters import lora_state_dict
+from lcm_core.checkpoint import (
+    Component,
+    ModelInfo,
+    list_components,
+    read_component,
+    save_diffusers,
+    save_single_file,
+)
+from lcm_core.files import atomic_write, new_folder
+from lcm_core.loading import Source
+from lcm_core.lora import save_lora
+from lcm_core.weights import read_json, write_json
+from trainer.config import DistillConfig
+from trainer.options import to_dict
+from trainer.students import Student, plain_config
+from trainer.tables import to_markdown
+
+DISTILL_KEY = "lcm_suite.distill"
+"""Safetensors metadata: JSON of the settings that the weights were trained with."""
+TRAJECTORY_METHODS = ("tcd", "segmented")
+_CLIP_WORDS = 49408  # a tokenizer of another size is the model's own and must travel with it
+_STORED = torch.float16
+
+
+def run_name(config: DistillConfig) -> str:
+    """Name of the files that come out."""
+    return config.name or Path(config.output).resolve().name
+
+
+def sampler_of(config: DistillConfig) -> str:
+    """The sampler that a student was trained for."""
+    return "tcd" if config.method.kind in TRAJECTORY_METHODS else "lcm"
+
+
+def write_weights(config: DistillConfig, student: Student, source: Source, info: ModelInfo) -> list[Path]:
+    """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full.
+    """
+    folder, name = Path(config.output), run_name(config)
+    metadata = {DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
+    if student.adapters is not None:
+        file = folder / f"{name}_lora.safetensors"
+        tensors = lora_state_dict(student.unet, ema=student.final == "ema", dtype=_STORED)
+        save_lora(file, tensors, info.family, metadata)
+        return [file]
+    components = read_parts(source) | {"unet": _unet_component(student)}
+    _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
+    _write_folder(folder / "diffusers", components, info, source)
+    return [folder / f"{name}.safetensors", folder / "diffusers"]
+
+
+def read_parts(source: Source) -> dict[str, Component]:
+    """All networks of a model but its U-Net, as stored."""
+    parts = {"vae": read_component(source.vae, "vae")}
+    names = [name for name in list_components(source.text) if name.startswith("text_encoder")] or ["text_encoder"]
+    return parts | {name: read_component(source.text, name) for name in names}
+
+
+def _unet_component(student: Student) -> Component:
+    network: Any = student.trained if student.average is None else student.average
+    tensors = {name: tensor.detach().to(_STORED) for name, tensor in network.state_dict().items()}
+    return Component(tensors, plain_config(network.config))
+
+
+def _write_folder(folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of this run, before more steps were asked for
+    with new_folder(folder) as temporary:
+        save_diffusers(temporary, components, info)
+        _name_scheduler(temporary)
+        for name, files in source.read_tokenizers().items():
+            (temporary / name).mkdir()
+            for file, text in files.items():
+                (temporary / name / file).write_text(text, encoding="utf-8")
+
+
+def _name_scheduler(folder: Path) -> None:
+    """Say that this model is sampled as an LCM, which diffusers' and our own pipelines then do by themselves."""
+    for file in (folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"):
+        content = read_json(file)
+        if "scheduler" in content:
+            content["scheduler"] = ["diffusers", "LCMScheduler"]
+        else:
+            content |= {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+        write_json(file, content)
+
+
+def _write_file(
+    file: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, metadata: Mapping[str, str]
+) -> None:
+    own_words = components["text_encoder"].config.get("vocab_size") != _CLIP_WORDS
+    words = source.read_tokenizers().get("tokenizer") if own_words else None
+    save_single_file(file, components, info, words, metadata)
+
+
+def comfyui_workflow(config: DistillConfig, info: ModelInfo, resolution: int) -> dict[str, Any]:
+    """A workflow in ComfyUI's API format, which can be dropped on its page, with nodes that it has itself."""
+    is_lora = config.student.kind == "lora"
+    name = run_name(config)
+    checkpoint = f"{Path(config.teacher).stem}.safetensors" if is_lora else f"{name}.safetensors"
+    model = ["lora", 0] if is_lora else ["checkpoint", 0]
+    # ComfyUI's "lcm" takes the network's output for noise, so another kind of prediction must be named instead.
+    kind = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}[info.prediction_type]
+    size = {"width": resolution, "height": resolution, "batch_size": 1}
+    graph: dict[str, Any] = {
+        "checkpoint": _node("CheckpointLoaderSimple", ckpt_name=checkpoint),
+        "sampling": _node("ModelSamplingDiscrete", model=model, sampling=kind, zsnr=info.zero_terminal_snr),
+        "positive": _node("CLIPTextEncode", text="a photograph of an old lighthouse", clip=["checkpoint", 1]),
+        "negative": _node("CLIPTextEncode", text="", clip=["checkpoint", 1]),
+        "latent": _node("EmptyLatentImage", **size),
+        "sampler": _node(
+            "KSampler",
+            model=["sampling", 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            seed=0,
+            steps=4,
+            cfg=1.0,
+            sampler_name="lcm",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        "decode": _node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
+        "save": _node("SaveImage", images=["decode", 0], filename_prefix=name),
+    }
+    if is_lora:
+        lora = {"lora_name": f"{name}_lora.safetensors", "strength_model": 1.0}
+        graph["lora"] = _node("LoraLoaderModelOnly", model=["checkpoint", 0], **lora)
+    return graph
+
+
+def write_workflow(config: DistillConfig, info: ModelInfo, resolution: int) -> Path:
+    """`workflow_comfyui.json`."""
+    file = Path(config.output) / "workflow_comfyui.json"
+    graph = comfyui_workflow(config, info, resolution)
+    numbers = {name: str(number) for number, name in enumerate(graph, 1)}
+    write_json(file, {numbers[name]: _renumbered(node, numbers) for name, node in graph.items()})
+    return file
+
+
+def write_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[str, Any]], remark: str) -> Path:
+    """README.md: what the model is, how it is used, what it was made with, how good it is."""
+    file = Path(config.output) / "README.md"
+    with atomic_write(file) as temporary:
+        temporary.write_text(model_card(config, info, rows, remark), encoding="utf-8")
+    return file
+
+
+def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[str, Any]], remark: str) -> str:
+    """The model card, Markdown."""
+    name, method, training = run_name(config), config.method, config.training
+    is_lora = config.student.kind == "lora"
+    what = f"LoRA of rank {config.student.rank}" if is_lora else "full model that reads guidance as an input"
+    scale = "1 (the guidance is inside)" if is_lora else f"{1 + method.w_min:g} to {1 + method.w_max:g}"
+    score = f"\n## Scores\n\n{to_markdown(rows)}\n{remark}\n" if rows else ""
+    data = config.data.path or f"the prompts in {config.data.prompts}, painted by the teacher"
+    return (
+        f"# {name}\n\nPaints in 1 to 8 steps: a {what}, distilled from `{config.teacher}` ({info.family}, "
+        f"{info.prediction_type}) by the method `{method.kind}` on {data}.\n\n## Use\n\n"
+        f"4 steps, sampler {sampler_of(config)}, guidance scale {scale}.\n\n{_usage(config, name, is_lora)}{score}\n"
+        f"## Training\n\n{training.steps:,} steps of {training.batch_size}, learning rate {training.learning_rate:g}, "
+        f"solver {method.solver}, loss {method.loss}, w {method.w_min:g} to {method.w_max:g}. Everything is in "
+        "`config.json`, which `python -m trainer distill --config` takes again.\n"
+    )
+
+
+def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
+    if is_lora:
+        file = f"{name}_lora.safetensors"
+        python = (
+            "from diffusers import DiffusionPipeline, LCMScheduler\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
+            "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)\n"
+            f'pipe.load_lora_weights("{file}")\n'
+            'pipe("a lighthouse", num_inference_steps=4, guidance_scale=1).images[0].save("picture.png")\n'
+        )
+        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file} --steps 4'
+        web = f"ComfyUI: `workflow_comfyui.json`, with the file in `models/loras`. A1111: `<lora:{file[:-12]}:1>`."
+    else:
+        python = (
+            "from diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("diffusers")\n'
+            f'pipe("a lighthouse", num_inference_steps=4, guidance_scale={1 + config.method.w_min:g})'
+            '.images[0].save("picture.png")\n'
+        )
+        shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors --steps 4'
+        web = "ComfyUI and A1111 know no guidance input: `python -m lcm_core export` puts one value into the weights."
+    return f"```\n{shell}\n```\n\n```python\n{python}```\n\n{web}\n"
+
+
+def _node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def _renumbered(node: Mapping[str, Any], numbers: Mapping[str, str]) -> dict[str, Any]:
+    """ComfyUI names nodes by numbers."""
+    inputs = {
+        key: [numbers[value[0]], value[1]] if isinstance(value, list) else value
+        for key, value in node["inputs"].items()
+    }
+    return {**node, "inputs": inputs}

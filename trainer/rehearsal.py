@@ -1,0 +1,66 @@
+"""Rehearsing a computation with tensors that have a shape but no contents, to learn how much memory it would take.
+
+The very code that trains is run, so nothing has to be known about the network; each operation only works out the shape
+of its result. A step of Stable Diffusion's U-Net takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the memory of all tensors that are alive.
+
+    Attributes:
+        live: bytes at this moment.
+        peak: most of them so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        # views share a storage, which is counted once and lives as long as the last of them
+        if (address := storage._cdata) in self._known:
+            return
+        self._known.add(address)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, address, storage.nbytes())
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+@contextmanager
+def rehearsal(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[LiveBytes]:
+    """Within this context every new tensor is without contents, on `device`, and by default of `dtype`."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode(), LiveBytes() as memory, torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(dtype)
+        try:
+            yield memory
+        finally:
+            torch.set_default_dtype(before)

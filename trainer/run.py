@@ -1,0 +1,336 @@
+"""One run of `distill`, from its settings to the files that it leaves in its folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_core.adapters import Which
+from lcm_core.checkpoint import ModelInfo, read_component
+from lcm_core.errors import InputError
+from lcm_core.loading import Model, Source, noise_schedule
+from lcm_core.networks import choose_device
+from lcm_core.schedule import NoiseSchedule
+from lcm_core.text import load_text
+from lcm_core.unet import UNet, exact_output, load_unet
+from lcm_core.vae import load_vae
+from lcm_core.weights import write_json
+from trainer.config import DistillConfig
+from trainer.data.cache import LatentCache, prepare, write_skipped
+from trainer.data.teacher import Teacher, find_teacher
+from trainer.distill import check_method, distill
+from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
+from trainer.machine import describe_machine
+from trainer.methods import get_method
+from trainer.options import read_settings, to_dict
+from trainer.outputs import run_name, sampler_of, write_card, write_weights, write_workflow
+from trainer.preview import STEPS, preview_grid, save_samples
+from trainer.processes import Processes, join_processes
+from trainer.report import write_report
+from trainer.students import (
+    Student,
+    choose_precision,
+    full_student,
+    lora_student,
+    prepare_unet,
+    trained_parameters,
+    unet_network,
+)
+from trainer.tables import to_markdown
+
+MAY_CHANGE = {
+    "output",
+    "name",
+    "device",
+    "report",
+    "data.cache",
+    "data.cache_batch",
+    "data.shard_size",
+    "student.gradient_checkpointing",
+    "student.compile",
+    "training.steps",
+    "training.save_every",
+    "training.accumulation",
+    "training.tensorboard",
+}
+"""Settings that a run may be continued with other values of."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run has found out before it trains."""
+
+    config: DistillConfig
+    source: Source
+    info: ModelInfo
+    schedule: NoiseSchedule
+    processes: Processes
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.config.output)
+
+
+def run(config: DistillConfig) -> None:
+    """Distil, from wherever an earlier run in the same folder stopped, and write everything that a run leaves.
+
+    Raises:
+        InputError: a setting, a file or a folder that cannot be used.
+        KeyboardInterrupt: stopped; the state is saved.
+    """
+    setup = begin(config)
+    team, folder = setup.processes, setup.folder
+    cache = prepare(
+        config.data,
+        config.teacher,
+        Path(config.data.cache) if config.data.cache else folder / "cache",
+        team.device,
+        team,
+        config.tokenizer,
+        config.prediction_type,
+    )
+    if team.is_main:
+        write_skipped(folder / "skipped.json", cache.skipped)
+        for line in cache.notes:
+            say(line)
+    student = build_student(setup, _largest(cache))
+    if team.is_main:
+        say(f"{trained_parameters(student):,} parameters learn from {len(cache):,} pictures on {team.device}")
+    prompts = preview_prompts(config, cache)
+    distill(
+        student,
+        cache,
+        setup.schedule,
+        setup.info.prediction_type,
+        config.method,
+        config.training,
+        folder / "run",
+        config.data.caption_dropout,
+        partial(_preview, setup, student, prompts),
+        team,
+    )
+    if team.is_main:
+        finish(setup, student, prompts)
+
+
+def begin(config: DistillConfig) -> Setup:
+    """Check everything that can be checked before anything long begins, and write the run's `config.json`.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    check(config)
+    team = join_processes(choose_device(config.device or None))
+    source = find_teacher(config.teacher)
+    info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
+    setup = Setup(config, source, info, noise_schedule(info), team)
+    check_method(config.method, setup.schedule, info.prediction_type)
+    team.rows(config.training.batch_size, config.training.accumulation)
+    if team.is_main:
+        file = setup.folder / "config.json"
+        if file.exists() and (setup.folder / "run" / "state.safetensors").exists():
+            check_same_run(read_settings(file), to_dict(config), file)
+        write_json(file, to_dict(config))
+        write_json(setup.folder / "run" / "machine.json", describe_machine(team.device))
+    team.wait()
+    return setup
+
+
+def check(config: DistillConfig) -> None:
+    """Refuse settings that cannot be meant.
+
+    Raises:
+        InputError: names the first of them, and what it may be.
+    """
+    for name in ("teacher", "output"):
+        if not getattr(config, name):
+            raise InputError(f"no {name} was given; give --{name}, or --preset emoji to see how everything works")
+    config.data.check()
+    training, student = config.training, config.student
+    ranges = {
+        "steps": (training.steps, 1, 10**8),
+        "batch_size": (training.batch_size, 1, 10**6),
+        "accumulation": (training.accumulation, 1, 10**6),
+        "learning_rate": (training.learning_rate, 1e-12, 1.0),
+        "ema_decay": (training.ema_decay, 0.0, 1.0),
+        "cooldown": (training.cooldown, 0.0, 1.0),
+        "rank": (student.rank, 1, 4096),
+        "preview_every": (config.report.preview_every, 0, 10**8),
+        "samples": (config.report.samples, 0, 10**6),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise InputError(f"{name} {value} is out of range; use {low} to {high}")
+    if student.kind not in ("lora", "full"):
+        raise InputError(f"unknown student {student.kind!r}; choose lora or full")
+    if 0 < config.report.samples < 8:
+        raise InputError(f"samples {config.report.samples} is too few for scores; use 8 or more, or 0 for no table")
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], file: Path) -> None:
+    """Refuse to continue a run with settings that would make it another one.
+
+    Raises:
+        InputError: names the setting with both its values.
+    """
+    for key, value in _flat(now).items():
+        old = _flat(before).get(key, value)
+        free = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
+        if old != value and not free:
+            raise InputError(
+                f"{file} is of a run with {key} = {old!r}, not {value!r}; give that, or choose another output folder"
+            )
+
+
+def build_student(setup: Setup, size: tuple[int, int]) -> Student:
+    """Load the teacher and make the student of it, for latents of this (height, width)."""
+    config, device = setup.config, setup.processes.device
+    component = read_component(setup.source.unet, "unet")
+    count = sum(tensor.numel() for tensor in component.tensors.values())
+    precision = choose_precision(device, config.student.precision, count)
+    torch.manual_seed(config.training.seed)  # the first weights of what is added
+    with_average = config.training.ema_decay > 0
+    unet = teacher = None
+    if config.student.kind == "lora" or get_method(config.method).needs_teacher:
+        unet = load_unet(component, device, precision, torch.contiguous_format)
+        exact_output(unet)
+        prepare_unet(unet, config.student, size)
+        teacher = unet_network(unet, precision)
+        if config.student.kind == "lora":
+            return lora_student(unet, teacher, config.student, with_average)
+    student = full_student(component, teacher, config.student, precision, device, with_average)
+    for network in {student.trained, student.average} - {None}:
+        prepare_unet(network, config.student, size)
+    return replace(student, teacher_unet=unet)
+
+
+@contextmanager
+def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
+    """The teacher or the student as a model that paints, on the run's own U-Net; VAE and text encoders come and go."""
+    adapters, device, source = student.adapters, setup.processes.device, setup.source
+    own = student.unet if adapters is not None or student.average is None else student.average
+    network: Any = student.teacher_unet or own if role == "teacher" else own
+    vae = load_vae(source.vae, device)
+    text = load_text(source.text, device, None, setup.config.tokenizer or None)
+    card = source.card
+    model = Model(
+        name=role,
+        unet=UNet(network),
+        vae=vae,
+        text=text,
+        schedule=setup.schedule,
+        prediction_type=setup.info.prediction_type,
+        resolution=int(card.get("resolution") or network.config.sample_size * vae.scale),
+        teacher_guidance_scale=float(card.get("teacher_guidance_scale", 7.5)),
+        original_steps=setup.config.method.original_steps,
+    )
+    if role == "teacher":
+        model.sampler = "euler"
+    else:
+        method = setup.config.method
+        model.sampler = sampler_of(setup.config)
+        # a LoRA has its guidance inside, a full student is asked for the middle of what it learnt
+        model.guidance_scale = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
+    which: Which = "off" if role == "teacher" else student.final
+    with nullcontext() if adapters is None else adapters.using(which), torch.no_grad():
+        yield model
+
+
+def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[str]:
+    """The prompts of all preview pictures: the given ones, or captions from all over the data."""
+    if config.report.preview_prompts:
+        return list(config.report.preview_prompts)
+    captions = [caption for caption in cache.captions if caption] or [""]
+    return [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
+
+
+def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:
+    """Weights, pictures, scores, card, workflow and report."""
+    config, info, folder = setup.config, setup.info, setup.folder
+    written = write_weights(config, student, setup.source, info)
+    rows, remark = _show_off(setup, student, prompts)
+    write_json(folder / "results.json", {"rows": rows, "remark": remark})
+    with painter(setup, student, "student") as model:
+        written.append(write_workflow(config, info, model.resolution))
+    written += [write_card(config, info, rows, remark), write_report(folder)]
+    if rows:
+        print(to_markdown(rows))
+    print("\n".join(str(path) for path in written))
+
+
+def say(line: str) -> None:
+    """A note to whoever watches."""
+    print(line, file=sys.stderr)
+
+
+def _show_off(setup: Setup, student: Student, prompts: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """Pictures of teacher and student, and their scores where there is something to compare with."""
+    exam = _exam(setup) if setup.config.report.samples else None
+    rows: list[dict[str, Any]] = []
+    seeds = list(range(len(prompts)))
+    roles = {"teacher": "teacher", run_name(setup.config): "student"}
+    for name, role in roles.items():
+        if role == "teacher" and student.adapters is None and student.teacher_unet is None:
+            continue
+        with painter(setup, student, role) as model:
+            guidance = model.teacher_guidance_scale if role == "teacher" else model.guidance_scale
+            if setup.config.report.preview_every:
+                save_samples(setup.folder, role, model, prompts, seeds, STEPS, guidance_scale=guidance)
+            if exam is not None:
+                rows += evaluate_rows(name, model, exam, STEPS, progress=True, guidance_scale=guidance)
+    return rows, "" if exam is None else f"{exam.note['pictures']:,} pictures a row, compared with {exam.note['real']}."
+
+
+def _exam(setup: Setup) -> Exam | None:
+    """The embedded model is measured on its benchmark, another against the pictures that it learnt from."""
+    from trainer.emoji.evaluate import load_benchmark
+    from trainer.emoji.features import extract
+
+    config, samples = setup.config, setup.config.report.samples
+    if setup.source.card or config.data.path == "emoji":
+        return benchmark_exam(load_benchmark(samples))
+    if not config.data.path:
+        return None
+    from trainer.data.sources import read_source
+
+    features = partial(extract, load_benchmark(samples).features)
+    side = Teacher(config.teacher).resolution
+    items = read_source(Path(config.data.path)).items
+    pictures = read_pictures(items, (side, side), features, Processes(setup.processes.device))
+    return folder_exam(pictures, samples, features, is_inception=False)
+
+
+def _preview(setup: Setup, student: Student, prompts: Sequence[str], step: int, loss: float) -> None:
+    """Every so many steps, the same pictures again."""
+    report = setup.config.report
+    if not report.preview_every or (step + 1) % report.preview_every:
+        return
+    with painter(setup, student, "student") as model:
+        grid = preview_grid(
+            model, prompts, list(range(len(prompts))), report.preview_steps, guidance_scale=model.guidance_scale
+        )
+    file = setup.folder / "previews" / f"step-{step + 1:06d}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(file)
+
+
+def _largest(cache: LatentCache) -> tuple[int, int]:
+    """(height, width) of the largest latents."""
+    sizes = [(int(height), int(width)) for height, _, width in (name.partition("x") for name in cache.buckets)]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _flat(settings: dict[str, Any], section: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{section}.{key}" if section else key
+        flat |= _flat(value, name) if isinstance(value, dict) else {name: value}
+    return flat

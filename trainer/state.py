@@ -1,0 +1,169 @@
+"""What a run has to remember to go on after any stop, and how it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lcm_core.errors import InputError
+from lcm_core.files import atomic_write
+from lcm_core.weights import read_safetensors, write_safetensors
+
+
+class Log(NamedTuple):
+    """One step."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    """That the step took."""
+    peak_memory: int
+    """Bytes, so far."""
+
+
+class State:
+    """Weights, their average, the optimiser's moments, and the log of all steps; in `state.safetensors`.
+
+    Attributes:
+        updating: true while weights are being changed, when a state would be neither the old nor the new one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        ema: nn.Module | None,
+        writes: bool = True,
+    ) -> None:
+        self.folder, self.parameters, self.optimizer, self.writes = folder, parameters, optimizer, writes
+        self.averages = {} if ema is None else {n: p for n, p in ema.named_parameters() if n in parameters}
+        self.log: list[Log] = []
+        self.updating = False
+        self.saved_step, self.saved_at = 0, time.monotonic()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / "state.safetensors"
+
+    @property
+    def next_step(self) -> int:
+        """The step to go on with."""
+        return len(self.log)
+
+    def record(self, log: Log) -> None:
+        """A step is done."""
+        self.log.append(log)
+        self.updating = False
+
+    def age(self) -> float:
+        """Seconds since the last save."""
+        return time.monotonic() - self.saved_at
+
+    def save(self) -> None:
+        """Write the state, whole or not at all, if there is anything new; only one process does."""
+        if self.next_step != self.saved_step and self.writes:
+            log = torch.tensor([tuple(line) for line in self.log], dtype=torch.float64)
+            seconds = {"step": str(self.next_step), "seconds": f"{sum(line.seconds for line in self.log):.1f}"}
+            write_safetensors(self.path, {**self._tensors(), "log": log}, seconds)
+            with atomic_write(self.folder / "log.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(line._asdict()) + "\n" for line in self.log))
+        self.saved_step, self.saved_at = self.next_step, time.monotonic()
+
+    def load(self) -> int:
+        """Put the saved state back. Returns the step to go on with, 0 where nothing was saved.
+
+        Raises:
+            InputError: the file is broken, or of another network.
+        """
+        if not self.path.exists():
+            return 0
+        tensors, _ = read_safetensors(self.path)
+        self._check(tensors)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"online.{name}"])
+            for name, parameter in self.averages.items():
+                parameter.copy_(tensors[f"ema.{name}"])
+        for key, value in tensors.items():
+            kind, _, rest = key.partition(".")
+            field, _, name = rest.partition(".")
+            if kind in ("moment", "number"):
+                parameter = self.parameters[name]
+                ready = value.item() if kind == "number" else value.to(parameter.device, copy=True)
+                self.optimizer.state[parameter][field] = ready
+        rows = tensors["log"].tolist()
+        self.log = [Log(int(row[0]), row[1], row[2], row[3], int(row[4])) for row in rows]
+        self.saved_step = self.next_step
+        return self.next_step
+
+    @contextmanager
+    def saved_on_exit(self) -> Iterator[None]:
+        """Save at the end and on any exception between two updates of the weights."""
+        try:
+            yield
+        except BaseException:
+            if not self.updating:
+                self.save()
+            raise
+        self.save()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"online.{n}": p.detach() for n, p in self.parameters.items()}
+        tensors |= {f"ema.{n}": p.detach() for n, p in self.averages.items()}
+        for name, parameter in self.parameters.items():
+            for field, value in self.optimizer.state[parameter].items():
+                # AdamW counts in tensors, bitsandbytes in plain numbers; each must get its own kind back
+                kind = "moment" if isinstance(value, Tensor) else "number"
+                tensors[f"{kind}.{field}.{name}"] = torch.as_tensor(value)
+        return tensors
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        own = {f"online.{n}": p for n, p in self.parameters.items()} | {f"ema.{n}": p for n, p in self.averages.items()}
+        expected = {n: p.shape for n, p in own.items()}
+        found = {n: v.shape for n, v in tensors.items() if n.startswith(("online.", "ema."))}
+        if expected != found:
+            odd = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise InputError(
+                f"{self.path} was saved by a run with other networks (first difference: '{odd}'); "
+                "choose another output folder, or the settings that it was started with"
+            )
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Catch Ctrl-C, and SIGTERM, which job schedulers send. Yields a function that says whether one came.
+
+    The step under way is finished first, so that what is saved is whole; a second signal stops at once. Only a main
+    thread may catch signals: in another, whoever runs it must stop the run, e.g. with an exception in its callback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,177 @@
+"""Students: a LoRA, whose teacher is the same U-Net without it, or a full U-Net that also reads guidance.
+
+Both work on any network behind `Network`, `(x_t, t, conditioning, w) -> model output`; `unet_network` makes one of a
+diffusers U-Net of Stable Diffusion 1.x, 2.x or XL, and a host can give its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcm_core.adapters import TARGET_MODULES, LoraAdapters, Which, add_lora
+from lcm_core.checkpoint import Component
+from lcm_core.errors import InputError
+from lcm_core.guidance import guidance_embedding
+from lcm_core.networks import choose_dtype
+from lcm_core.unet import UNet, exact_output, load_unet, set_attention
+from trainer.config import StudentConfig
+from trainer.methods.shared import Conditioning, Network, Networks
+
+_SMALL_PICTURE = 32 * 32  # positions in the latents up to which plain attention trains faster on a CPU
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a distillation runs on."""
+
+    networks: Networks
+    trained: nn.Module
+    """Holds the parameters that learn."""
+    average: nn.Module | None
+    """Their moving average under the same names, which is the target and the result; None without."""
+    unet: nn.Module
+    """The network itself, with its adapters."""
+    adapters: LoraAdapters | None = None
+    """Of a LoRA; None for a full student."""
+    teacher_unet: nn.Module | None = None
+    """Where the teacher is a network of its own."""
+
+    @property
+    def final(self) -> Which:
+        """Which adapters are the result."""
+        return "online" if self.average is None else "ema"
+
+
+def choose_precision(device: torch.device, wanted: str, parameters: int) -> torch.dtype:
+    """Number format of frozen weights and of the computation. What learns is always float32.
+
+    Raises:
+        InputError: float16, in which distillation overflows, or an unknown format.
+    """
+    dtype = choose_dtype(device, None if wanted == "auto" else wanted, parameters)
+    if dtype != torch.float16:
+        return dtype
+    if wanted == "auto":
+        return torch.float32
+    raise InputError(f"precision {wanted} overflows in distillation; use bfloat16 or float32")
+
+
+def unet_network(unet: Any, precision: torch.dtype = torch.float32) -> Network:
+    """A diffusers U-Net as `Network`. One without a guidance input was made for one w and is not told."""
+    call = UNet(unet)
+
+    def run(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+        extra: dict[str, Any] = {}
+        if w is not None and call.guidance_embedding_dim is not None:
+            extra["timestep_cond"] = guidance_embedding(w, call.guidance_embedding_dim)
+        with torch.autocast(call.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            return call(x, t, **conditioning, **extra)
+
+    return run
+
+
+def lora_student(unet: nn.Module, network: Network, config: StudentConfig, with_average: bool = True) -> Student:
+    """LoRA on one network, which plays all parts (arXiv 2311.05556): the teacher is it with the adapters off, the
+    online student with them on, the target with their average.
+
+    Args:
+        unet: any network of linear layers and convolutions; it is frozen, and gets adapters.
+        network: how to call it.
+        config: rank, alpha, layers.
+        with_average: whether the target is an average; else it is the online student.
+    """
+    adapters = add_lora(unet, config.rank, config.alpha or None, config.target_modules or TARGET_MODULES)
+    if with_average:
+        adapters.start_ema()
+
+    def using(which: Which) -> Network:
+        def run(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+            with adapters.using(which):
+                return network(x, t, conditioning, w)
+
+        return run
+
+    target: Which = "ema" if with_average else "online"
+    networks = Networks(using("online"), using(target), using("off"))
+    average = _halves(adapters, ema=True) if with_average else None
+    return Student(networks, _halves(adapters, ema=False), average, unet, adapters)
+
+
+def full_student(
+    component: Component,
+    teacher: Network | None,
+    config: StudentConfig,
+    precision: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    with_average: bool = True,
+) -> Student:
+    """A whole U-Net that starts as the teacher, with a guidance input that at first changes nothing.
+
+    Args:
+        component: the teacher's weights and configuration.
+        teacher: how to call the teacher; None where the method needs none.
+        config: width of the guidance input, checkpointing.
+        precision: of the computation; the weights are float32.
+        device: where to train.
+        with_average: whether the target is an average; else it is the online student.
+    """
+    online = load_unet(
+        with_guidance(component, config.guidance_embedding_dim), device, torch.float32, torch.contiguous_format
+    )
+    exact_output(online)
+    online.requires_grad_(True)
+    average = copy.deepcopy(online).requires_grad_(False) if with_average else None
+    call = unet_network(online, precision)
+    target = call if average is None else unet_network(average, precision)
+    return Student(Networks(call, target, teacher or _no_teacher), online, average, online)
+
+
+def with_guidance(component: Component, embedding_dim: int) -> Component:
+    """A U-Net's weights, copied to float32, with `cond_proj` for the guidance embedding at zero where it has none."""
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in component.tensors.items()}
+    width = component.config["block_out_channels"][0]
+    tensors.setdefault("time_embedding.cond_proj.weight", torch.zeros(width, embedding_dim))
+    stated = tensors["time_embedding.cond_proj.weight"].shape[1]
+    return Component(tensors, {**plain_config(component.config), "time_cond_proj_dim": stated}, component.source)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's configuration without diffusers' notes to itself, of which one would reset changed values."""
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"_class_name": "UNet2DConditionModel", **plain}
+
+
+def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> None:
+    """Set a U-Net up for training on latents of this (height, width): layout, attention, checkpointing, compilation."""
+    device = next(unet.parameters()).device
+    on_cpu = device.type == "cpu"
+    unet.to(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
+    set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.compile:
+        if device.type != "cuda":
+            raise InputError(f"compile pays on CUDA only, not on {device}; leave it out")
+        unet.compile()
+
+
+def trained_parameters(student: Student) -> int:
+    """How many numbers learn."""
+    return sum(p.numel() for p in student.trained.parameters() if p.requires_grad)
+
+
+def _no_teacher(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor | None) -> Tensor:
+    raise RuntimeError("this method has no teacher")
+
+
+def _halves(adapters: LoraAdapters, ema: bool) -> nn.ModuleDict:
+    """The adapters' trained halves, or their averages, under the same names."""
+    return nn.ModuleDict(
+        {path.replace(".", "_"): nn.ModuleList(layer.halves(ema)) for path, layer in adapters.layers.items()}
+    )
