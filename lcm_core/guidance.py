@@ -32,6 +32,23 @@ def guidance_embedding(w: Tensor, embedding_dim: int = 256, dtype: torch.dtype =
     return functional.pad(embedding, (0, embedding_dim % 2))
 
 
+def guidance_bias(guidance_scale: float, cond_proj: Tensor, linear_1: Tensor) -> Tensor:
+    """What one fixed guidance adds to the bias of `time_embedding.linear_1`, for programs that know no `cond_proj`.
+
+    The network computes `linear_1(t_emb + cond_proj(w_emb))`; `linear_1` being linear, the second term is a constant.
+
+    Args:
+        guidance_scale: 1 is off.
+        cond_proj: weight of `time_embedding.cond_proj`, (C, D).
+        linear_1: weight of `time_embedding.linear_1`, (E, C).
+
+    Returns:
+        (E,) float32.
+    """
+    embedding = guidance_embedding(torch.tensor([guidance_scale - 1.0]), cond_proj.shape[1]).to(cond_proj.device)
+    return linear_1.float() @ (cond_proj.float() @ embedding[0])
+
+
 def guide(
     model: Model,
     cond: dict[str, Any],

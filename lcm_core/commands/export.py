@@ -1,8 +1,9 @@
-"""`export`: a model, with its LoRAs merged if any are given, in a layout that other programs read."""
+"""`export`: a model, with its LoRAs merged if any are given, in a layout or a place where other programs read it."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from lcm_core.loading import Source
     from lcm_core.lora_keys import Part
 
+HOSTS = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge"}
+"""Programs with a module of their own in `lcm_core.exports`, and their names."""
 _CLIP_WORDS = 49408  # a tokenizer of another size is the model's own and must travel with it
 
 
@@ -23,16 +26,21 @@ def add_to(commands: Any) -> None:
     parser = add_command(
         commands,
         "export",
-        "Write a model as a diffusers folder or as one .safetensors file.",
-        "export --model emoji --to single-file --path emoji.safetensors",
+        "Write a model as a diffusers folder, as one .safetensors file, or into another program's folders.",
+        "export --to comfyui --path ~/ComfyUI",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--to", required=True, choices=("diffusers", "single-file"), help="layout")
-    parser.add_argument("--path", required=True, type=Path, help="new folder, or .safetensors file")
+    layouts = ("diffusers", "single-file", *HOSTS)
+    parser.add_argument("--to", required=True, choices=layouts, help="layout, or program")
+    parser.add_argument("--path", required=True, type=Path, help="new folder, .safetensors file, or program's folder")
     parser.add_argument(
         "--model", default="emoji", help="'emoji' (default), a diffusers folder, or a .safetensors file"
     )
-    parser.add_argument("--unet", choices=("lcm", "teacher"), help="which network of the embedded model (default lcm)")
+    parser.add_argument(
+        "--unet",
+        choices=("lcm", "teacher"),
+        help="which network of the embedded model (default lcm; for a program both, and the LCM-LoRA)",
+    )
     parser.add_argument(
         "--lora", action="append", type=parse_lora, metavar="PATH[:STRENGTH]", help="LoRA to merge; may be repeated"
     )
@@ -41,6 +49,13 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, merge, cast, write."""
+    if args.to in HOSTS:
+        _to_host(args)
+    else:
+        _to_layout(args)
+
+
+def _to_layout(args: argparse.Namespace) -> None:
     from lcm_core.checkpoint import save_diffusers, save_single_file
     from lcm_core.files import new_folder
     from lcm_core.loading import find_source
@@ -51,17 +66,51 @@ def run(args: argparse.Namespace) -> None:
     source = find_source(args.model, args.unet)
     components = _components(source, args.lora or (), args.dtype)
     if args.to == "single-file":
-        own_words = components["text_encoder"].config.get("vocab_size") != _CLIP_WORDS
-        words = _tokenizers(source).get("tokenizer") if own_words else None
-        save_single_file(args.path, components, source.info, words)
+        save_single_file(args.path, components, source.info, _own_words(source, components))
     else:
         with new_folder(args.path) as folder:
             save_diffusers(folder, components, source.info)
-            for name, files in _tokenizers(source).items():
+            for name, files in source.read_tokenizers().items():
                 (folder / name).mkdir()
                 for file, text in files.items():
                     (folder / name / file).write_text(text, encoding="utf-8")
     print(f"{args.path}: {args.model} with {', '.join(components)}")
+
+
+def _to_host(args: argparse.Namespace) -> None:
+    """Put a model where a program looks for it; of a shipped one, when nothing is chosen, all that there is."""
+    from lcm_core.loading import SHIPPED_UNETS, find_source
+
+    host = importlib.import_module(f"lcm_core.exports.{args.to}")
+    host.check_host(args.path)
+    source = find_source(args.model, args.unet)
+    if source.chosen is None or args.unet is not None or args.lora:
+        written = _checkpoint_to_host(args, host, source)
+    else:
+        written = [
+            file for unet in SHIPPED_UNETS for file in _checkpoint_to_host(args, host, find_source(args.model, unet))
+        ]
+        for file in sorted((source.root / "lora").glob("*.safetensors")):
+            written += host.export_lora(args.path, file, f"{source.root.name}_{file.stem}")
+        if hasattr(host, "export_extras"):
+            written += host.export_extras(args.path, source.root, source.card["resolution"])
+    print("\n".join(f"{HOSTS[args.to]}: {file}" for file in written))
+
+
+def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> list[Path]:
+    from lcm_core.exports import GUIDANCE_KEY
+
+    components = _components(source, args.lora or (), args.dtype)
+    name = f"{source.root.stem}_{source.chosen}" if source.chosen else source.root.stem
+    stated = {GUIDANCE_KEY: str(source.card["guidance_scale"])} if source.chosen == "lcm" else None
+    words = _own_words(source, components)
+    return host.export_checkpoint(args.path, name, components, source.info, words, metadata=stated)
+
+
+def _own_words(source: Source, components: Mapping[str, Component]) -> dict[str, str] | None:
+    """The tokenizer's files of a model whose vocabulary is not CLIP's."""
+    own = components["text_encoder"].config.get("vocab_size") != _CLIP_WORDS
+    return source.read_tokenizers().get("tokenizer") if own else None
 
 
 def _components(source: Source, loras: Any, dtype: str | None) -> dict[str, Component]:
@@ -117,16 +166,3 @@ def _cast(components: Mapping[str, Component], dtype: str) -> None:
         for key, tensor in component.tensors.items():
             if tensor.is_floating_point():
                 component.tensors[key] = tensor.to(number)
-
-
-def _tokenizers(source: Source) -> dict[str, dict[str, str]]:
-    """The tokenizers in the model's folder, or in the metadata of its file: name to file name to text."""
-    from lcm_core.checkpoint import read_tokenizer_files
-
-    if source.root.is_file():
-        files = read_tokenizer_files(source.root)
-        return {"tokenizer": files} if files else {}
-    return {
-        folder.name: {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())}
-        for folder in sorted(source.root.glob("tokenizer*"))
-    }

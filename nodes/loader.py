@@ -1,0 +1,127 @@
+"""LCM Checkpoint Loader: any checkpoint, and full LCMs with their guidance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+from torch import Tensor
+
+from lcm_core.checkpoint import read_component, save_single_file
+from lcm_core.errors import InputError
+from lcm_core.exports import GUIDANCE_KEY
+from lcm_core.loading import find_source
+from lcm_core.weights import check_file
+
+from .host import say, schema
+from .hostmodel import PAPER_GUIDANCE, Guidance, attach_guidance, inspect_model
+
+_FOLDERS = ("checkpoints", "diffusion_models")
+_COND_PROJ = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
+_SHIPPED = {"emoji (shipped with LCM Suite)": "lcm", "emoji teacher (shipped with LCM Suite)": "teacher"}
+_LINEAR_1 = ("time_embed.0.weight", "time_embedding.linear_1.weight")
+
+
+class LCMCheckpointLoader(io.ComfyNode):
+    """MODEL, CLIP and VAE from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return schema(
+            node_id="LCMCheckpointLoader",
+            display_name="LCM Checkpoint Loader",
+            aliases=["CheckpointLoaderSimple", "UNETLoader", "full LCM", "cond_proj"],
+            description="Loads a checkpoint. Unlike the stock loader it keeps the guidance of a full LCM (cond_proj), "
+            "which LCM Apply and LCM KSampler then set. Bare U-Nets load too, without CLIP and VAE.",
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=_names(),
+                    tooltip="A .safetensors file in models/checkpoints or models/diffusion_models, or a shipped model.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="For LCM KSampler, or LCM Apply and any sampler."),
+                io.Clip.Output(display_name="CLIP", tooltip="The file's text encoder."),
+                io.Vae.Output(display_name="VAE", tooltip="The file's VAE."),
+                io.String.Output(display_name="info", tooltip="What was found in the file."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, ckpt_name: str) -> io.NodeOutput:
+        """Load, and keep what the host has no place for."""
+        model, clip, vae, _ = load_checkpoint(_find(ckpt_name))
+        info = inspect_model(model).describe()
+        say(cls, info)
+        return io.NodeOutput(model, clip, vae, info)
+
+
+def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
+    """The host's MODEL, CLIP, VAE and CLIP vision of a file, with a full LCM's guidance attached to the MODEL.
+
+    Args:
+        path: a .safetensors file.
+        options: of the host's loader.
+
+    Raises:
+        InputError: not a readable .safetensors file, or no model that the host knows.
+    """
+    check_file(Path(path))
+    state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    guidance = _take_guidance(state, metadata or {})
+    loaded = comfy.sd.load_state_dict_guess_config(
+        state, embedding_directory=folder_paths.get_folder_paths("embeddings"), metadata=metadata, **options
+    )
+    if loaded is None:
+        raise InputError(
+            f"{Path(path).name} is no checkpoint that this ComfyUI knows; give an SD 1.x, SD 2.x or SDXL model"
+        )
+    model = loaded[0]
+    model.cached_patcher_init = (load_checkpoint, (path,), 0)  # how newer hosts load a MODEL once more
+    if guidance is not None:
+        attach_guidance(model, guidance)
+    return loaded
+
+
+def _take_guidance(state: dict[str, Tensor], metadata: dict[str, str]) -> Guidance | None:
+    """Take `cond_proj` out of a state dict, which the host would drop with a warning."""
+    cond_proj = next((key for key in state if key.endswith(_COND_PROJ)), None)
+    if cond_proj is None:
+        return None
+    linear_1 = next(key for key in state if key.endswith(_LINEAR_1))
+    scale = float(metadata.get(GUIDANCE_KEY, PAPER_GUIDANCE))
+    return Guidance(state.pop(cond_proj).float(), state[linear_1].float().clone(), scale)
+
+
+def _names() -> list[str]:
+    found = dict.fromkeys(name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder))
+    return [*(name for name in found if name.endswith((".safetensors", ".sft"))), *_SHIPPED]
+
+
+def _find(name: str) -> str:
+    if name in _SHIPPED:
+        return _unpack(_SHIPPED[name])
+    for folder in _FOLDERS:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    raise InputError(f"{name} is not in models/checkpoints or models/diffusion_models; put it there, or choose another")
+
+
+def _unpack(unet: str) -> str:
+    """The shipped model as one file in the host's temporary folder, which it empties by itself."""
+    source = find_source("emoji", unet)
+    file = Path(folder_paths.get_temp_directory(), f"lcm_suite_emoji_{unet}.safetensors")
+    if file.exists():
+        return str(file)
+    places = {"unet": source.unet, "vae": source.vae, "text_encoder": source.text}
+    parts = {part: read_component(place, part) for part, place in places.items()}
+    stated = {GUIDANCE_KEY: str(source.card["guidance_scale"])} if unet == "lcm" else None
+    save_single_file(file, parts, source.info, metadata=stated)
+    return str(file)

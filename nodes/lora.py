@@ -1,0 +1,153 @@
+"""LCM LoRA Convert / Save: a LoRA in any layout onto a MODEL, and into a file that every UI reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from lcm_core.errors import InputError
+from lcm_core.lora import Lora, read_lora, save_lora
+from lcm_core.weights import read_metadata
+
+from .host import say, schema
+
+_MARK = "lcm_suite.saved_by"
+"""Metadata of our own files; others are never overwritten."""
+
+
+class LCMLoraConvert(io.ComfyNode):
+    """Read, check, apply and rewrite a LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return schema(
+            node_id="LCMLoraConvert",
+            display_name="LCM LoRA Convert / Save",
+            aliases=["LoraLoader", "peft", "diffusers lora", "kohya", "lora converter"],
+            description="Loads a LoRA in kohya's, diffusers' or peft's layout, tells you when it does not fit the "
+            "model, and can save it in kohya's layout, which every UI reads.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                ),
+                io.Float.Input(
+                    "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="1 is as trained, 0 is off."
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="As above, for the text encoder.",
+                ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    tooltip="A name, to save it in models/loras in kohya's layout. Empty: nothing is saved.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The model to apply it to; it also checks that it fits."
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder to apply it to."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the LoRA."),
+                io.String.Output(display_name="lora_name", tooltip="The file, as other LoRA nodes list it."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        lora_name: str,
+        strength_model: float = 1.0,
+        strength_clip: float = 1.0,
+        save_as: str = "",
+        model: Any = None,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        """Read it once; every use is of the same tensors."""
+        lora = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        layers = {part: len(found) for part, found in lora.layers.items()}
+        info = ", ".join(f"{count} layers of {part.replace('_', ' ')}" for part, count in layers.items())
+        if model is not None:
+            check_fit(lora, model)
+        state = to_kohya(lora)
+        if model is not None or clip is not None:
+            model, clip = comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
+        if save_as.strip():
+            save_lora_file(target := lora_file(save_as.strip()), state)
+            lora_name = target.name
+            info += f"; saved as {lora_name}"
+        say(cls, info)
+        return io.NodeOutput(model, clip, lora_name)
+
+
+def check_fit(lora: Lora, model: Any) -> None:
+    """Refuse a LoRA that the host would load in part, or not at all, with no more than a line in its log.
+
+    Raises:
+        InputError: names the first layer that does not fit.
+    """
+    import comfy.lora  # not a part of every host-like runtime
+
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights = model.model.state_dict()
+    layers = lora.layers.get("unet", {})
+    missing = [flat for flat in layers if f"lora_unet_{flat}" not in keys]
+    if missing:
+        raise InputError(
+            f"{lora.name} is for another kind of model: {len(missing)} of its {len(layers)} layers are not in this one "
+            f"(first: '{missing[0]}'); use a LoRA made for this kind of model"
+        )
+    for flat, layer in layers.items():
+        shape = tuple(weights[keys[f"lora_unet_{flat}"]].shape)
+        if not layer.fits(shape):
+            theirs = layer.up.shape[0], *layer.down.shape[1:]
+            raise InputError(
+                f"{lora.name} is for another kind of model: its layer '{flat}' is for a weight of shape {theirs}, this "
+                f"model's is {shape}; use a LoRA made for this kind of model"
+            )
+
+
+def to_kohya(lora: Lora) -> dict[str, Tensor]:
+    """A LoRA as `lora_unet_*` and `lora_te*_*` tensors with alpha, which the host and all web UIs read."""
+    first_encoder = "lora_te1_" if "text_encoder_2" in lora.layers else "lora_te_"
+    prefixes = {"unet": "lora_unet_", "text_encoder": first_encoder, "text_encoder_2": "lora_te2_"}
+    state: dict[str, Tensor] = {}
+    for part, layers in lora.layers.items():
+        for flat, layer in layers.items():
+            name = prefixes[part] + flat
+            state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = layer.down, layer.up
+            state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    return state
+
+
+def lora_file(name: str) -> Path:
+    """Where a LoRA of this name belongs in the host.
+
+    Raises:
+        InputError: not a plain name, or the file exists and is somebody else's.
+    """
+    if Path(name).name != name:
+        raise InputError(f"'{name}' is no plain file name; leave out folders")
+    file = Path(folder_paths.get_folder_paths("loras")[0]) / f"{name.removesuffix('.safetensors')}.safetensors"
+    if file.exists() and _MARK not in read_metadata(file):
+        raise InputError(f"{file.name} exists in models/loras and was not saved by LCM Suite; choose another name")
+    return file
+
+
+def save_lora_file(file: Path, state: Mapping[str, Tensor], family: str | None = None) -> None:
+    """Write a LoRA in kohya's layout, marked as ours."""
+    save_lora(file, state, family, {_MARK: "LCM Suite"})

@@ -1,0 +1,51 @@
+"""The loss of a training run as a picture, drawn anew while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from trainer.charts import Axis
+
+WIDTH, HEIGHT = 512, 320
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 28, 34
+_SMOOTHING = 0.05  # weight of the newest loss in the running mean
+
+
+def draw_loss(losses: Sequence[float], steps: int) -> Image.Image:
+    """Every step's loss in grey, their running mean in blue, on a logarithmic axis.
+
+    Args:
+        losses: one number for each step so far, at least one.
+        steps: of the whole run: the width of the plot.
+    """
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    across = Axis([0, max(steps, 2)], _LEFT, WIDTH - _RIGHT, log=False)
+    up = Axis(losses, HEIGHT - _BOTTOM, _TOP, log=True)
+    for tick in up.ticks:
+        draw.line([(_LEFT, up(tick)), (WIDTH - _RIGHT, up(tick))], "gainsboro")
+        draw.text((_LEFT - 6, up(tick)), f"{tick:g}", "dimgray", font, anchor="rm")
+    for tick in across.ticks:
+        draw.text((across(tick), HEIGHT - _BOTTOM + 6), f"{tick:g}", "dimgray", font, anchor="ma")
+    mean = running_mean(losses)
+    _line(draw, [(across(step), up(loss)) for step, loss in enumerate(losses)], "silver", 1)
+    _line(draw, [(across(step), up(loss)) for step, loss in enumerate(mean)], "royalblue", 2)
+    draw.text((_LEFT, 6), f"loss, step {len(losses)} of {steps}: {mean[-1]:.4g}", "black", font)
+    return sheet
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Each value's mean with those before it, the older the lighter."""
+    means = [values[0]]
+    for value in values[1:]:
+        means.append((1 - _SMOOTHING) * means[-1] + _SMOOTHING * value)
+    return means
+
+
+def _line(draw: Any, points: list[tuple[float, float]], colour: str, width: int) -> None:
+    if len(points) == 1:
+        points = [points[0], (points[0][0] + 1, points[0][1])]
+    draw.line(points, colour, width)

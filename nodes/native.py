@@ -1,0 +1,153 @@
+"""The embedded model for ComfyUI's own nodes: loaders, text encoding, samplers, LoRA, saving and training.
+
+ComfyUI knows a network by its sizes. This adds the embedded model's to its list, with the text encoder and tokenizer
+that go with them, so that a file written by `python -m lcm_core export --to comfyui` is a checkpoint like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.sd
+import torch
+from comfy import clip_model, sd1_clip, supported_models, supported_models_base
+from comfy.model_base import ModelType
+
+from lcm_core.guidance import guidance_bias
+from lcm_core.loading import CARD, MODELS
+from lcm_core.weights import read_json
+
+FOLDER = MODELS / "emoji"
+_CARD = read_json(FOLDER / CARD)
+_UNET = read_json(FOLDER / "unet_lcm" / "config.json")
+_VAE = read_json(FOLDER / "vae" / "config.json")
+_TEXT = read_json(FOLDER / "text_encoder" / "config.json")
+_COND_PROJ = "time_embed.cond_proj.weight"
+
+
+class EmojiWords(sd1_clip.SDTokenizer):
+    """CLIP's tokenizer with the model's own vocabulary."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: Mapping[str, Any] | None = None) -> None:
+        super().__init__(
+            tokenizer_path=str(FOLDER / "tokenizer"),
+            max_length=_TEXT["max_position_embeddings"],
+            embedding_directory=embedding_directory,
+            embedding_size=_TEXT["hidden_size"],
+            tokenizer_data=tokenizer_data or {},
+        )
+
+
+class EmojiTokenizer(sd1_clip.SD1Tokenizer):
+    """`EmojiWords` where ComfyUI expects the tokenizer of SD 1.x."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: Mapping[str, Any] | None = None) -> None:
+        super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=EmojiWords)
+
+
+class EmojiTextModel(clip_model.CLIPTextModel):
+    """CLIP's text model for another number of words than the 49,408 that ComfyUI assumes."""
+
+    def __init__(self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
+        super().__init__(config_dict, dtype, device, operations)
+        words, width = config_dict["vocab_size"], config_dict["hidden_size"]
+        self.set_input_embeddings(operations.Embedding(words, width, dtype=dtype, device=device))
+
+
+class EmojiEncoder(sd1_clip.SDClipModel):
+    """The text model with its special tokens."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            max_length=_TEXT["max_position_embeddings"],
+            textmodel_json_config=dict(_TEXT),
+            model_class=EmojiTextModel,
+            special_tokens={"start": _TEXT["bos_token_id"], "end": _TEXT["eos_token_id"], "pad": _TEXT["pad_token_id"]},
+            return_projected_pooled=False,
+            model_options=dict(model_options or {}),
+        )
+
+
+class EmojiText(sd1_clip.SD1ClipModel):
+    """`EmojiEncoder` where ComfyUI expects the text encoder of SD 1.x."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(device, dtype, dict(model_options or {}), clip_model=EmojiEncoder)
+
+
+class Emoji(supported_models.SD15):
+    """The embedded model: SD 1.x with fewer channels."""
+
+    unet_config = {  # noqa: RUF012  # how a file is recognised
+        "model_channels": _UNET["block_out_channels"][0],
+        "context_dim": _UNET["cross_attention_dim"],
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+    }
+    # diffusers' name is a mistake that stuck: for SD 1.x it is the number of heads
+    unet_extra_config = {"num_heads": _UNET["attention_head_dim"], "num_head_channels": -1}  # noqa: RUF012
+
+    def model_type(self, state_dict: Mapping[str, Any], prefix: str = "") -> ModelType:
+        """SD 1.x always predicts noise; this model does as its file says."""
+        return ModelType.V_PREDICTION if "v_pred" in state_dict else ModelType.EPS
+
+    def process_unet_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Settle a full LCM's guidance at the model's default, since ComfyUI has no `cond_proj`.
+
+        A loader that keeps guidance free takes `cond_proj` out of the file before ComfyUI sees it.
+        """
+        projection = state_dict.pop(_COND_PROJ, None)
+        if projection is not None:
+            bias = guidance_bias(_CARD["guidance_scale"], projection, state_dict["time_embed.0.weight"])
+            state_dict["time_embed.0.bias"] = state_dict["time_embed.0.bias"].float() + bias
+        return state_dict
+
+    def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> supported_models_base.ClipTarget:
+        """Tokenizer and text encoder."""
+        return supported_models_base.ClipTarget(EmojiTokenizer, EmojiText)
+
+
+def register() -> None:
+    """Add the embedded model to those that ComfyUI recognises. Once is enough; more does no harm."""
+    if Emoji not in supported_models.models:
+        supported_models.models.append(Emoji)
+        comfy.sd.VAE.__init__ = _recognising(comfy.sd.VAE.__init__)
+
+
+def _recognising(initialise: Any) -> Any:
+    """ComfyUI's `VAE(sd)`, which takes every AutoencoderKL for one of the usual width, told the width of ours."""
+
+    @functools.wraps(initialise)
+    def init(self: Any, sd: Any = None, device: Any = None, config: Any = None, *args: Any, **kwargs: Any) -> None:
+        if config is None and sd is not None and _is_own_vae(sd):
+            config = {"params": {"ddconfig": _vae_sizes(), "embed_dim": _VAE["latent_channels"]}}
+        initialise(self, sd, device, config, *args, **kwargs)
+
+    return init
+
+
+def _is_own_vae(sd: Mapping[str, torch.Tensor]) -> bool:
+    widths = {"encoder.conv_in.weight": _VAE["block_out_channels"][0], "decoder.conv_out.weight": 3}
+    widths["decoder.conv_in.weight"] = _VAE["block_out_channels"][-1]
+    return all(key in sd and sd[key].shape[0] == width for key, width in widths.items())
+
+
+def _vae_sizes() -> dict[str, Any]:
+    channels = _VAE["block_out_channels"]
+    return {
+        "double_z": True,
+        "z_channels": _VAE["latent_channels"],
+        "resolution": _VAE["sample_size"],
+        "in_channels": _VAE["in_channels"],
+        "out_ch": _VAE["out_channels"],
+        "ch": channels[0],
+        "ch_mult": [width // channels[0] for width in channels],
+        "num_res_blocks": _VAE["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }

@@ -1,0 +1,202 @@
+"""One training run of the LCM Distiller: the trainer in the host's process, with what the user sees of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lcm_core.consistency import ConsistencyDenoiser
+from lcm_core.errors import InputError
+from lcm_core.files import atomic_write
+from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, seeded_noise_sampler
+from lcm_core.schedule import get_sigmas_lcm
+from lcm_core.weights import read_json, write_json
+from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.distill import Latents, distill
+from trainer.students import Student, lora_student
+
+from .hostmodel import Facts
+from .lora import save_lora_file
+from .lossplot import draw_loss
+from .student import TARGET_MODULES, as_network, copy_unet, fingerprint, lora_of, name_layers
+
+_FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}
+_PREVIEW_STEPS = 4
+_TELL_SECONDS = 2.0
+_CAPTION_DROPOUT = 0.1
+
+
+@dataclass
+class Run:
+    """A run that can be interrupted and continued."""
+
+    model: Any
+    """The MODEL to distil; never changed."""
+    facts: Facts
+    """What is known about it."""
+    data: Latents
+    """What it learns from."""
+    vae: Any
+    """Decodes previews; None shows rough ones."""
+    home: Path
+    """Folder of the state, the log and the previews; running again with it goes on."""
+    target: Path
+    """The LoRA file, written at the end and when the run is interrupted."""
+    rank: int
+    """Of the LoRA."""
+    preview_every: int
+    """Steps between two previews."""
+    tell: Callable[[str], None]
+    """Shows a line of text."""
+    losses: list[float] = field(default_factory=list)
+    """Of all steps, those before an interruption too."""
+    learnt: bool = False
+    """Whether there is anything new to keep."""
+    told: float = 0.0
+
+    def train(self, method: MethodConfig, loop: LoopConfig) -> dict[str, Tensor]:
+        """Train to the last step; returns the LoRA in kohya's layout.
+
+        Raises:
+            InputError: the unfinished run of this name has other settings, or memory runs out.
+        """
+        unet = copy_unet(self.model)
+        self._check_same(fingerprint(unet), method)
+        names = name_layers(unet)
+        torch.manual_seed(loop.seed)  # of the adapters' first weights
+        config = StudentConfig(rank=self.rank, target_modules=TARGET_MODULES)
+        student = lora_student(unet, as_network(unet), config, loop.ema_decay > 0)
+        self.losses = self._logged()
+        bar = comfy.utils.ProgressBar(loop.steps)
+
+        def callback(step: int, loss: float) -> None:
+            self.losses.append(loss)
+            self.learnt = True
+            picture = None
+            if (step + 1) % self.preview_every == 0 or step + 1 == loop.steps:
+                picture = ("JPEG", self._preview(student, step + 1, loop.steps), None)
+            bar.update_absolute(step + 1, loop.steps, picture)
+            self._tell(step, loop)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        try:
+            distill(
+                student,
+                self.data,
+                self.facts.schedule,
+                self.facts.prediction_type,
+                method,
+                loop,
+                self.home,
+                _CAPTION_DROPOUT,
+                callback,
+            )
+        except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION) as error:
+            if self.learnt:
+                self._save(student, names)
+            if isinstance(error, comfy.model_management.OOM_EXCEPTION):
+                raise InputError(_out_of_memory(loop, self.rank)) from error
+            raise
+        return self._save(student, names)
+
+    def summary(self) -> str:
+        """What was done, in a line."""
+        return f"{len(self.losses)} steps, loss {sum(self.losses[-50:]) / max(len(self.losses[-50:]), 1):.4g}"
+
+    def previews(self) -> Tensor:
+        """All previews so far, oldest first, as the host's pictures (N, H, W, 3)."""
+        pictures = [Image.open(file) for file in sorted((self.home / "previews").glob("*.png"))]
+        size = pictures[-1].size  # earlier ones may have been made without a VAE
+        return torch.cat([_as_image(picture.resize(size)) for picture in pictures])
+
+    def loss_picture(self) -> Tensor:
+        """The loss plot as the host's picture (1, H, W, 3)."""
+        return _as_image(draw_loss(self.losses, len(self.losses)))
+
+    def _check_same(self, model: str, method: MethodConfig) -> None:
+        own = {"model": model, "rank": self.rank, "method": method.kind, "w": method.w_min}
+        file = self.home / "run.json"
+        if not file.exists():
+            write_json(file, own)
+            return
+        begun = read_json(file)
+        changed = [name for name in own if begun.get(name) != own[name]]
+        if changed:
+            raise InputError(
+                f"the run '{self.home.name}' was begun with another {' and '.join(changed)}; choose another "
+                f"output_name, or delete {self.home} to begin anew"
+            )
+
+    def _logged(self) -> list[float]:
+        file = self.home / "log.jsonl"
+        return [json.loads(line)["loss"] for line in file.read_text().splitlines()] if file.exists() else []
+
+    def _tell(self, step: int, loop: LoopConfig) -> None:
+        now = time.monotonic()
+        if now - self.told < _TELL_SECONDS and step + 1 < loop.steps:
+            return
+        mean = sum(self.losses[-50:]) / len(self.losses[-50:])
+        self.tell(f"step {step + 1} of {loop.steps}, loss {mean:.4g}")
+        self.told = now
+
+    def _save(self, student: Student, names: dict[str, str]) -> dict[str, Tensor]:
+        state = lora_of(student, names)
+        save_lora_file(self.target, state, _FAMILIES[self.facts.family])
+        return state
+
+    def _preview(self, student: Student, step: int, steps: int) -> Image.Image:
+        """The same prompt and noise every time, beside the loss plot; kept in a file."""
+        picture = self._paint(student)
+        with atomic_write(self.home / "previews" / f"step-{step:06d}.png") as temporary:
+            picture.save(temporary)
+        plot = draw_loss(self.losses, steps)
+        side = plot.height
+        sheet = Image.new("RGB", (side + plot.width, side), "white")
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (0, 0))
+        sheet.paste(plot, (side, 0))
+        return sheet
+
+    @torch.no_grad()
+    def _paint(self, student: Student) -> Image.Image:
+        network, shape = student.networks.target, self.data.latents.shape[1:]
+        first = {name: value[:1] for name, value in self.data.conditioning.items()}
+        model = ConsistencyDenoiser(
+            lambda x, t: network(x, t, first, None), self.facts.schedule, self.facts.prediction_type
+        )
+        device = next(student.unet.parameters()).device
+        sigmas = get_sigmas_lcm(self.facts.schedule, _PREVIEW_STEPS)
+        x = initial_latents(initial_noise([0], shape, device), float(sigmas[0]))
+        x = sample_lcm(model, x, sigmas, disable=True, noise_sampler=seeded_noise_sampler([0], shape, device))
+        return self._decode(x)
+
+    def _decode(self, x: Tensor) -> Image.Image:
+        with torch.inference_mode():
+            if self.vae is None:
+                previewer = latent_preview.get_previewer(x.device, self.model.model.latent_format)
+                return previewer.decode_latent_to_preview(x)
+            image = self.vae.decode(self.model.model.process_latent_out(x))[0, ..., :3]
+            return Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def _out_of_memory(loop: LoopConfig, rank: int) -> str:
+    smaller = f"batch_size {max(loop.batch_size // 2, 1)}" if loop.batch_size > 1 else f"rank {max(rank // 2, 1)}"
+    return (
+        f"out of memory with batch_size {loop.batch_size} and rank {rank}; use {smaller} or smaller pictures, and "
+        "close other programs that use the GPU. What was learnt is kept: queue again to go on"
+    )
+
+
+def _as_image(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(numpy.array(picture.convert("RGB"))).float()[None] / 255

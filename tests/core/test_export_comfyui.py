@@ -1,0 +1,116 @@
+"""`export --to comfyui`: files where ComfyUI looks for them, whole, and nothing else touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lcm_core.checkpoint import read_component, read_info, read_safetensors
+from lcm_core.cli import main
+from lcm_core.exports import GUIDANCE_KEY
+from lcm_core.guidance import guidance_bias
+from lcm_core.weights import read_metadata
+
+COND_PROJ = "model.diffusion_model.time_embed.cond_proj.weight"
+
+
+@pytest.fixture
+def comfyui(tmp_path: Path) -> Path:
+    """The folders of a ComfyUI that was just installed."""
+    (tmp_path / "comfyui" / "models" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "comfyui"
+
+
+def _export(models: Path, comfyui: Path, *options: str) -> int:
+    return main(["export", "--to", "comfyui", "--path", str(comfyui), "--model", str(models / "emoji"), *options])
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_shipped_model_goes_there_whole(models: Path, comfyui: Path) -> None:
+    """Wrong when a part is missing, or the full LCM loses its guidance or its default."""
+    assert _export(models, comfyui) == 0
+    checkpoints = comfyui / "models" / "checkpoints"
+    assert _files(comfyui) == [
+        "input/lcm_suite_hole.png",
+        "input/lcm_suite_sketch.png",
+        "models/checkpoints/emoji_lcm.safetensors",
+        "models/checkpoints/emoji_teacher.safetensors",
+        "models/loras/emoji_lcm_lora.safetensors",
+    ]
+    full, _ = read_safetensors(checkpoints / "emoji_lcm.safetensors")
+    original = read_component(models / "emoji" / "unet_lcm", "unet").tensors["time_embedding.cond_proj.weight"]
+    torch.testing.assert_close(full[COND_PROJ], original, rtol=0, atol=0)
+    assert float(read_metadata(checkpoints / "emoji_lcm.safetensors")[GUIDANCE_KEY]) == 4.0
+    assert GUIDANCE_KEY not in read_metadata(checkpoints / "emoji_teacher.safetensors")
+    assert Image.open(comfyui / "input" / "lcm_suite_hole.png").getchannel("A").getextrema() == (0, 255)
+
+
+def test_the_prediction_type_is_marked_as_comfyui_reads_it(models: Path, comfyui: Path, tmp_path: Path) -> None:
+    """Wrong when a v-prediction model would be sampled as one that predicts noise, or the other way round."""
+    velocity = tmp_path / "velocity"
+    velocity.mkdir()
+    for part in (models / "emoji").iterdir():
+        if part.name != "model.json":
+            (velocity / part.name).symlink_to(part)
+    card = (models / "emoji" / "model.json").read_text(encoding="utf-8")
+    (velocity / "model.json").write_text(card.replace('"epsilon"', '"v_prediction"'), encoding="utf-8")
+    for folder, expected in ((models / "emoji", "epsilon"), (velocity, "v_prediction")):
+        assert main(["export", "--to", "comfyui", "--path", str(comfyui), "--model", str(folder)]) == 0
+        for kind in ("lcm", "teacher"):
+            file = comfyui / "models" / "checkpoints" / f"{folder.name}_{kind}.safetensors"
+            assert ("v_pred" in read_safetensors(file)[0]) == (expected == "v_prediction")
+            assert read_info(file).prediction_type == expected
+
+
+def test_one_network_or_a_merged_lora_goes_alone(models: Path, comfyui: Path) -> None:
+    """Wrong when asking for one checkpoint scatters others."""
+    assert _export(models, comfyui, "--unet", "teacher", "--lora", "lcm_lora") == 0
+    assert _files(comfyui) == ["models/checkpoints/emoji_teacher.safetensors"]
+
+
+def test_a_second_export_replaces_the_first_but_no_strangers_file(
+    models: Path, comfyui: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong when new weights cannot be exported over old ones, or the user's own file of that name is lost."""
+    assert _export(models, comfyui) == 0
+    assert _export(models, comfyui) == 0
+    own = comfyui / "models" / "checkpoints" / "emoji_lcm.safetensors"
+    save_file({"mine": torch.ones(1)}, own)
+    capsys.readouterr()
+    assert _export(models, comfyui) == 2
+    assert "is no export of LCM Suite" in capsys.readouterr().err
+    assert list(read_safetensors(own)[0]) == ["mine"]
+
+
+def test_a_folder_that_is_no_comfyui_is_refused(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong when a mistyped path gets a models folder of its own."""
+    assert _export(models, tmp_path / "nowhere") == 2
+    assert "is no ComfyUI folder" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0, 8.5])
+def test_guidance_bias_is_what_diffusers_computes(guidance_scale: float) -> None:
+    """Wrong when a program without cond_proj gets another guidance than diffusers gives."""
+    from diffusers import LatentConsistencyModelPipeline
+    from diffusers.models.embeddings import TimestepEmbedding
+
+    torch.manual_seed(0)
+    embedding = TimestepEmbedding(32, 128, cond_proj_dim=256)
+    w_embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([guidance_scale - 1]), embedding_dim=256
+    )
+    sample = torch.randn(1, 32)
+    expected = embedding(sample, w_embedding)
+    shift = guidance_bias(guidance_scale, embedding.cond_proj.weight, embedding.linear_1.weight)
+    embedding.linear_1.bias.data += shift
+    torch.testing.assert_close(embedding(sample), expected, rtol=1e-5, atol=1e-5)

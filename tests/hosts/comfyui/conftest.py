@@ -1,0 +1,51 @@
+"""A real ComfyUI for the tests in this folder: one server, on a data folder of its own, for all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.append(str(ROOT / "workflows"))
+
+from comfyui import Server, make_base  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of this folder needs the host."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.host)
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The ComfyUI to test in."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        pytest.skip("COMFYUI_PATH is not set; set it to a ComfyUI checkout (and COMFYUI_PYTHON to its Python)")
+    return Path(path).resolve()
+
+
+@pytest.fixture(scope="session")
+def server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """ComfyUI with the embedded model exported into it and this repository as a custom node."""
+    with Server(checkout, make_base(tmp_path_factory.mktemp("comfyui"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def page(server: Server) -> Iterator[object]:
+    """ComfyUI's page in a real browser."""
+    pytest.importorskip("playwright", reason="playwright is not installed; it drives the browser")
+    from browser import Browser
+
+    if not (os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")):
+        pytest.skip("no chromium here; install one or set CHROMIUM_PATH")
+    with Browser(server.url) as opened:
+        yield opened

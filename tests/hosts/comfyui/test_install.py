@@ -1,0 +1,30 @@
+"""A clone in custom_nodes as the whole installation."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from comfyui import Server, find_python
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_hosts_packages_stay_as_they_are(checkout: Path) -> None:
+    """Wrong when requirements.txt asks for something that ComfyUI's own requirements do not bring."""
+    command = ["-m", "pip", "install", "--dry-run", "--no-index", "-r", str(ROOT / "requirements.txt")]
+    result = subprocess.run([find_python(checkout), *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Would install" not in result.stdout
+
+
+def test_every_node_is_there_and_explains_itself(server: Server) -> None:
+    """Wrong when a node is missing from the menu, or an input has no tooltip."""
+    nodes = {name: node for name, node in server.get("/object_info").items() if node["category"] == "LCM Suite"}
+    assert {"LCMCheckpointLoader", "LCMApply", "LCMKSampler", "LCMScheduler", "LCMSampler"} <= nodes.keys()
+    for name, node in nodes.items():
+        assert node["description"], name
+        for group in ("required", "optional"):
+            for field, (_, options) in node["input"].get(group, {}).items():
+                assert options.get("tooltip"), (name, field)
+    assert "Cannot import" not in "\n".join(line for line in server.log.read_text().splitlines() if "lcm-suite" in line)

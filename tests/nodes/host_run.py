@@ -1,0 +1,279 @@
+"""Runs inside a real ComfyUI's Python, without its server: executes nodes on what the test laid out in a folder.
+
+Usage: python host_run.py CHECKOUT FOLDER. FOLDER holds models/ and tensors.safetensors (positive, negative, other, and
+latents by name). With cases.json, a list of {"model": file, "node": id, "inputs": {...}, "latent": name}, it paints
+those: results.safetensors, and in findings.json what the failed ones said. Without, it tries all else: findings.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CHECKOUT, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+ROOT = Path(__file__).resolve().parents[2]
+sys.argv = ["main.py", "--cpu", "--base-directory", str(FOLDER)]
+sys.path[0] = str(CHECKOUT)  # and not this file's folder, as under main.py
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def load_suite() -> dict[str, Any]:
+    """Every node class by its id, loaded as ComfyUI loads a custom node."""
+    spec = importlib.util.spec_from_file_location("suite", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["suite"] = module
+    spec.loader.exec_module(module)
+
+    async def load() -> list[Any]:
+        return await (await module.comfy_entrypoint()).get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
+
+
+class Suite:
+    """The nodes, and what they are tried on."""
+
+    def __init__(self) -> None:
+        self.nodes = load_suite()
+        self.tensors = load_file(FOLDER / "tensors.safetensors")
+        self.prompts = {name: [[self.tensors.pop(name), {}]] for name in ("positive", "negative", "other")}
+        self.models: dict[str, Any] = {}
+
+    def run(self, node: str, **inputs: Any) -> Any:
+        """Execute a node as ComfyUI does."""
+        return self.nodes[node].EXECUTE_NORMALIZED(**inputs).args
+
+    def load(self, file: str) -> Any:
+        """MODEL, CLIP, VAE, info."""
+        if file not in self.models:
+            self.models[file] = self.run("LCMCheckpointLoader", ckpt_name=file)
+        return self.models[file]
+
+    def paint(self, model: Any, latent: str = "empty", **inputs: Any) -> torch.Tensor:
+        """What the LCM KSampler makes of a latent."""
+        given = {"positive": self.prompts["positive"], "negative": self.prompts["negative"], "seed": 3} | inputs
+        latent_image = {"samples": self.tensors[latent]}
+        return self.run("LCMKSampler", model=model, latent_image=latent_image, **given)[0]["samples"]
+
+
+def paint_cases(suite: Suite) -> dict[str, str]:
+    """Paint every case; returns what the failed ones said."""
+    results: dict[str, torch.Tensor] = {}
+    messages: dict[str, str] = {}
+    for number, case in enumerate(json.loads((FOLDER / "cases.json").read_text())):
+        inputs = case["inputs"] | {"seed": case["seed"]}
+        try:
+            results[str(number)] = suite.paint(suite.load(case["model"])[0], case["latent"], **inputs).contiguous()
+        except ValueError as error:
+            messages[str(number)] = str(error)
+    save_file(results, FOLDER / "results.safetensors")
+    return messages
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).abs().max())
+
+
+def message_of(function: Any, *args: Any, **kwargs: Any) -> str:
+    """What a call that must fail says."""
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def try_sampling(suite: Suite) -> dict[str, Any]:
+    """LCM Apply, LCM Scheduler and LCM Sampler with the host's own sampling, beside the LCM KSampler."""
+    model = suite.load("full.safetensors")[0]
+    latent, noise = suite.tensors["empty"], comfy.sample.prepare_noise(suite.tensors["empty"], 3)
+    conds = suite.prompts["positive"], suite.prompts["negative"]
+    applied, info = suite.run("LCMApply", model=model, guidance_scale=3.0)
+    twice, _ = suite.run(
+        "LCMApply", model=suite.run("LCMApply", model=model, guidance_scale=9.0)[0], guidance_scale=3.0
+    )
+    sigmas = suite.run("LCMScheduler", model=applied, steps=4)[0]
+    found: dict[str, Any] = {
+        "info": info,
+        "plain info": suite.run("LCMApply", model=suite.load("cfg.safetensors")[0])[1],
+    }
+    for name in ("lcm", "tcd"):
+        sampler = suite.run("LCMSampler", sampler=name)[0]
+        custom = [
+            comfy.sample.sample_custom(patched, noise, 1.0, sampler, sigmas, *conds, latent, seed=3)
+            for patched in (applied, twice)
+        ]
+        own = suite.paint(model, guidance_scale=3.0, sampler=name)
+        found[f"custom {name}"] = apart(custom[0], own)
+        found[f"applied twice {name}"] = apart(custom[1], own)
+    stock = comfy.sample.sample(applied, noise, 1, 1.0, "lcm", "simple", *conds, latent, seed=3)
+    found["stock ksampler, 1 step"] = apart(stock, suite.paint(model, guidance_scale=3.0, steps=1))
+    both = suite.paint(model, "empty two", guidance_scale=3.0)
+    alone = [suite.paint(model, guidance_scale=3.0, seed=seed) for seed in (3, 4)]
+    found["batch"] = apart(both, torch.cat(alone))
+    return found
+
+
+def try_grid(suite: Suite) -> dict[str, Any]:
+    """A steps grid beside the LCM KSampler's pictures."""
+    model, _, vae, _ = suite.load("full.safetensors")
+    sheet, images = suite.run(
+        "LCMStepsGrid",
+        model=model,
+        positive=suite.prompts["positive"],
+        latent_image={"samples": suite.tensors["empty two"]},
+        vae=vae,
+        seed=3,
+        steps="1, 2",
+        guidance_scales="3, 5",
+    )
+    alone = [suite.paint(model, steps=steps, guidance_scale=scale) for scale in (3.0, 5.0) for steps in (1, 2)]
+    return {
+        "sheet": list(sheet.shape),
+        "images": list(images.shape),
+        "apart": apart(images, torch.cat([vae.decode(latents) for latents in alone])),
+    }
+
+
+def try_travel(suite: Suite) -> dict[str, Any]:
+    """The end frames of a journey beside the single pictures."""
+    model = suite.load("full.safetensors")[0]
+    prompts = suite.prompts["positive"], suite.prompts["other"]
+    ends = [suite.paint(model, guidance_scale=3.0, seed=seed, positive=prompts[i]) for i, seed in enumerate((3, 8))]
+    frames = suite.run(
+        "LCMTravel",
+        model=model,
+        positive_1=prompts[0],
+        positive_2=prompts[1],
+        latent_image={"samples": suite.tensors["empty"]},
+        seeds="3, 8",
+        frames=5,
+        guidance_scale=3.0,
+    )[0]["samples"]
+    jumps = (frames[1:] - frames[:-1]).flatten(1).norm(dim=1)
+    return {
+        "frames": len(frames),
+        "ends": [apart(frames[:1], ends[0]), apart(frames[-1:], ends[1])],
+        "smallest jump": float(jumps.min()),
+        "whole way": float((ends[1] - ends[0]).norm()),
+    }
+
+
+def try_bad_input(suite: Suite) -> dict[str, str]:
+    """What the nodes say to input that cannot work."""
+    full, plain = suite.load("full.safetensors")[0], suite.load("cfg.safetensors")[0]
+    travel = {
+        "model": full,
+        "positive_1": suite.prompts["positive"],
+        "latent_image": {"samples": suite.tensors["empty"]},
+    }
+    return {
+        "channels": message_of(suite.paint, full, "sixteen channels"),
+        "video": message_of(suite.paint, full, "video"),
+        "strength": message_of(suite.paint, full, strength=0.5),
+        "steps": message_of(suite.paint, full, "image", steps=8, strength=0.1),
+        "negative": message_of(suite.paint, plain, guidance_scale=2.0, negative=None),
+        "timesteps": message_of(suite.paint, full, timesteps="999, x"),
+        "frames": message_of(suite.run, "LCMTravel", frames=0, **travel),
+        "lora": message_of(suite.run, "LCMLoraConvert", model=plain, lora_name="wide.safetensors"),
+        "full": message_of(suite.run, "LCMDistiller", model=full),
+        "nothing": message_of(suite.run, "LCMDistiller", model=plain),
+        "broken": message_of(suite.run, "LCMCheckpointLoader", ckpt_name="broken.safetensors"),
+    }
+
+
+def try_lora(suite: Suite) -> dict[str, Any]:
+    """A LoRA in peft's layout onto a model, and into a file."""
+    plain = suite.load("cfg.safetensors")[0]
+    model, _, name = suite.run("LCMLoraConvert", model=plain, lora_name="peft.safetensors", save_as="converted")
+    again = suite.run("LCMLoraConvert", model=plain, lora_name=name)[0]
+    before, after = suite.paint(plain), suite.paint(model)
+    return {
+        "layers": len(model.patches),
+        "moved": apart(before, after),
+        "again": apart(after, suite.paint(again)),
+        "name": name,
+    }
+
+
+def try_distiller(suite: Suite) -> dict[str, Any]:
+    """A run that is interrupted, continued and used; what it leaves of the MODEL that it was given."""
+    model, _, vae, _ = suite.load("cfg.safetensors")
+    comfy.model_management.unload_all_models()  # puts back what earlier trials merged into its weights
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    inputs = {
+        "model": model,
+        "vae": vae,
+        "latents": {"samples": suite.tensors["training"]},
+        "positive": suite.prompts["positive"],
+        "negative": suite.prompts["negative"],
+        "output_name": "learnt",
+        "batch_size": 2,
+        "rank": 4,
+        "learning_rate": 1e-3,
+        "preview_every": 2,
+        "w": 1.0,
+    }
+    file = FOLDER / "models" / "loras" / "learnt.safetensors"
+    # The host tells its page of each step through this; a user who presses the button after the second one:
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, *_, **__: comfy.model_management.interrupt_current_processing(value == 2)
+    )
+    interrupted = ""
+    try:
+        suite.run("LCMDistiller", steps=4, **inputs)
+    except comfy.model_management.InterruptProcessingException:
+        interrupted = "kept" if file.exists() else "lost"
+    comfy.utils.set_progress_bar_global_hook(None)
+    log = FOLDER / "output" / "lcm_suite" / "learnt" / "log.jsonl"
+    first = len(log.read_text().splitlines())
+    distilled, state, name, previews, loss = suite.run("LCMDistiller", steps=4, **inputs)
+    after = model.model.state_dict()
+    stock = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)[0]
+    return {
+        "interrupted": interrupted,
+        "steps": [first, *(json.loads(line)["step"] for line in log.read_text().splitlines())],
+        "unchanged": all(torch.equal(value, after[name]) for name, value in before.items()),
+        "name": name,
+        "keys": sorted(state),
+        "layers": len(distilled.patches),
+        "moved": apart(suite.paint(model), suite.paint(distilled)),
+        "stock loader": apart(suite.paint(stock), suite.paint(distilled)),
+        "previews": list(previews.shape),
+        "preview": apart(previews[-1:], vae.decode(suite.paint(distilled, seed=0, guidance_scale=1.0))),
+        "loss": list(loss.shape),
+        "changed": message_of(suite.run, "LCMDistiller", steps=4, **inputs | {"rank": 2}),
+    }
+
+
+def main() -> None:
+    """Do what the folder asks for."""
+    suite = Suite()
+    if (FOLDER / "cases.json").exists():
+        findings: dict[str, Any] = paint_cases(suite)
+    else:
+        trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller)
+        findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
+    (FOLDER / "findings.json").write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():  # as ComfyUI executes nodes
+        main()

@@ -1,0 +1,266 @@
+"""The sampling nodes inside a real ComfyUI (COMFYUI_PATH), beside lcm_core on the same model, noise and settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcm_core import painting
+from lcm_core.adapters import add_lora, lora_state_dict
+from lcm_core.checkpoint import read_component, save_single_file
+from lcm_core.loading import Model, find_source, load_model
+from lcm_core.settings import Settings
+from lcm_core.unet import load_unet
+
+CHECKOUT = os.environ.get("COMFYUI_PATH")
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(not CHECKOUT, reason="COMFYUI_PATH is not set to a ComfyUI checkout"),
+]
+SCRIPT = Path(__file__).with_name("host_run.py")
+SIZE = 8  # of latents
+PROMPTS = {"positive": "a slice of pizza, noto style", "negative": "", "other": "a red apple, noto style"}
+MODELS = {"full": "lcm", "cfg": "teacher"}
+SEED = 3
+KINDS = ("epsilon", "v_prediction")
+
+
+class AsLatents:
+    """In place of a VAE: lcm_core then hands out latents, in the host's scale."""
+
+    def __init__(self, vae: Any) -> None:
+        self.latent_channels, self.scale, self.scaling_factor = vae.latent_channels, vae.scale, vae.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Only the scale."""
+        return latents / self.scaling_factor
+
+
+def sampling_cases() -> dict[str, dict[str, Any]]:
+    """Inputs of the LCM KSampler by the name of the case, which begins with the model's."""
+    cases: dict[str, dict[str, Any]] = {}
+    for steps in range(1, 9):
+        cases[f"full steps {steps}"] = {"steps": steps, "guidance_scale": 3.0}
+        cases[f"cfg steps {steps}"] = {"steps": steps, "guidance_scale": 1.5}
+    for scale in (3.0, 5.0, 9.0):
+        cases[f"full w {scale - 1:g}"] = {"guidance_scale": scale}
+    for strength in (0.3, 0.6, 0.77, 1.0):
+        for sampler in ("lcm", "tcd"):
+            image = {"strength": strength, "sampler": sampler, "latent": "image"}
+            cases[f"full {sampler} strength {strength}"] = {"guidance_scale": 3.0, **image}
+            cases[f"cfg {sampler} strength {strength}"] = {"guidance_scale": 1.5, **image}
+    for gamma in (0.0, 1.0):
+        cases[f"full tcd gamma {gamma:g}"] = {"guidance_scale": 3.0, "sampler": "tcd", "gamma": gamma, "steps": 5}
+    cases["cfg own timesteps"] = {"guidance_scale": 1.0, "timesteps": "800, 433, 21"}
+    cases["full original_steps 25"] = {"guidance_scale": 3.0, "original_steps": 25, "steps": 3}
+    return cases
+
+
+def layout(folder: Path, prediction: str) -> dict[str, Model]:
+    """Both U-Nets of the embedded model as checkpoints, said to predict `prediction`, and as lcm_core's models."""
+    checkpoints = folder / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    models = {}
+    for name, unet in MODELS.items():
+        source = find_source("emoji", unet)
+        places = {"unet": source.unet, "vae": source.vae, "text_encoder": source.text}
+        parts = {part: read_component(place, part) for part, place in places.items()}
+        info = replace(source.info, prediction_type=prediction)
+        save_single_file(checkpoints / f"{name}.safetensors", parts, info)
+        models[name] = load_model("emoji", "cpu", torch.float32, unet=unet)
+        models[name].prediction_type = prediction
+        models[name].vae = AsLatents(models[name].vae)  # type: ignore[assignment]
+    return models
+
+
+def encode(model: Model, name: str) -> dict[str, Any]:
+    """A prompt's conditioning."""
+    return model.encode([PROMPTS[name]], 8 * SIZE, 8 * SIZE)
+
+
+def inputs_of(model: Model, seed: int, scale: float, prompt: str = "positive", image: Any = None) -> painting.Inputs:
+    """What lcm_core paints from."""
+    guided = model.guidance_embedding_dim is None and scale != 1
+    noise = painting.noise_source([seed], torch.device("cpu"))
+    x0 = None if image is None else image * model.vae.scaling_factor
+    return painting.Inputs(encode(model, prompt), encode(model, "negative") if guided else None, noise, x0=x0)
+
+
+def settings_of(case: dict[str, Any]) -> Settings:
+    """lcm_core's settings of a case."""
+    own = {"steps": "num_inference_steps"}
+    given = {own.get(key, key): value for key, value in case.items() if key != "latent"}
+    if "timesteps" in given:
+        given["timesteps"] = tuple(int(word) for word in given["timesteps"].split(","))
+        given["num_inference_steps"] = len(given["timesteps"])
+    return replace(Settings(**given), width=8 * SIZE, height=8 * SIZE)
+
+
+def run_host(folder: Path) -> Any:
+    """Run the script on a folder; returns its findings."""
+    python = os.environ.get("COMFYUI_PYTHON") or f"{str(CHECKOUT).rstrip('/')}-venv/bin/python"
+    command = [python if Path(python).exists() else sys.executable, str(SCRIPT), str(CHECKOUT), str(folder)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "findings.json").read_text())
+
+
+def save_tensors(folder: Path, model: Model) -> torch.Tensor:
+    """Prompts and latents for the host; returns the image's latents."""
+    generator = torch.Generator().manual_seed(9)
+    image = torch.randn(1, 4, SIZE, SIZE, generator=generator) * 4
+    tensors = {name: encode(model, name)["encoder_hidden_states"].contiguous() for name in PROMPTS}
+    tensors |= {"image": image, "empty": torch.zeros_like(image), "empty two": torch.zeros(2, 4, SIZE, SIZE)}
+    tensors |= {"sixteen channels": torch.ones(1, 16, SIZE, SIZE), "video": torch.zeros(1, 4, 3, SIZE, SIZE)}
+    tensors["training"] = torch.randn(6, 4, SIZE, SIZE, generator=generator) * 4
+    save_file(tensors, folder / "tensors.safetensors")
+    return image
+
+
+@pytest.mark.parametrize("prediction", KINDS)
+def test_the_ksampler_paints_as_lcm_core_does(tmp_path: Path, prediction: str) -> None:
+    """Steps 1 to 8, strengths .3 to 1, lcm and tcd, guidance as w and as CFG: within 1e-4; and pictures follow w."""
+    models = layout(tmp_path, prediction)
+    image = save_tensors(tmp_path, models["full"])
+    cases = sampling_cases()
+    told = [
+        {
+            "model": f"{name.split()[0]}.safetensors",
+            "seed": SEED,
+            "latent": case.get("latent", "empty"),
+            "inputs": {key: value for key, value in case.items() if key != "latent"},
+        }
+        for name, case in cases.items()
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(told))
+    assert run_host(tmp_path) == {}  # no complaints
+    results = load_file(tmp_path / "results.safetensors")
+    wrong = {}
+    for number, (name, case) in enumerate(cases.items()):
+        model, settings = models[name.split()[0]], settings_of(case)
+        x0 = image if "latent" in case else None
+        expected = painting.paint(model, inputs_of(model, SEED, settings.guidance_scale, image=x0), settings)
+        scale = model.vae.scaling_factor  # the bar is for the sampler's own latents, of unit size
+        difference = float((results[str(number)] - expected).abs().max()) * scale
+        if not difference <= 1e-4:
+            wrong[name] = difference
+    assert not wrong
+    w2, w8 = (results[str(list(cases).index(f"full w {w}"))] for w in (2, 8))
+    assert (w2 - w8).abs().max() > 0.05
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What all the other trials of the script found, in one run of the host."""
+    folder = tmp_path_factory.mktemp("host")
+    models = layout(folder, find_source("emoji").info.prediction_type)
+    save_tensors(folder, models["full"])
+    loras = folder / "models" / "loras"
+    loras.mkdir()
+    unet = load_unet(find_source("emoji", "teacher").unet, "cpu", torch.float32)
+    width = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
+    save_file(peft_lora(width), loras / "peft.safetensors")
+    save_file(peft_lora(1280), loras / "wide.safetensors")
+    (folder / "models" / "checkpoints" / "broken.safetensors").write_bytes(b"PK\x03\x04 not what it says")
+    return run_host(folder)
+
+
+def peft_lora(width: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA in peft's layout for the middle block's self-attention."""
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        key = f"base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(width, rank, generator=generator)
+    return tensors
+
+
+def test_apply_scheduler_and_sampler_equal_the_ksampler(findings: Any) -> None:
+    """In the host's own custom sampling; LCM Apply replaces earlier guidance; each picture has its own seed."""
+    found = findings["sampling"]
+    for name in (
+        "custom lcm",
+        "custom tcd",
+        "applied twice lcm",
+        "applied twice tcd",
+        "stock ksampler, 1 step",
+        "batch",
+    ):
+        assert found[name] <= 5e-4, (name, found[name])  # latents in the host's scale, 5.5 times the sampler's
+    assert found["info"].startswith("full LCM (SD 1.x")
+    assert found["plain info"].startswith("plain model (SD 1.x")
+
+
+def test_the_grid_shows_the_ksamplers_pictures(findings: Any) -> None:
+    """Row by row, with one noise for all; and the sheet has room for labels."""
+    found = findings["grid"]
+    assert found["images"] == [4, 64, 64, 3]
+    assert found["apart"] <= 1e-4
+    assert found["sheet"][1] > 2 * 64
+    assert found["sheet"][2] > 2 * 64
+
+
+def test_travel_ends_on_the_single_pictures(findings: Any) -> None:
+    """Bit for bit; and every frame moves, by a share of the way."""
+    found = findings["travel"]
+    assert found["frames"] == 5
+    assert found["ends"] == [0.0, 0.0]
+    assert 0 < found["smallest jump"] < found["whole way"]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("channels", "16 channels but this MODEL takes 4"),
+        ("video", "no batch of pictures"),
+        ("strength", "strength 0.5 was given with an empty latent"),
+        ("steps", "use at most 5 steps"),
+        ("negative", "needs a negative prompt"),
+        ("timesteps", "'999, x' is no list of numbers"),
+        ("frames", "cannot make 0 frames"),
+        ("lora", "is for another kind of model"),
+        ("full", "is a full LCM already"),
+        ("nothing", "nothing to learn from"),
+        ("broken", "is a pickle"),
+    ],
+)
+def test_bad_input_is_explained(findings: Any, case: str, said: str) -> None:
+    """One line that names what was given and what to do; nothing else fails because of it."""
+    assert said in findings["bad_input"][case]
+
+
+def test_a_lora_in_pefts_layout_is_applied_and_converted(findings: Any) -> None:
+    """All its layers reach the model, and the converted file does the same."""
+    found = findings["lora"]
+    assert found["layers"] == 4
+    assert found["moved"] > 0.01
+    assert found["again"] == 0
+    assert found["name"] == "converted.safetensors"
+
+
+def test_the_distiller_resumes_and_leaves_the_model_as_it_was(findings: Any) -> None:
+    """Interrupted, it keeps what was learnt; queued again it goes on; the LoRA plugs into the stock loader."""
+    found = findings["distiller"]
+    assert found["interrupted"] == "kept"
+    assert found["steps"] == [2, 0, 1, 2, 3]  # done when interrupted; then the whole log
+    assert found["unchanged"]
+    assert found["name"] == "learnt.safetensors"
+    unet = load_unet(find_source("emoji", "teacher").unet, "cpu", torch.float32)
+    add_lora(unet, 4)
+    assert found["keys"] == sorted(lora_state_dict(unet))  # the layers of an LCM-LoRA under the names that all UIs know
+    assert found["layers"] == len(found["keys"]) / 3  # and the host finds them all
+    assert found["moved"] > 1e-4
+    assert found["stock loader"] <= 1e-5
+    assert found["previews"][0] == 2
+    assert found["preview"] <= 0.02  # as the LCM KSampler paints with the file, but for rounding to bytes and halves
+    assert found["loss"] == [1, 320, 512, 3]
+    assert "begun with another rank" in found["changed"]

@@ -1,0 +1,79 @@
+"""ComfyUI's page in a real Chromium: API format to a drawn graph and back, as a person would see it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+from playwright.sync_api import ConsoleMessage, Page, sync_playwright
+
+# Failures to reach the outside and notices of the page itself say nothing about a workflow.
+_NOISE = ("net::ERR", "Failed to load resource", "userdata", "preload", "Deprecat", "deprecat")
+
+_SIZES = {
+    "CLIPTextEncode": [320, 140],
+    "SaveImage": [340, 380],
+    "SaveAnimatedWEBP": [340, 420],
+    "PreviewImage": [260, 280],
+    "LoadImage": [280, 320],
+}
+_DRAW = """async ([api, name, note, sizes]) => {
+  await app.loadApiJson(api, name);
+  const graph = app.graph;
+  for (const node of graph._nodes) {
+    const least = sizes[node.comfyClass] ?? [270, 0];
+    node.size = node.computeSize().map((side, axis) => Math.max(side, least[axis]));
+  }
+  graph.arrange(60);
+  const box = LiteGraph.createNode("MarkdownNote");
+  box.title = "Note";
+  graph.add(box);
+  box.widgets[0].value = note;
+  box.size = [420, 380];
+  const left = Math.min(...graph._nodes.map((node) => node.pos[0]));
+  const top = Math.min(...graph._nodes.filter((node) => node !== box).map((node) => node.pos[1]));
+  box.pos = [left - 480, top];
+  return JSON.parse(JSON.stringify(graph.serialize()));
+}"""
+_LOAD = "async (drawn) => { await app.loadGraphData(drawn); return (await app.graphToPrompt()).output; }"
+
+
+class Browser:
+    """`with Browser(url) as page:` opens the page; what goes wrong in its console is in `errors`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.errors: list[str] = []
+
+    def __enter__(self) -> Browser:
+        self._playwright = sync_playwright().start()
+        chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
+        self._browser = self._playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        self.page: Page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
+        self.page.set_default_timeout(300_000)
+        self.page.on("console", self._listen)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(self.url)
+        self.page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._browser.close()
+        self._playwright.stop()
+
+    def draw(self, prompt: dict[str, Any], name: str, note: str) -> dict[str, Any]:
+        """A workflow in API format as a graph with a note, in the UI's format."""
+        return self.page.evaluate(_DRAW, [prompt, name, note, _SIZES])
+
+    def load(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Open a graph, and give it back in API format."""
+        return self.page.evaluate(_LOAD, drawn)
+
+    def evaluate(self, script: str, argument: Any = None) -> Any:
+        """Run JavaScript in the page."""
+        return self.page.evaluate(script, argument)
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        if message.type == "error" and not any(word in message.text for word in _NOISE):
+            self.errors.append(message.text)

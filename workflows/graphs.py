@@ -1,0 +1,294 @@
+"""The example workflows in ComfyUI's API format, one function each; its docstring is the note in the graph.
+
+All of them run on the embedded model as `python -m lcm_core export --to comfyui --path <ComfyUI>` installs it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+Link = list[Any]  # [node id, number of its output]
+Prompt = dict[str, dict[str, Any]]
+SIZE = 64  # pixels that the embedded model was trained at
+FULL_LCM = "emoji_lcm.safetensors"
+TEACHER = "emoji_teacher.safetensors"
+LCM_LORA = "emoji_lcm_lora.safetensors"
+SKETCH = "lcm_suite_sketch.png"
+HOLE = "lcm_suite_hole.png"
+CONTROL = "emoji_canny.safetensors"
+
+
+class Graph:
+    """A workflow in API format that grows node by node."""
+
+    def __init__(self) -> None:
+        self.prompt: Prompt = {}
+
+    def add(self, kind: str, title: str = "", **inputs: Any) -> list[Link]:
+        """Add a node; returns links to its outputs (more than it has: the node decides)."""
+        number = str(len(self.prompt) + 1)
+        self.prompt[number] = {"inputs": inputs, "class_type": kind, "_meta": {"title": title or kind}}
+        return [[number, slot] for slot in range(5)]
+
+    def full_lcm(self) -> list[Link]:
+        """MODEL, CLIP, VAE of the full LCM."""
+        return self.add("LCMCheckpointLoader", "LCM Checkpoint Loader", ckpt_name=FULL_LCM)
+
+    def teacher_with_lora(self) -> list[Link]:
+        """MODEL, CLIP, VAE of an ordinary checkpoint, the MODEL with an LCM-LoRA."""
+        model, clip, vae, *_ = self.add("CheckpointLoaderSimple", "Any checkpoint", ckpt_name=TEACHER)
+        lora = self.add("LoraLoaderModelOnly", "LCM-LoRA", model=model, lora_name=LCM_LORA, strength_model=1.0)
+        return [lora[0], clip, vae]
+
+    def text(self, clip: Link, text: str, title: str = "Prompt") -> Link:
+        """CONDITIONING of a prompt."""
+        return self.add("CLIPTextEncode", title, text=text, clip=clip)[0]
+
+    def canvas(self, batch_size: int = 4, size: int = SIZE) -> Link:
+        """An empty LATENT."""
+        return self.add("EmptyLatentImage", "Size", width=size, height=size, batch_size=batch_size)[0]
+
+    def picture(self, file: str) -> list[Link]:
+        """IMAGE and MASK of an input picture."""
+        return self.add("LoadImage", "Your picture", image=file)
+
+    def paint(self, model: Link, positive: Link, latent: Link, title: str = "LCM KSampler", **settings: Any) -> Link:
+        """LATENT painted by LCM KSampler."""
+        usual = {"seed": 1, "steps": 4, "guidance_scale": 0.0, "sampler": "lcm", "strength": 1.0}
+        rest = {"gamma": 0.3, "original_steps": 50, "timesteps": ""}
+        links = {"model": model, "positive": positive, "latent_image": latent}
+        return self.add("LCMKSampler", title, **(usual | rest | settings), **links)[0]
+
+    def save(self, latent: Link, vae: Link, name: str) -> None:
+        """Decode and save."""
+        images = self.add("VAEDecode", "VAE Decode", samples=latent, vae=vae)[0]
+        self.add("SaveImage", "Save", filename_prefix=f"LCM Suite/{name}", images=images)
+
+
+def text_to_image(g: Graph) -> None:
+    """# Text to image with a full LCM
+
+    Press **Run**: four pictures in four steps each.
+
+    - **Prompt**: an emoji's name and a style: *noto*, *fluent* or *twemoji*.
+    - **Your own model**: choose another full LCM in *LCM Checkpoint Loader*, and the size that it was made for
+      (512 for SD 1.5).
+    - **guidance_scale** 0 takes the model's own. A full LCM follows any value at no cost: higher is stricter.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    positive = g.text(clip, "slice of pizza, noto style")
+    g.save(g.paint(model, positive, g.canvas()), vae, "text to image")
+
+
+def lcm_lora(g: Graph) -> None:
+    """# LCM-LoRA on any checkpoint
+
+    An ordinary checkpoint and an LCM-LoRA make pictures in four steps, with the stock KSampler.
+
+    - **Your own model**: choose it in *Any checkpoint*, an LCM-LoRA of its family in *LCM-LoRA*, and its size (512 for
+      SD 1.5, 1024 for SDXL). A style LoRA goes between the two.
+    - *LCM Apply* sets the sampling that the LoRA was made for and says what it found.
+    - **KSampler**: sampler *lcm*, scheduler *simple*, cfg 1 to 2. At cfg 1 the negative prompt is not used.
+    """
+    model, clip, vae = g.teacher_with_lora()
+    model = g.add("LCMApply", "LCM Apply", model=model, guidance_scale=0.0, original_steps=50)[0]
+    positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
+    settings = {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0}
+    links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
+    g.save(g.add("KSampler", "KSampler", **settings, **links)[0], vae, "lcm lora")
+
+
+def image_to_image(g: Graph) -> None:
+    """# Image to image
+
+    A sketch becomes a picture.
+
+    - **Your picture**: drop yours on *Load Image*. *Scale* brings it to the model's size.
+    - **strength**: how much is painted over. 1 ignores the sketch, 0.3 hardly changes it. All steps are run, and the
+      first one starts at exactly that noise.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    scaled = _scaled(g, g.picture(SKETCH)[0])
+    latent = g.add("VAEEncode", "VAE Encode", pixels=scaled, vae=vae)[0]
+    four = g.add("RepeatLatentBatch", "How many", samples=latent, amount=4)[0]
+    positive = g.text(clip, "red apple, fluent style")
+    g.save(g.paint(model, positive, four, strength=0.7), vae, "image to image")
+
+
+def inpainting(g: Graph) -> None:
+    """# Inpainting
+
+    Only the hole is painted; the rest of the picture stays.
+
+    - **Your picture**: drop yours on *Load Image*, right-click it, *Open in MaskEditor*, and draw over what should
+      change.
+    - **strength** 1 forgets what was there; lower keeps some of it.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    image, mask, *_ = g.picture(HOLE)
+    latent = g.add("VAEEncode", "VAE Encode", pixels=image, vae=vae)[0]
+    masked = g.add("SetLatentNoiseMask", "What to repaint", samples=latent, mask=mask)[0]
+    positive = g.text(clip, "red apple, fluent style")
+    g.save(g.paint(model, positive, masked), vae, "inpainting")
+
+
+def two_pass_upscale(g: Graph) -> None:
+    """# Two passes
+
+    The first pass composes at the size that the model knows, the second adds detail at twice the size.
+
+    - **Second pass**: *strength* 0.3 to 0.6; more invents more.
+    - **Upscale**: *scale_by* 1.5 to 2. The embedded model has never seen more than 64 pixels; it shows the way rather
+      than the quality. Take SD 1.5 or SDXL for that.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    positive = g.text(clip, "birthday cake, noto style")
+    first = g.paint(model, positive, g.canvas(1), "First pass")
+    larger = g.add("LatentUpscaleBy", "Upscale", samples=first, upscale_method="bicubic", scale_by=2.0)[0]
+    g.save(g.paint(model, positive, larger, "Second pass", strength=0.5), vae, "two passes")
+
+
+def controlnet(g: Graph) -> None:
+    """# ControlNet with an LCM
+
+    The outlines of a picture guide four steps of painting.
+
+    - **Your picture**: drop yours on *Load Image*; *Canny* finds its outlines.
+    - **ControlNet**: *strength* says how closely to follow them.
+    - **Your own model**: any ControlNet or T2I-Adapter of the checkpoint's family works with an LCM. The embedded model
+      comes with a small T2I-Adapter, which stands in for one.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    edges = g.add("Canny", "Outlines", image=_scaled(g, g.picture(SKETCH)[0]), low_threshold=0.2, high_threshold=0.4)[0]
+    g.add("PreviewImage", "What the ControlNet sees", images=edges)
+    control = g.add("ControlNetLoader", "ControlNet", control_net_name=CONTROL)[0]
+    prompts = {
+        "positive": g.text(clip, "red apple, fluent style"),
+        "negative": g.text(clip, "", "Negative prompt"),
+    }
+    settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    guided = g.add(
+        "ControlNetApplyAdvanced", "Apply ControlNet", control_net=control, image=edges, **settings, **prompts
+    )
+    g.save(g.paint(model, guided[0], g.canvas(), negative=guided[1]), vae, "controlnet")
+
+
+def tcd(g: Graph) -> None:
+    """# TCD: the same speed, finer detail
+
+    Trajectory sampling with its *gamma*, for TCD-LoRAs and LCM-LoRAs, in the stock *SamplerCustom*.
+
+    - **LCM Sampler**: *gamma* 0 adds no fresh noise and always gives the same picture; 0.3 is usual; with 8 steps and
+      more, try 0.5 and above.
+    - **LCM Scheduler**: *strength* below 1 with an encoded picture is image to image; *timesteps* takes your own.
+    """
+    model, clip, vae = g.teacher_with_lora()
+    model = g.add("LCMApply", "LCM Apply", model=model, guidance_scale=0.0, original_steps=50)[0]
+    sampler = g.add("LCMSampler", "LCM Sampler", sampler="tcd", gamma=0.3)[0]
+    grid = {"steps": 4, "strength": 1.0, "original_steps": 50, "timesteps": ""}
+    sigmas = g.add("LCMScheduler", "LCM Scheduler", model=model, **grid)[0]
+    positive, negative = g.text(clip, "hot air balloon, twemoji style"), g.text(clip, "", "Negative prompt")
+    settings = {"add_noise": True, "noise_seed": 1, "cfg": 1.0}
+    links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
+    painted = g.add("SamplerCustom", "SamplerCustom", **settings, **links, sampler=sampler, sigmas=sigmas)[0]
+    g.save(painted, vae, "tcd")
+
+
+def latent_travel(g: Graph) -> None:
+    """# Latent travel: an animation
+
+    Prompts and seeds travel together, and the noise of every step with them, so that nothing flickers.
+
+    - **LCM Travel**: *seeds* one for each prompt, or one for all; *frames*; *loop* travels back to the start.
+    - Each keyframe is exactly the picture that *LCM KSampler* paints of its prompt and seed.
+    - **Save**: *fps* is the speed.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    prompts = {
+        "positive_1": g.text(clip, "red apple, fluent style", "From"),
+        "positive_2": g.text(clip, "lemon, fluent style", "To"),
+    }
+    journey = {"seeds": "1, 2", "frames": 12, "steps": 4, "guidance_scale": 0.0, "sampler": "lcm", "strength": 1.0}
+    course = {"mode": "slerp", "easing": "smooth", "loop": True, "gamma": 0.3, "original_steps": 50}
+    frames = g.add("LCMTravel", "LCM Travel", model=model, latent_image=g.canvas(1), **journey, **course, **prompts)[0]
+    images = g.add("VAEDecode", "VAE Decode", samples=frames, vae=vae)[0]
+    settings = {"filename_prefix": "LCM Suite/travel", "fps": 8.0, "lossless": True, "quality": 90, "method": "default"}
+    g.add("SaveAnimatedWEBP", "Save", images=images, **settings)
+
+
+def distil(g: Graph) -> None:
+    """# Distil in the graph, and use the result
+
+    An ordinary checkpoint paints pictures in many steps; *LCM Distiller* learns an LCM-LoRA from them, which then
+    paints in four.
+
+    - **Your own model**: choose it in *Any checkpoint*. For a LoRA of general use give *LCM Distiller* a *folder* of
+      pictures with .txt captions, connect *clip* and *vae*, and take 1,000 steps, rank 64, learning rate 1e-4. It then
+      needs no latents.
+    - **Interrupt** keeps what was learnt; queueing again goes on. The LoRA is in *models/loras* under *output_name*.
+    - **w** is the guidance that it learns to do without; afterwards use cfg 1.
+    - MODEL has the LoRA already. *LORA_MODEL* goes into the stock *Load LoRA Model*, to give it another strength.
+    """
+    model, clip, vae, *_ = g.add("CheckpointLoaderSimple", "Any checkpoint", ckpt_name=TEACHER)
+    positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
+    slow = {"seed": 1, "steps": 20, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "denoise": 1.0}
+    prompts = {"positive": positive, "negative": negative}
+    examples = g.add("KSampler", "20 steps", model=model, latent_image=g.canvas(8), **slow, **prompts)[0]
+    training = {"output_name": "my_lcm_lora", "steps": 60, "batch_size": 4, "learning_rate": 0.001, "rank": 8, "w": 1.0}
+    rest = {"method": "lcd", "preview_every": 20, "seed": 1, "folder": "", "resolution": SIZE}
+    links = {"model": model, "clip": clip, "vae": vae, "latents": examples, "positive": positive}
+    learnt = g.add("LCMDistiller", "LCM Distiller", **training, **rest, **links)
+    g.save(g.paint(learnt[0], positive, g.canvas(), "4 steps", guidance_scale=1.0), vae, "distilled")
+    g.add("PreviewImage", "While it learnt", images=learnt[3])
+    g.add("PreviewImage", "Loss", images=learnt[4])
+
+
+def steps_grid(g: Graph) -> None:
+    """# Steps grid
+
+    One prompt and seed at several numbers of steps and guidance scales, side by side with labels: see at a glance what
+    suits a model.
+
+    - **LCM Steps Grid**: the lists in *steps* (columns) and *guidance_scales* (rows; 0 is the model's own).
+    - Change the model, keep the seed, and compare two sheets.
+    """
+    model, clip, vae, *_ = g.full_lcm()
+    lists = {"seed": 1, "steps": "1, 2, 4, 8", "guidance_scales": "1, 2, 4", "sampler": "lcm", "strength": 1.0}
+    links = {"model": model, "latent_image": g.canvas(1), "vae": vae}
+    positive = g.text(clip, "slice of pizza, noto style")
+    rest = {"gamma": 0.3, "original_steps": 50}
+    grid = g.add("LCMStepsGrid", "LCM Steps Grid", **lists, **rest, **links, positive=positive)[0]
+    g.add("SaveImage", "Save", filename_prefix="LCM Suite/steps grid", images=grid)
+
+
+def _scaled(g: Graph, image: Link) -> Link:
+    settings = {"upscale_method": "area", "width": SIZE, "height": SIZE, "crop": "center"}
+    return g.add("ImageScale", "Scale", image=image, **settings)[0]
+
+
+WORKFLOWS: dict[str, Callable[[Graph], None]] = {
+    "01_text_to_image": text_to_image,
+    "02_lcm_lora": lcm_lora,
+    "03_image_to_image": image_to_image,
+    "04_inpainting": inpainting,
+    "05_two_pass_upscale": two_pass_upscale,
+    "06_controlnet": controlnet,
+    "07_tcd": tcd,
+    "08_latent_travel": latent_travel,
+    "09_distil": distil,
+    "10_steps_grid": steps_grid,
+}
+
+
+def prompt_of(name: str) -> Prompt:
+    """A workflow in API format."""
+    graph = Graph()
+    WORKFLOWS[name](graph)
+    return graph.prompt
+
+
+def note_of(name: str) -> str:
+    """What a workflow is and what to change in it, in Markdown."""
+    return inspect.cleandoc(WORKFLOWS[name].__doc__ or "")
