@@ -1,0 +1,83 @@
+"""What to set for the models in use: applied to a request, or to the page when the button is pressed."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modules import shared
+
+from extension_a1111 import host
+from extension_a1111.embedding import no_embedding, read_cond_proj, read_guidance
+from extension_a1111.loras import find_loras, kind_of_lora, kind_of_name
+from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, read_options
+from extension_a1111.recommend import MOST_STEPS, Recommendation, Wishes, recommend
+
+_KNOWN = (LCM_SAMPLER, TCD_SAMPLER, "LCM")  # whoever chose one of these knows
+NOTHING = "No LCM-LoRA in the prompt, and the checkpoint is no LCM: nothing was changed."
+
+
+def apply(p: Any, args: Sequence[Any], axes: Mapping[str, Any]) -> None:
+    """Set a request's sampler, steps and CFG where that is wished for; else say what would suit it.
+
+    Raises:
+        InputError: options out of range, or a LoRA file that cannot be read.
+    """
+    advised = _advise(host.chosen_checkpoint(p), host.prompts_of(p), p.steps, p.cfg_scale)
+    if advised is None:
+        return
+    if read_options(args, axes).auto:
+        _set(p, advised)
+    elif p.sampler_name not in _KNOWN and (p.steps, p.cfg_scale) != (advised.steps, advised.guidance_scale):
+        p.comment(f"LCM Suite: {advised} would suit it; the button in the accordion 'LCM Suite' sets them.")
+
+
+def offer(prompt: str, sampler_name: str, steps: int, cfg_scale: float) -> tuple[str, int, float, str]:
+    """New values for the page, and what to say about them; the old ones where no LCM is in use."""
+    try:
+        advised = _advise(host.chosen_checkpoint(), prompt, int(steps), float(cfg_scale))
+    except ValueError as error:
+        return sampler_name, steps, cfg_scale, html.escape(str(error))
+    if advised is None:
+        return sampler_name, steps, cfg_scale, NOTHING
+    return advised.sampler, advised.steps, advised.guidance_scale, html.escape(f"{advised}.")
+
+
+def check_guidance_embedding(p: Any) -> None:
+    """Refuse guidance as w-embedding where the request's checkpoint does not read it.
+
+    Raises:
+        InputError: it has none.
+    """
+    file = host.chosen_checkpoint(p)
+    if file is not None and read_cond_proj(file) is None:
+        raise no_embedding(file)
+
+
+def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Recommendation | None:
+    name = file.stem if file else ""
+    loras = [(lora.name, kind_of_lora(lora.name, host.lora_file(lora.name))) for lora in find_loras(prompt)]
+    is_full = file is not None and read_cond_proj(file) is not None
+    stated = read_guidance(file) if file is not None else None
+    return recommend(steps, cfg_scale, loras, (name, kind_of_name(name)), is_full, _wishes(), stated)
+
+
+def _set(p: Any, advised: Recommendation) -> None:
+    p.sampler_name, p.steps, p.cfg_scale = advised.sampler, advised.steps, advised.guidance_scale
+    if hasattr(p, "scheduler"):
+        p.scheduler = host.AUTOMATIC
+    if getattr(p, "hr_second_pass_steps", 0) > MOST_STEPS:
+        p.hr_second_pass_steps = 0  # as many as in the first pass
+    if hasattr(p, "hr_cfg"):
+        p.hr_cfg = advised.guidance_scale
+
+
+def _wishes() -> Wishes:
+    given = shared.opts.data
+    return Wishes(
+        int(given.get("lcm_suite_steps", Wishes.steps)),
+        float(given.get("lcm_suite_lora_cfg", Wishes.lora_guidance)),
+        float(given.get("lcm_suite_full_cfg", Wishes.full_guidance)),
+    )

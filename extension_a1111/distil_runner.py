@@ -1,0 +1,120 @@
+"""Looks after one distillation: starts the trainer, passes on a wish to stop, and hands its LoRA over at the end.
+
+Runs as a program of its own, `python distil_runner.py FOLDER`, so that training outlives a reload or a crash of the web
+UI. Standard library only; the same file is imported by the web UI for the lock.
+
+While training goes on, the lock file is held by this program and by the trainer, which inherits it. Whoever cannot get
+the lock knows that a run is alive, and that it is ours; a number from a file of process ids could be anybody's by now.
+
+FOLDER/job.json is read: {"command", "cwd", "lock", "result", "lora"}. Written beside it are pids.json when training has
+started and exit.json at the end: {"code", "stopped", "lora", "error"}. A file `stop` is a wish to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+BUSY = 3
+"""Exit code: another run holds the lock."""
+RUNNER_LOCK = "runner.lock"
+"""File in a job's folder; only the runner holds it, so that it says whether the runner is alive."""
+_PATIENCE = 2.0  # seconds; somebody may be looking whether the lock is free
+
+
+def take_lock(path: Path) -> IO[bytes] | None:
+    """The open lock file, which holds the lock until it is closed everywhere; None when another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(folder: Path) -> int:
+    """Run the job in `folder`. Returns its exit code."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    lock, alive = _wait_for_lock(Path(job["lock"])), take_lock(folder / RUNNER_LOCK)
+    if lock is None or alive is None:
+        return BUSY
+    (folder / "stop").unlink(missing_ok=True)
+    (folder / "exit.json").unlink(missing_ok=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the web UI was started in the background; inherited
+    inherited: Any = {} if os.name == "nt" else {"pass_fds": (lock.fileno(),)}
+    try:
+        child = subprocess.Popen(job["command"], cwd=job["cwd"], stdin=subprocess.DEVNULL, **inherited)
+    except OSError as error:
+        write(folder / "exit.json", {"code": -1, "stopped": False, "lora": None, "error": f"cannot start: {error}"})
+        return 1
+    write(folder / "pids.json", {"runner": os.getpid(), "trainer": child.pid})
+    code = _watch(child, folder / "stop")
+    lora, mistake = _hand_over(job) if code == 0 else (None, None)
+    stopped = (folder / "stop").exists()
+    write(folder / "exit.json", {"code": code, "stopped": stopped, "lora": lora, "error": mistake})
+    return 0
+
+
+def interrupt(pid: int) -> None:
+    """Ask a trainer to save and stop. Windows has no such signal: there it goes on from its last saved state."""
+    os.kill(pid, signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+
+
+def _wait_for_lock(path: Path) -> IO[bytes] | None:
+    deadline = time.monotonic() + _PATIENCE
+    while (lock := take_lock(path)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return lock
+
+
+def _watch(child: subprocess.Popen[bytes], stop: Path) -> int:
+    """Wait for the trainer; each new wish to stop is one more signal, for a second one makes it stop at once."""
+    heard = 0
+    while (code := child.poll()) is None:
+        wishes = stop.stat().st_size if stop.exists() else 0
+        if wishes > heard:
+            heard = wishes
+            interrupt(child.pid)
+        time.sleep(0.3)
+    return code
+
+
+def _hand_over(job: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Copy the finished LoRA to where the web UI looks. Returns where it is, or what went wrong."""
+    result, target = Path(job["result"]), Path(job["lora"])
+    if not result.is_file():
+        return None, None
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copyfile(result, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        return None, f"the LoRA is {result}, but it could not be copied to {target} ({error.strerror})"
+    return str(target), None
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

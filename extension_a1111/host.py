@@ -1,0 +1,187 @@
+"""Where AUTOMATIC1111's versions and Forge differ: every such question is answered here."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import sd_models, sd_samplers, sd_samplers_common, shared
+from torch import nn
+
+from extension_a1111.architecture import check_network
+from extension_a1111.denoising import PositiveRows
+from extension_a1111.grids import get_sigmas_padded
+from lcm_core.schedule import NoiseSchedule, abar_from_sigma
+
+try:  # 1.9 split schedules from samplers
+    from modules import sd_schedulers
+except ImportError:
+    sd_schedulers = None
+
+AUTOMATIC = "Automatic"
+
+
+def is_forge() -> bool:
+    """Whether this is Forge, with its own model classes."""
+    return hasattr(shared.sd_model, "forge_objects")
+
+
+def unet() -> nn.Module:
+    """The network that the host paints with now."""
+    if is_forge():
+        return shared.sd_model.forge_objects.unet.model.diffusion_model
+    return shared.sd_model.model.diffusion_model
+
+
+def time_embed() -> nn.Module:
+    """The layers through which that network reads the timestep."""
+    return unet().get_submodule("time_embed")
+
+
+def check_supported() -> None:
+    """Refuse a loaded model that LCM and TCD cannot sample from; see `check_network`."""
+    if is_forge():
+        prediction = shared.sd_model.forge_objects.unet.model.predictor.prediction_type
+    else:
+        prediction = "v_prediction" if getattr(shared.sd_model, "parameterization", "eps") == "v" else "epsilon"
+    check_network(checkpoint_file().stem, unet(), prediction)
+
+
+def noise_schedule(model_wrap: Any = None) -> NoiseSchedule:
+    """The noise levels of the loaded model, which options such as zero terminal SNR may have changed.
+
+    Args:
+        model_wrap: the sampler's denoiser, which has them in `sigmas`; None reads the model itself.
+    """
+    if model_wrap is None:
+        model_wrap = shared.sd_model.forge_objects.unet.model.predictor if is_forge() else None
+    if model_wrap is None:
+        return NoiseSchedule(shared.sd_model.alphas_cumprod)
+    return NoiseSchedule(abar_from_sigma(model_wrap.sigmas.cpu().double()))
+
+
+def checkpoint_file() -> Path:
+    """The file of the model that is loaded now."""
+    return Path(shared.sd_model.sd_checkpoint_info.filename)
+
+
+def chosen_checkpoint(p: Any = None) -> Path | None:
+    """The file of the model that a request, or the page, is going to use; None where none can be found.
+
+    It may not be loaded yet: Forge loads late, and a request can name its own.
+    """
+    named = (getattr(p, "override_settings", None) or {}).get("sd_model_checkpoint")
+    info = sd_models.get_closet_checkpoint_match(named) if named else None
+    try:
+        return Path((info or sd_models.select_checkpoint()).filename)
+    except FileNotFoundError:
+        return None
+
+
+def lora_file(name: str) -> Path | None:
+    """A LoRA's file by its name or alias in the prompt, from the host's own list; None where there is none."""
+    networks = sys.modules.get("networks")  # the built-in Lora extension
+    aliases = getattr(networks, "available_network_aliases", {})
+    on_disk = aliases.get(name) or getattr(networks, "available_networks", {}).get(name)
+    return Path(on_disk.filename) if on_disk is not None else None
+
+
+def prompts_of(p: Any) -> str:
+    """All prompts of a request with their styles, in one string."""
+    given = [*_listed(p.prompt), *_listed(getattr(p, "hr_prompt", ""))]
+    return " ".join(shared.prompt_styles.apply_styles_to_prompt(text, p.styles or []) for text in given)
+
+
+def cfg_scale(p: Any) -> float:
+    """The CFG slider of the current pass: Forge has one of its own for hires."""
+    hires = getattr(p, "hr_cfg", None) if getattr(p, "is_hr_pass", False) else None
+    return float(p.cfg_scale if hires is None else hires)
+
+
+@contextmanager
+def at_scale(p: Any, guidance_scale: float) -> Iterator[None]:
+    """Guide this step by `guidance_scale`: Forge would take the slider of the hires pass there."""
+    if not hasattr(p, "hr_cfg"):
+        yield
+        return
+    slider, p.hr_cfg = p.hr_cfg, guidance_scale
+    try:
+        yield
+    finally:
+        p.hr_cfg = slider
+
+
+def prepare_denoiser(model_wrap: Any, rows: PositiveRows) -> None:
+    """Make the host's denoiser ask at whole timesteps, and compute no idle negative rows. Forge does both itself."""
+    if is_forge():
+        return
+    model_wrap.quantize = True
+    model_wrap.forward = rows.wrap(model_wrap.forward)
+
+
+def positive_rows(denoiser: Any, x: Any, cond: Any, guidance_scale: float) -> int | None:
+    """How many rows a step needs where the negative prompt does nothing; None where it does something."""
+    if is_forge() or guidance_scale != 1 or getattr(denoiser, "cond_scale_miltiplier", 1.0) != 1:
+        return None
+    if getattr(shared.sd_model, "cond_stage_key", "") == "edit":
+        return None
+    # With AND, or weights, the parts are differences to the negative prompt.
+    plain = all(len(parts) == 1 and parts[0].weight == 1 for parts in cond.batch)
+    return len(x) if plain else None
+
+
+def scales_noise_itself() -> bool:
+    """Whether an option makes the host start from noise of the exact strength."""
+    return bool(getattr(shared.opts, "sgm_noise_multiplier", False))
+
+
+def register_samplers(entries: Sequence[tuple[str, Callable[[Any], Any], list[str]]]) -> None:
+    """Put samplers into the host's lists, in the place of those of the same name.
+
+    Args:
+        entries: name, constructor from the loaded model, and aliases.
+    """
+    ours = {
+        name: sd_samplers_common.SamplerData(name, constructor, aliases, {"scheduler": "lcm_skip"})
+        for name, constructor, aliases in entries
+    }
+    every = sd_samplers.all_samplers
+    for index, sampler in enumerate(every):
+        if sampler.name in ours:
+            every[index] = ours.pop(sampler.name)
+    every.extend(ours.values())
+    sd_samplers.all_samplers_map.clear()
+    sd_samplers.all_samplers_map.update({sampler.name: sampler for sampler in every})
+    sd_samplers.set_samplers()
+    _forget_pairs()
+
+
+def register_schedule(name: str, label: str) -> None:
+    """Offer the skipping grid to every sampler, where the host has schedules of their own (1.9 and later, Forge)."""
+    if sd_schedulers is None:
+        return
+    entry = sd_schedulers.Scheduler(name, label, _schedule, need_inner_model=True)
+    every = sd_schedulers.schedulers
+    every[:] = [other for other in every if other.name != name] + [entry]
+    sd_schedulers.schedulers_map.update({name: entry, label: entry})
+    _forget_pairs()
+
+
+def _schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> Any:
+    check_supported()
+    # From the model: the denoiser of the built-in LCM knows every twentieth noise level only.
+    return get_sigmas_padded(noise_schedule(), n, n).to(device)
+
+
+def _forget_pairs() -> None:
+    pairs = getattr(sd_samplers, "get_sampler_and_scheduler", None)
+    if isinstance(pairs, functools._lru_cache_wrapper):
+        pairs.cache_clear()
+
+
+def _listed(text: Any) -> list[str]:
+    return [str(part) for part in text] if isinstance(text, list) else [str(text or "")]

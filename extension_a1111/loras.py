@@ -1,0 +1,47 @@
+"""LoRAs in a prompt: what they are for, told by their names and headers alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lcm_core.weights import check_file
+
+Kind = Literal["lcm", "tcd"]
+"""Which sampler an accelerated model was made for."""
+_IN_PROMPT = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^>]*))?>", re.IGNORECASE)
+_TITLES = ("modelspec.title", "ss_output_name", "lcm_suite.kind")
+# Hyper-SD and the like are trajectory-consistent: their authors sample with TCD.
+_WORDS: dict[str, Kind] = {"lcm": "lcm", "tcd": "tcd", "hyper": "tcd"}
+
+
+@dataclass(frozen=True)
+class PromptLora:
+    """One `<lora:name:strength>`."""
+
+    name: str
+    strength: str
+    """As written; the host reads it."""
+
+
+def find_loras(prompt: str) -> list[PromptLora]:
+    """The LoRAs of a prompt, in order; those switched off by strength 0 are left out."""
+    found = [PromptLora(match[1].strip(), (match[2] or "1").strip()) for match in _IN_PROMPT.finditer(prompt)]
+    return [lora for lora in found if lora.strength.split(":")[0] not in ("0", "0.0")]
+
+
+def kind_of_name(*titles: str) -> Kind | None:
+    """What a file's names say that it is for; None for an ordinary model."""
+    words = {word for title in titles for word in re.findall(r"[a-z]+", title.lower())}
+    return next((kind for word, kind in _WORDS.items() if word in words), None)
+
+
+def kind_of_lora(name: str, file: Path | None) -> Kind | None:
+    """What a LoRA is for, by its name in the prompt, its file's name and its metadata."""
+    titles = [name]
+    if file is not None and file.suffix == ".safetensors":
+        metadata = check_file(file).get("__metadata__", {})
+        titles += [file.stem, *(metadata.get(key, "") for key in _TITLES)]
+    return kind_of_name(*titles)

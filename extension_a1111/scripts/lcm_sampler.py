@@ -1,0 +1,135 @@
+"""The samplers, and the accordion "LCM Suite" with what belongs to them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import gradio as gr
+from modules import errors, script_callbacks, scripts, shared
+
+from extension_a1111 import advice, sampler
+from extension_a1111.options import GAMMA_FIELD, LCM_SAMPLER, ORIGINAL_STEPS_FIELD, Options, read_options
+from lcm_core.errors import InputError
+
+_WANTED = ("prompt", "sampling", "steps", "cfg_scale")
+_SECTION = ("lcm_suite", "LCM Suite")
+
+
+class LcmSuite(scripts.Script):
+    """Translates between the page and `Options`; the work is done by the sampler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.page: dict[str, Any] = {}  # the host's own components, by the end of their ids
+        self.offer: tuple[Any, Any] | None = None
+
+    def title(self) -> str:
+        return LCM_SAMPLER
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        with gr.Accordion(LCM_SAMPLER, open=False, elem_id=self.elem_id("lcm_suite")):
+            with gr.Row():
+                button = gr.Button("Use settings for few steps", elem_id=self.elem_id("lcm_suite_offer"))
+                auto = gr.Checkbox(
+                    bool(shared.opts.data.get("lcm_suite_auto", False)),
+                    label="Do so by itself when an LCM-LoRA or an LCM is in use",
+                    elem_id=self.elem_id("lcm_suite_auto"),
+                )
+            said = gr.HTML(elem_id=self.elem_id("lcm_suite_said"))
+            with gr.Row():
+                gamma = gr.Slider(
+                    0, 1, Options.gamma, step=0.05, label=GAMMA_FIELD, elem_id=self.elem_id("lcm_suite_gamma")
+                )
+                original_steps = gr.Slider(
+                    1,
+                    200,
+                    Options.original_steps,
+                    step=1,
+                    label=ORIGINAL_STEPS_FIELD,
+                    elem_id=self.elem_id("lcm_suite_original_steps"),
+                )
+        self.infotext_fields = [(gamma, GAMMA_FIELD), (original_steps, ORIGINAL_STEPS_FIELD)]
+        self.paste_field_names = [GAMMA_FIELD, ORIGINAL_STEPS_FIELD]
+        self.offer = (button, said)
+        self._connect()
+        return [auto, gamma, original_steps]
+
+    def after_component(self, component: Any, **kwargs: Any) -> None:
+        """Remember the host's own components; which of them come before `ui` is up to the user's settings."""
+        tab, _, name = (kwargs.get("elem_id") or "").partition("_")
+        if name in _WANTED and tab == ("img2img" if self.is_img2img else "txt2img"):
+            self.page[name] = component
+            self._connect()
+
+    def before_process(self, p: Any, *args: Any) -> None:
+        """Leave the options for the sampler, which says what is wrong with them where the user sees it."""
+        axes = getattr(p, "lcm_suite_axes", {})
+        p.lcm_suite = functools.partial(read_options, args, axes)
+        try:
+            advice.apply(p, args, axes)
+        except InputError as error:
+            p.comment(str(error))
+
+    def _connect(self) -> None:
+        if self.offer is None or not all(name in self.page for name in _WANTED):
+            return
+        (button, said), self.offer = self.offer, None
+        prompt, sampling, steps, cfg_scale = (self.page[name] for name in _WANTED)
+        outputs = [sampling, steps, cfg_scale, said]
+        # Without the queue, so that the button answers while a picture is being made.
+        button.click(advice.offer, inputs=[prompt, sampling, steps, cfg_scale], outputs=outputs, queue=False)
+
+
+def _add_settings() -> None:
+    for name, default, label, component, span in (
+        ("lcm_suite_auto", False, "Tick 'Do so by itself' when the page is opened", gr.Checkbox, {}),
+        ("lcm_suite_steps", 4, "Steps to set", gr.Slider, {"minimum": 1, "maximum": 8, "step": 1}),
+        ("lcm_suite_lora_cfg", 1.0, "CFG to set for an LCM-LoRA", gr.Slider, {"minimum": 1, "maximum": 2, "step": 0.1}),
+        ("lcm_suite_full_cfg", 8.0, "CFG to set for a full LCM", gr.Slider, {"minimum": 2, "maximum": 14, "step": 0.5}),
+    ):
+        shared.opts.add_option(name, shared.OptionInfo(default, label, component, span, section=_SECTION))
+
+
+def _add_axes() -> None:
+    """Axes for the X/Y/Z plot, whose module is loaded anew with every reload."""
+    for data in scripts.scripts_data:
+        if data.script_class.__module__ == "xyz_grid.py":
+            plot = data.module
+            plot.axis_options.extend(
+                plot.AxisOption(
+                    f"[LCM Suite] {label}",
+                    float,
+                    functools.partial(_set_axis, name),
+                    confirm=functools.partial(_check_axis, name),
+                )
+                for label, name in (("guidance, w + 1", "guidance"), (GAMMA_FIELD, "gamma"))
+            )
+
+
+def _check_axis(name: str, p: Any, values: list[float]) -> None:
+    """Refuse bad values before the first cell; the plot only leaves cells empty whose picture failed."""
+    for value in values:
+        read_options([], {name: value})
+    if name == "guidance":
+        advice.check_guidance_embedding(p)
+
+
+def _set_axis(name: str, p: Any, value: float, values: Any) -> None:
+    # A new dict: the plot copies requests without what they hold.
+    p.lcm_suite_axes = {**getattr(p, "lcm_suite_axes", {}), name: value}
+
+
+def _add_axes_or_say() -> None:
+    try:
+        _add_axes()
+    except Exception:  # another plot than the host's own must not cost the page
+        errors.report("LCM Suite could not add its axes to the X/Y/Z plot", exc_info=True)
+
+
+sampler.register()
+script_callbacks.on_ui_settings(_add_settings)
+script_callbacks.on_before_ui(_add_axes_or_say)

@@ -1,0 +1,116 @@
+"""LCM latent travel, without the web UI: the points, and what lies between two of them.
+
+A frame between two points is one ordinary picture whose prompt embedding, first noise and all later noise are mixed by
+the same fraction; on a point the fraction is 0 and nothing is mixed, so the frame is the picture of that point.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lcm_core.errors import InputError
+from lcm_core.interpolation import interpolate
+
+Schedule = list[tuple[int, Any]]
+"""A prompt over the steps of a picture: (last step, conditioning), in order; a conditioning is (L, D) or a dict."""
+
+_SEED_AT_END = re.compile(r"(.*)@\s*(-?\d+)\s*", re.DOTALL)
+_NETWORK = re.compile(r"<\w+:[^<>]+>")
+
+
+class Point(NamedTuple):
+    """A picture that the journey passes through."""
+
+    prompt: str
+    seed: int
+
+
+def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> list[Point]:
+    """The points of a journey, from one line of text each: `PROMPT`, `PROMPT @ SEED` or `@ SEED`.
+
+    Args:
+        text: the lines; empty ones are left out.
+        prompt, seed: of the main page: what a line leaves out, and the first point if `start_above`. Extra networks in
+            `prompt`, such as `<lora:name:1>`, are in force for the whole journey.
+        start_above: whether the main page is the first point.
+
+    Raises:
+        InputError: fewer than two points, or a line with an extra network, which could not change from frame to frame.
+    """
+    networks = "".join(f" {network}" for network in _NETWORK.findall(prompt))
+    points = [Point(prompt, seed)] if start_above else []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if found := _NETWORK.search(line):
+            raise InputError(f"the point {line!r} has {found[0]}; write it in the main prompt, for the whole journey")
+        match = _SEED_AT_END.fullmatch(line)
+        words, number = (match[1].strip(), int(match[2])) if match else (line, seed)
+        points.append(Point(words + networks if words else prompt, number))
+    if len(points) < 2:
+        raise InputError("a journey needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
+    return points
+
+
+class TravelNoise:
+    """The web UI's source of noise for a frame: each draw, the first and all later ones, is mixed from two sources."""
+
+    def __init__(self, start: Any, end: Any, fraction: float, mode: str) -> None:
+        self.start, self.end, self.fraction, self.mode = start, end, fraction, mode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.start, name)  # for scripts that look into the host's class
+
+    def next(self) -> Any:
+        """The next noise (B, C, h, w)."""
+        return interpolate(self.start.next(), self.end.next(), self.fraction, self.mode)
+
+
+def travelling(
+    source: Callable[..., Any], seeds: Sequence[int], fraction: float, mode: str
+) -> Callable[..., TravelNoise]:
+    """Stands in for the web UI's class of noise sources, to make each one anew with `seeds` and mix it in.
+
+    It stands in for the class, since the second pass of hires fix makes a source of its own.
+    """
+
+    def make(shape: Any, own_seeds: Any, *args: Any, **options: Any) -> TravelNoise:
+        return TravelNoise(
+            source(shape, own_seeds, *args, **options), source(shape, seeds, *args, **options), fraction, mode
+        )
+
+    return make
+
+
+def mix_conditioning(a: Any, b: Any, fraction: float, mode: str) -> Any:
+    """Embeddings of two prompts, `fraction` of the way from `a` to `b`: tensors (L, D), or dicts of them and vectors.
+
+    The web UI makes prompts of unequal length equal by repeating the last row of the shorter one; so does this.
+    """
+    if isinstance(a, dict):
+        return type(a)({name: mix_conditioning(a[name], b[name], fraction, mode) for name in a})
+    if a.ndim > 1:
+        length = max(len(a), len(b))
+        a, b = (x if len(x) == length else _lengthened(x, length) for x in (a, b))
+    return interpolate(a[None], b[None], fraction, mode)[0]
+
+
+def mix_schedules(a: Schedule, b: Schedule, fraction: float, mode: str) -> Schedule:
+    """Two prompts over the steps, mixed: a new stretch begins wherever one of them changes."""
+    ends = sorted({end for end, _ in a} | {end for end, _ in b})
+    return [(end, mix_conditioning(_at(a, end), _at(b, end), fraction, mode)) for end in ends]
+
+
+def describe(end: Point, fraction: float) -> str:
+    """What an infotext says of a frame that lies between its own prompt and seed and the point `end`."""
+    return f"{fraction:.4g} of the way to {_NETWORK.sub('', end.prompt).strip()} @ {end.seed}"
+
+
+def _at(schedule: Schedule, step: int) -> Any:
+    return next((conditioning for end, conditioning in schedule if step <= end), schedule[-1][1])
+
+
+def _lengthened(x: Any, length: int) -> Any:
+    return torch.cat([x, x[-1:].expand(length - len(x), *x.shape[1:])])

@@ -1,0 +1,37 @@
+"""Options from the accordion, the API and the plot; what of them the infotext says."""
+
+from __future__ import annotations
+
+import pytest
+
+from extension_a1111.options import Options, read_options
+from lcm_core.errors import InputError
+
+
+def test_defaults_leave_no_trace_in_the_infotext() -> None:
+    assert read_options([]) == Options()
+    assert Options().infotext("LCM Suite") == {}
+    assert Options().infotext("TCD Suite") == {"TCD gamma": 0.3}
+    assert Options(original_steps=100).infotext("LCM Suite") == {"LCM original steps": 100}
+
+
+def test_args_in_order_and_axes_above_them() -> None:
+    assert read_options([True, "0.5", 40.0]) == Options(True, 0.5, 40)
+    assert read_options([False, None]) == Options()
+    assert read_options([False, 0.5], {"gamma": 1.0, "guidance": 9.0}) == Options(False, 1.0, 50, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([False, 2], "TCD gamma 2.0 is out of range; use 0 to 1"),
+        ([False, float("nan")], "TCD gamma nan is out of range"),
+        ([False, 0.3, 0], "LCM original steps 0 is out of range; use 1 to 1000"),
+        ([False, "much"], "LCM Suite's args .* must be auto, gamma, original_steps: could not convert"),
+        ([False, [1]], "must be auto, gamma, original_steps"),
+        ([1, 2, 3, 4], "LCM Suite was given 4 args; give at most 3: auto, gamma, original_steps"),
+    ],
+)
+def test_bad_args_are_named(args: list[object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_options(args)

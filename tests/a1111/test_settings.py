@@ -1,0 +1,140 @@
+"""What is set for an LCM: found in the prompt and on the disk, and kept where it is right already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from extension_a1111.architecture import check_loras, check_network, context_width, network_width
+from extension_a1111.embedding import read_guidance
+from extension_a1111.loras import find_loras, kind_of_lora, kind_of_name
+from extension_a1111.recommend import Recommendation, Wishes, recommend
+from lcm_core.errors import InputError
+
+EMOJI = Path(__file__).parents[2] / "lcm_core" / "models" / "emoji"
+LORA = EMOJI / "lora" / "lcm_lora.safetensors"
+
+
+def test_loras_of_a_prompt() -> None:
+    found = find_loras("a <lora:LCM_sd15:1> b <lora:style v2:0.8:te=0> <LORA:off:0> <hypernet:x:1> <lora:bare>")
+    assert [(lora.name, lora.strength) for lora in found] == [
+        ("LCM_sd15", "1"),
+        ("style v2", "0.8:te=0"),
+        ("bare", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lcm-lora-sdv1-5", "lcm"),
+        ("LCM_LoRA_SDXL", "lcm"),
+        ("sd15_lcm", "lcm"),
+        ("TCD-SD15-LoRA", "tcd"),
+        ("Hyper-SD15-8steps-lora", "tcd"),
+        ("hyperrealism_v2", None),
+        ("alcmist", None),
+    ],
+)
+def test_kind_by_name(name: str, kind: str | None) -> None:
+    assert kind_of_name(name) == kind
+
+
+def test_kind_by_metadata(tmp_path: Path) -> None:
+    """`pytorch_lora_weights.safetensors` is how LCM-LoRAs are handed out; its header may say more."""
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.title": "LCM-LoRA SD 1.5"})
+    assert kind_of_lora("speed", file) == "lcm"
+    save_file({"x": torch.zeros(1)}, file)
+    assert kind_of_lora("speed", file) is None
+    assert kind_of_lora("speed", None) is None
+
+
+def test_architecture_of_a_lora_by_its_header(tmp_path: Path) -> None:
+    """kohya's and diffusers' names; a LoRA that does not touch the text says nothing, and is let through."""
+    assert context_width(LORA) == 128
+    names = {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": 2048,
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": 768,
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": 1024,
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_down.weight": None,
+        "lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_down.weight": None,
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": None,
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.hada_w1_a": None,
+    }
+    for number, (name, width) in enumerate(names.items()):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({name: torch.zeros(4, width or 320)}, file)
+        assert context_width(file) == width, name
+    with pytest.raises(InputError, match=r"LoRA 'big' was made for SDXL, but the loaded checkpoint is SD 1\.x"):
+        check_loras({"none": None, "fits": tmp_path / "1.safetensors", "big": tmp_path / "0.safetensors"}, 768)
+    check_loras({"big": tmp_path / "0.safetensors"}, 2048)
+    check_loras({"big": tmp_path / "0.safetensors"}, None)
+
+
+def test_networks_without_timesteps_to_skip_are_refused() -> None:
+    """The real networks of SD3 and Flux, small; and an SD network that was trained as a flow."""
+    size = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 1, "joint_attention_dim": 8}
+    sd3 = SD3Transformer2DModel(sample_size=8, caption_projection_dim=8, pooled_projection_dim=8, **size)
+    flux = FluxTransformer2DModel(**size, num_single_layers=1, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4))
+    sd = torch.nn.ModuleDict({"time_embed": torch.nn.Linear(1, 1)})
+    for network, prediction in ((sd3, "epsilon"), (flux, "const"), (sd, "const"), (sd, "edm")):
+        with pytest.raises(InputError, match=r"my_model is no model for LCM or TCD.* SD3, Flux"):
+            check_network("my_model", network, prediction)
+    for prediction in ("epsilon", "v_prediction"):
+        check_network("my_model", sd, prediction)
+
+
+def test_width_of_a_network() -> None:
+    """ldm's and diffusers' networks name that layer alike."""
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(EMOJI / "unet_lcm"))
+    assert network_width(unet) == 128
+    assert network_width(torch.nn.Linear(1, 1)) is None
+    packed = torch.nn.Module()
+    packed.register_parameter("weight", torch.nn.Parameter(torch.zeros(40, 1, dtype=torch.uint8), requires_grad=False))
+    assert network_width(torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": packed})})) is None
+
+
+PLAIN = ("dreamy_v8", None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "cfg", "loras", "checkpoint", "full", "wanted"),
+    [
+        (20, 7, [("lcm", "lcm")], PLAIN, False, ("LCM Suite", 4, 1.0)),
+        (6, 1.5, [("style", None), ("lcm", "lcm")], PLAIN, False, ("LCM Suite", 6, 1.5)),  # already right
+        (20, 7, [("hyper", "tcd")], PLAIN, False, ("TCD Suite", 4, 1.0)),
+        (20, 7, [], ("dreamy_lcm", "lcm"), False, ("LCM Suite", 4, 1.0)),  # LoRA merged into the checkpoint
+        (20, 7, [], ("LCM_Dreamshaper", "lcm"), True, ("LCM Suite", 4, 7)),  # guidance goes in as embedding
+        (3, 20, [], ("full", None), True, ("LCM Suite", 3, 8.0)),
+        (20, 7, [("style", None)], PLAIN, False, None),
+    ],
+)
+def test_recommendation(steps, cfg, loras, checkpoint, full, wanted) -> None:  # type: ignore[no-untyped-def]
+    got = recommend(steps, cfg, loras, checkpoint, full, Wishes())
+    assert (got and (got.sampler, got.steps, got.guidance_scale)) == wanted
+
+
+def test_wishes_are_followed_and_said() -> None:
+    wishes = Wishes(steps=6, lora_guidance=1.8, full_guidance=5)
+    got = recommend(20, 7, [("my-lcm", "lcm")], PLAIN, False, wishes)
+    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps")
+    assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
+
+
+@pytest.mark.parametrize(("cfg", "wanted"), [(7, 2.0), (3, 3), (1, 1), (0.5, 2.0)])
+def test_a_full_lcm_that_states_its_guidance(cfg: float, wanted: float, tmp_path: Path) -> None:
+    file = tmp_path / "emoji_lcm.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata={"lcm_suite.guidance_scale": "2.0"})
+    stated = read_guidance(file)
+    assert stated == 2.0
+    got = recommend(4, cfg, [], ("emoji_lcm", "lcm"), True, Wishes(), stated)
+    assert got is not None
+    assert got.guidance_scale == wanted
+    save_file({"x": torch.zeros(1)}, file)
+    assert read_guidance(file) is None
+    assert read_guidance(tmp_path / "gone.safetensors") is None

@@ -1,0 +1,37 @@
+"""The real web UIs that the tests in this folder run against.
+
+A1111_PATH and FORGE_PATH name their checkouts; A1111_PYTHON and FORGE_PYTHON the Python of each where it is not in the
+checkout's `venv`. Models, settings and pictures go elsewhere. Run: `pytest -m host tests/hosts/a1111`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for webui_harness: tests are imported one by one, without their folder
+from webui_harness import EMOJI, WebUI, copy_with_prediction
+
+
+@pytest.fixture(scope="session", params=["A1111_PATH", "FORGE_PATH"])
+def webui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    """A running web UI with the embedded model (emoji_lcm, emoji_teacher, their LoRA), and `other_*`.
+
+    `other` has the same weights on a card that says epsilon for v_prediction, or v_prediction for epsilon.
+    """
+    path = os.environ.get(request.param)
+    if not path:
+        pytest.skip(f"{request.param} is not set to a checkout of the web UI")
+    folder = tmp_path_factory.mktemp("webui")
+    server = WebUI(Path(path), folder)
+    server.export(EMOJI)
+    server.export(copy_with_prediction(folder / "other"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()

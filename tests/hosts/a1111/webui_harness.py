@@ -1,0 +1,201 @@
+"""Starts a real web UI, AUTOMATIC1111's or Forge, with this repository as its extension, and speaks to it.
+
+Models, extensions and settings lie in a folder of the test's own (`--data-dir`), so that the checkout stays as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[3]
+PROBE = Path(__file__).with_name("probe_extension")
+EMOJI = ROOT / "lcm_core" / "models" / "emoji"
+_FLAGS = "--skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check --api"
+_CPU = {
+    False: "--use-cpu all --no-half --precision full --no-download-sd-model --no-hashing",
+    True: "--always-cpu --all-in-fp32",
+}
+_SETTINGS = {  # noise as everywhere, no downloads for previews, and no second copy of pictures
+    "randn_source": "CPU",
+    "live_previews_enable": False,
+    "samples_save": False,
+    "grid_save": False,
+    "sd_checkpoint_cache": 0,
+}
+_PATIENCE = 600  # seconds; a cold start on one busy core
+
+
+class HttpError(Exception):
+    """The web UI answered with an error; the text is its body."""
+
+
+class WebUI:
+    """A running web UI."""
+
+    def __init__(self, checkout: Path, data: Path) -> None:
+        self.checkout = checkout.resolve()
+        self.data = data
+        self.is_forge = (checkout / "modules_forge").is_dir()
+        self.log = data / "webui.log"
+        self._prepare()
+
+    def _prepare(self) -> None:
+        extensions = self.data / "extensions"
+        extensions.mkdir(parents=True, exist_ok=True)
+        (extensions / "lcm-suite").symlink_to(ROOT, target_is_directory=True)
+        (extensions / "probe").symlink_to(PROBE, target_is_directory=True)
+        (self.data / "modules").symlink_to(self.checkout / "modules")  # what `export` knows a web UI by
+        if self.is_forge:
+            (self.data / "modules_forge").symlink_to(self.checkout / "modules_forge")
+        (self.data / "config.json").write_text(json.dumps(_SETTINGS), encoding="utf-8")
+
+    def export(self, model: str | Path = "emoji") -> None:
+        """Put a model in with the command that users have."""
+        host = "forge" if self.is_forge else "a1111"
+        command = ["-m", "lcm_core", "export", "--to", host, "--path", str(self.data), "--model", str(model)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+
+    def start(self) -> None:
+        """Start, and wait until it is ready."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "IGNORE_CMD_ARGS_ERRORS": "1"}
+        flags = f"{_FLAGS} {_CPU[self.is_forge]} --server-name 127.0.0.1 --port {self.port} --data-dir {self.data}"
+        flags += f" --gradio-allowed-path {self.checkout}"  # Forge forgets its own page under --data-dir
+        self._output = self.log.open("w")
+        self.process = subprocess.Popen(
+            [self._python(), "launch.py", *flags.split()],
+            cwd=self.checkout,
+            env=environment,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+        self.wait_for_start(1)
+
+    def wait_for_start(self, times: int) -> None:
+        """Wait until the page has been built so many times; the interface answers before that, and drops options."""
+        end = time.monotonic() + _PATIENCE
+        while self.read_log().count("Startup time:") < times:
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the web UI did not start:\n{self.read_log()[-4000:]}")
+            time.sleep(0.5)
+
+    def read_log(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        """End it."""
+        if hasattr(self, "process"):
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self._output.close()
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """GET, or POST of a JSON body. Raises HttpError."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise HttpError(error.read().decode()) from error
+
+    def paint(self, kind: str = "txt2img", **body: Any) -> Painted:
+        """One request; 64x64, seed 1, unless said otherwise."""
+        given: dict[str, Any] = {}
+        if "infotext" not in body:
+            given = {"prompt": "pizza, noto style", "seed": 1, "width": 64, "height": 64, "steps": 4, "cfg_scale": 1}
+        if self.is_forge and body.get("enable_hr"):
+            given |= {"hr_additional_modules": []}
+        self.call("/probe/calls")  # forget what came before
+        answer = self.call(f"/sdapi/v1/{kind}", given | body)
+        info = json.loads(answer["info"])
+        pictures = [Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB") for picture in answer["images"]]
+        return Painted(pictures, info["infotexts"][0], self.call("/probe/calls"), self.call("/probe/comments")[0])
+
+    def load(self, checkpoint: str) -> None:
+        """Change the checkpoint."""
+        self.call("/sdapi/v1/options", {"sd_model_checkpoint": checkpoint})
+
+    def reload_ui(self) -> None:
+        """What the button "Reload UI" does."""
+        before = self.read_log().count("Startup time:")
+        self.call("/probe/reload")
+        self.wait_for_start(before + 1)
+
+    def _python(self) -> str:
+        name = "FORGE_PYTHON" if self.is_forge else "A1111_PYTHON"
+        inside = self.checkout / "venv" / "bin" / "python"
+        return os.environ.get(name) or (str(inside) if inside.exists() else sys.executable)
+
+
+class Painted:
+    """What a request gave."""
+
+    def __init__(self, pictures: list[Image.Image], infotext: str, calls: list[list[float]], said: str) -> None:
+        self.pictures = pictures
+        self.infotext = infotext
+        self.calls = calls
+        """For each call of the U-Net, the timestep of each row."""
+        self.said = said
+        """Comments under the picture."""
+
+    @property
+    def timesteps(self) -> list[float]:
+        """One for each call."""
+        return [call[0] for call in self.calls]
+
+    @property
+    def batches(self) -> list[int]:
+        """Rows in each call."""
+        return [len(call) for call in self.calls]
+
+    @property
+    def sampler(self) -> str:
+        """As the infotext has it: the web UI turns a name that it does not know into another sampler."""
+        return self.infotext.split("Sampler: ")[1].split(",")[0]
+
+
+def difference(first: Image.Image, second: Image.Image) -> int:
+    """The greatest difference of two pictures in any pixel and colour, of 255."""
+    return int(np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max())
+
+
+def to_base64(picture: Image.Image) -> str:
+    """A picture as the web UI's interface takes it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def copy_with_prediction(folder: Path) -> Path:
+    """The embedded model under the other prediction type: it paints noise, but the same in all programs."""
+    shutil.copytree(EMOJI, folder)
+    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    card["prediction_type"] = "v_prediction" if card["prediction_type"] == "epsilon" else "epsilon"
+    (folder / "model.json").write_text(json.dumps(card), encoding="utf-8")
+    return folder
