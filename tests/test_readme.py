@@ -23,8 +23,11 @@ SET_UP = (
     'pip install -c constraints.txt -e ".[test]" && pytest',
 )
 """The only set-up. A README in which these drift is the one mistake that every new user meets."""
-NOT_RUN = ("pip", "git", "docker", "accelerate", "python -m trainer recipe")
-"""What a block marked `no-run` may hold: it changes the machine, or takes hours."""
+NOT_RUN = (
+    *("pip", "git", "docker", "accelerate"),
+    *("python -m trainer recipe", "python -m trainer distill --teacher my.safetensors"),
+)
+"""What a block marked `no-run` may hold: it changes the machine, takes hours, or needs what only the reader has."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lcm_core.schedule import NoiseSchedule
 from trainer.config import LoopConfig, MethodConfig
 from trainer.data.cache import Batch
 from trainer.loop import Callback, train
-from trainer.methods import get_method, make_sample
+from trainer.method import get_method, make_sample
 from trainer.processes import Processes
 from trainer.students import Student
 

@@ -26,7 +26,7 @@ from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts, read_source
 from trainer.data.teacher import Teacher
 from trainer.emoji.data import load_shipped
-from trainer.methods import get_method
+from trainer.method import get_method
 from trainer.methods.shared import Networks
 from trainer.processes import Processes, join_processes
 from trainer.rehearsal import rehearsal

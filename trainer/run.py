@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,28 +11,24 @@ from typing import Any
 
 import torch
 
-from lcm_core.adapters import Which
 from lcm_core.checkpoint import ModelInfo, read_component
 from lcm_core.errors import InputError
-from lcm_core.loading import Model, Source, noise_schedule
+from lcm_core.loading import Source, noise_schedule
 from lcm_core.networks import choose_device
 from lcm_core.schedule import NoiseSchedule
-from lcm_core.text import load_text
-from lcm_core.unet import UNet, exact_output, load_unet
-from lcm_core.vae import load_vae
+from lcm_core.unet import exact_output, load_unet
 from lcm_core.weights import write_json
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, prepare, write_skipped
-from trainer.data.teacher import Teacher, find_teacher
+from trainer.data.teacher import find_teacher
 from trainer.distill import check_method, distill
-from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
 from trainer.machine import describe_machine
-from trainer.methods import get_method
+from trainer.method import get_method
 from trainer.options import read_settings, to_dict
-from trainer.outputs import run_name, sampler_of, write_card, write_weights, write_workflow
-from trainer.preview import STEPS, preview_grid, save_samples
+from trainer.outputs import write_card, write_weights, write_workflow
 from trainer.processes import Processes, join_processes
 from trainer.report import write_report
+from trainer.show import painter, preview_prompts, save_preview, show_off
 from trainer.students import (
     Student,
     choose_precision,
@@ -114,7 +109,7 @@ def run(config: DistillConfig) -> None:
         config.training,
         folder / "run",
         config.data.caption_dropout,
-        partial(_preview, setup, student, prompts),
+        partial(save_preview, setup, student, prompts),
         team,
     )
     if team.is_main:
@@ -212,51 +207,11 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     return replace(student, teacher_unet=unet)
 
 
-@contextmanager
-def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
-    """The teacher or the student as a model that paints, on the run's own U-Net; VAE and text encoders come and go."""
-    adapters, device, source = student.adapters, setup.processes.device, setup.source
-    own = student.unet if adapters is not None or student.average is None else student.average
-    network: Any = student.teacher_unet or own if role == "teacher" else own
-    vae = load_vae(source.vae, device)
-    text = load_text(source.text, device, None, setup.config.tokenizer or None)
-    card = source.card
-    model = Model(
-        name=role,
-        unet=UNet(network),
-        vae=vae,
-        text=text,
-        schedule=setup.schedule,
-        prediction_type=setup.info.prediction_type,
-        resolution=int(card.get("resolution") or network.config.sample_size * vae.scale),
-        teacher_guidance_scale=float(card.get("teacher_guidance_scale", 7.5)),
-        original_steps=setup.config.method.original_steps,
-    )
-    if role == "teacher":
-        model.sampler = "euler"
-    else:
-        method = setup.config.method
-        model.sampler = sampler_of(setup.config)
-        # a LoRA has its guidance inside, a full student is asked for the middle of what it learnt
-        model.guidance_scale = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
-    which: Which = "off" if role == "teacher" else student.final
-    with nullcontext() if adapters is None else adapters.using(which), torch.no_grad():
-        yield model
-
-
-def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[str]:
-    """The prompts of all preview pictures: the given ones, or captions from all over the data."""
-    if config.report.preview_prompts:
-        return list(config.report.preview_prompts)
-    captions = [caption for caption in cache.captions if caption] or [""]
-    return [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
-
-
 def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:
     """Weights, pictures, scores, card, workflow and report."""
     config, info, folder = setup.config, setup.info, setup.folder
     written = write_weights(config, student, setup.source, info)
-    rows, remark = _show_off(setup, student, prompts)
+    rows, remark = show_off(setup, student, prompts)
     write_json(folder / "results.json", {"rows": rows, "remark": remark})
     with painter(setup, student, "student") as model:
         written.append(write_workflow(config, info, model.resolution))
@@ -269,57 +224,6 @@ def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:
 def say(line: str) -> None:
     """A note to whoever watches."""
     print(line, file=sys.stderr)
-
-
-def _show_off(setup: Setup, student: Student, prompts: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """Pictures of teacher and student, and their scores where there is something to compare with."""
-    exam = _exam(setup) if setup.config.report.samples else None
-    rows: list[dict[str, Any]] = []
-    seeds = list(range(len(prompts)))
-    roles = {"teacher": "teacher", run_name(setup.config): "student"}
-    for name, role in roles.items():
-        if role == "teacher" and student.adapters is None and student.teacher_unet is None:
-            continue
-        with painter(setup, student, role) as model:
-            guidance = model.teacher_guidance_scale if role == "teacher" else model.guidance_scale
-            if setup.config.report.preview_every:
-                save_samples(setup.folder, role, model, prompts, seeds, STEPS, guidance_scale=guidance)
-            if exam is not None:
-                rows += evaluate_rows(name, model, exam, STEPS, progress=True, guidance_scale=guidance)
-    return rows, "" if exam is None else f"{exam.note['pictures']:,} pictures a row, compared with {exam.note['real']}."
-
-
-def _exam(setup: Setup) -> Exam | None:
-    """The embedded model is measured on its benchmark, another against the pictures that it learnt from."""
-    from trainer.emoji.evaluate import load_benchmark
-    from trainer.emoji.features import extract
-
-    config, samples = setup.config, setup.config.report.samples
-    if setup.source.card or config.data.path == "emoji":
-        return benchmark_exam(load_benchmark(samples))
-    if not config.data.path:
-        return None
-    from trainer.data.sources import read_source
-
-    features = partial(extract, load_benchmark(samples).features)
-    side = Teacher(config.teacher).resolution
-    items = read_source(Path(config.data.path)).items
-    pictures = read_pictures(items, (side, side), features, Processes(setup.processes.device))
-    return folder_exam(pictures, samples, features, is_inception=False)
-
-
-def _preview(setup: Setup, student: Student, prompts: Sequence[str], step: int, loss: float) -> None:
-    """Every so many steps, the same pictures again."""
-    report = setup.config.report
-    if not report.preview_every or (step + 1) % report.preview_every:
-        return
-    with painter(setup, student, "student") as model:
-        grid = preview_grid(
-            model, prompts, list(range(len(prompts))), report.preview_steps, guidance_scale=model.guidance_scale
-        )
-    file = setup.folder / "previews" / f"step-{step + 1:06d}.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(file)
 
 
 def _largest(cache: LatentCache) -> tuple[int, int]:

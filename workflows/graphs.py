@@ -144,7 +144,7 @@ def two_pass_upscale(g: Graph) -> None:
       than the quality. Take SD 1.5 or SDXL for that.
     """
     model, clip, vae, *_ = g.full_lcm()
-    positive = g.text(clip, "birthday cake, noto style")
+    positive = g.text(clip, "grinning face, noto style")
     first = g.paint(model, positive, g.canvas(1), "First pass")
     larger = g.add("LatentUpscaleBy", "Upscale", samples=first, upscale_method="bicubic", scale_by=2.0)[0]
     g.save(g.paint(model, positive, larger, "Second pass", strength=0.5), vae, "two passes")
@@ -189,7 +189,7 @@ def tcd(g: Graph) -> None:
     sampler = g.add("LCMSampler", "LCM Sampler", sampler="tcd", gamma=0.3)[0]
     grid = {"steps": 4, "strength": 1.0, "original_steps": 50, "timesteps": ""}
     sigmas = g.add("LCMScheduler", "LCM Scheduler", model=model, **grid)[0]
-    positive, negative = g.text(clip, "hot air balloon, twemoji style"), g.text(clip, "", "Negative prompt")
+    positive, negative = g.text(clip, "red heart, noto style"), g.text(clip, "", "Negative prompt")
     settings = {"add_noise": True, "noise_seed": 1, "cfg": 1.0}
     links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
     painted = g.add("SamplerCustom", "SamplerCustom", **settings, **links, sampler=sampler, sigmas=sigmas)[0]

@@ -40,7 +40,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(teachers, photos, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.run, "_preview", interrupted)
+        patch.setattr(trainer.run, "save_preview", interrupted)
         assert main(command) == 130
     assert "run the same command again" in capsys.readouterr().err
     assert read_safetensors(tmp_path / "parts/run/state.safetensors")[1]["step"] == "1"

@@ -12,7 +12,7 @@ from lcm_core.errors import InputError
 from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
 from trainer.config import MethodConfig
 from trainer.data.cache import Batch
-from trainer.methods import get_method, make_sample
+from trainer.method import get_method, make_sample
 from trainer.methods.segmented import phase_edges
 from trainer.methods.shared import Networks, at, draw_noise, draw_timesteps, snr_weight, teacher_jump
 

@@ -17,7 +17,7 @@ from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
 from trainer.data.cache import Batch
 from trainer.distill import Latents, distill
-from trainer.methods import get_method, make_sample
+from trainer.method import get_method, make_sample
 from trainer.methods.shared import Sample
 from trainer.students import choose_precision, full_student, lora_student, unet_network
 

@@ -38,6 +38,8 @@ def model_card(
         f"Paints emoji-like pictures of {size}x{size} pixels from a few English words. It exists so that every",
         "command, test and benchmark of the suite has a real model at hand: a teacher (a small Stable Diffusion",
         "1.x), a full Latent Consistency Model and an LCM-LoRA distilled from it. It knows emoji and nothing else.",
+        "Beside them lie a T2I-Adapter for outlines (`control/`, from `python -m trainer.emoji.control`), and what the",
+        "benchmark needs: its feature network, and the drawings' features, latents and names (`benchmark/`).",
         "",
         "## Data",
         "",

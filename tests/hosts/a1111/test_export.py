@@ -28,9 +28,9 @@ LORA = EMOJI / "lora" / "lcm_lora.safetensors"
 
 @torch.inference_mode()
 def euler(
-    model: str | Path, prompt: str, lora: bool = False, steps: int = 6, guidance_scale: float = 2.0
+    model: str | Path, prompt: str, lora: bool = False, steps: int = 4, guidance_scale: float = 2.0
 ) -> Image.Image:
-    """The host's sampler "Euler" on its schedule "Uniform": timesteps from 999 to 0, evenly, both included."""
+    """The host's sampler "Euler" on its schedule "Uniform": timesteps 999, 666, 333 and 0. Forge rounds others."""
     m = load_model(model, "cpu", "float32", unet="teacher", lora=[(LORA, 1.0)] if lora else ())
     sigmas = torch.cat([m.schedule.t_to_sigma(torch.linspace(999, 0, steps)).float(), torch.zeros(1)])
     cond, negative = m.encode([prompt], 64, 64), m.encode([NEGATIVE], 64, 64)
@@ -43,7 +43,7 @@ def euler(
 def host_euler(webui: WebUI, checkpoint: str, prompt: str) -> Image.Image:
     webui.load(checkpoint)
     painted = webui.paint(
-        prompt=prompt, negative_prompt=NEGATIVE, sampler_name="Euler", scheduler="Uniform", steps=6, cfg_scale=2
+        prompt=prompt, negative_prompt=NEGATIVE, sampler_name="Euler", scheduler="Uniform", steps=4, cfg_scale=2
     )
     assert painted.sampler == "Euler"
     return painted.pictures[0]
