@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lcm_core.errors import InputError
 
@@ -80,12 +81,18 @@ class _LoraModule(nn.Module):
         if self.use == "off" or self.strength == 0:
             return output
         down, up = self.halves(self.use == "ema")
-        if (
-            x.dtype == self.weight.dtype
-        ):  # a network in bfloat16, adapters in float32; under autocast they differ already
-            x = x.to(down.weight.dtype)
-        addition = up(down(x)) * (self.strength * self.alpha / self.rank)
-        return output + addition.to(output.dtype)
+        # The small weights follow the large activations' format, not the other way round: a second copy of those would
+        # be kept for the backward pass.
+        addition = _apply(up, _apply(down, x)) * (self.strength * self.alpha / self.rank)
+        return output + addition
+
+
+def _apply(layer: Layer, x: Tensor) -> Tensor:
+    """The layer without bias, computed in the format of x."""
+    weight = layer.weight.to(x.dtype)
+    if isinstance(layer, nn.Linear):
+        return functional.linear(x, weight)
+    return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
 class LoraLinear(_LoraModule):
