@@ -1,4 +1,4 @@
-"""LoRAs in a prompt: what they are for, told by their names and headers alone."""
+"""LoRAs in a prompt: what they are for, told by what their files state, else by their names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lcm_core.checkpoint import KIND_KEY
 from lcm_core.weights import check_file
 
 Kind = Literal["lcm", "tcd"]
 """Which sampler an accelerated model was made for."""
 _IN_PROMPT = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^>]*))?>", re.IGNORECASE)
-_TITLES = ("modelspec.title", "ss_output_name", "lcm_suite.kind")
+_TITLES = ("modelspec.title", "ss_output_name")
 # Hyper-SD and the like are trajectory-consistent: their authors sample with TCD.
 _WORDS: dict[str, Kind] = {"lcm": "lcm", "tcd": "tcd", "hyper": "tcd"}
 
@@ -43,5 +44,7 @@ def kind_of_lora(name: str, file: Path | None) -> Kind | None:
     titles = [name]
     if file is not None and file.suffix == ".safetensors":
         metadata = check_file(file).get("__metadata__", {})
+        if metadata.get(KIND_KEY) in _WORDS:
+            return _WORDS[metadata[KIND_KEY]]
         titles += [file.stem, *(metadata.get(key, "") for key in _TITLES)]
     return kind_of_name(*titles)

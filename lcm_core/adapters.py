@@ -1,25 +1,26 @@
 """Trainable LoRA on a U-Net: plain torch modules around its layers, that can be switched off or to their average.
 
-One network then plays three parts (arXiv 2311.05556): the teacher is the network with its adapters off, the online
-student has them on, the target has their exponential moving average.
+One network then plays all parts (arXiv 2311.05556): the teacher is the network with its adapters off, the online
+student has them on, the target has their exponential moving average, and a critic has adapters of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lcm_core.errors import InputError
 
-Which = Literal["online", "ema", "off"]
+Which = Literal["online", "ema", "critic", "off"]
 Layer = nn.Linear | nn.Conv2d
 TARGET_MODULES = (
     "to_q",
@@ -46,7 +47,8 @@ class _LoraModule(nn.Module):
     Attributes:
         base: the layer that it stands for.
         down, up: the trained halves, float32 by default; `up` starts at zero, so nothing changes at first.
-        use: "online", "ema" (after `start_ema`) or "off".
+        others: further pairs of halves: "ema" (after `start_ema`), "critic" (after `add_critic`).
+        use: "online", one of the others, or "off".
         strength: multiplies the addition; 1 is as trained.
     """
 
@@ -54,37 +56,48 @@ class _LoraModule(nn.Module):
         super().__init__()
         self.base: Layer = base.requires_grad_(False)
         self.down, self.up = down, up
-        self.average: nn.ModuleList | None = None
+        self.others = nn.ModuleDict()
         self.rank: int = down.weight.shape[0]
         self.alpha = float(alpha)
         self.strength = 1.0
         self.use: Which = "online"
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        nn.init.zeros_(up.weight)
+        _start(down, up)
 
     @property
     def weight(self) -> Tensor:
         """The frozen layer's weight, for code that asks a layer for its dtype or shape."""
         return self.base.weight
 
-    def halves(self, ema: bool) -> tuple[Layer, Layer]:
-        """`down` and `up`, or their averages."""
-        if not ema:
+    def halves(self, which: Which = "online") -> tuple[Layer, Layer]:
+        """`down` and `up`, or another pair of them."""
+        if which == "online":
             return self.down, self.up
-        if self.average is None:
-            raise ValueError("these adapters have no average; call start_ema first")
-        return self.average[0], self.average[1]  # type: ignore[return-value]
+        if which not in self.others:
+            raise ValueError(f"these adapters have no {which} halves; call start_ema or add_critic first")
+        pair: Any = self.others[which]
+        return pair[0], pair[1]
+
+    def copy_halves(self, which: Which) -> tuple[Layer, Layer]:
+        """Make another pair of halves, like the online one."""
+        self.others[which] = nn.ModuleList(copy.deepcopy(half) for half in (self.down, self.up))
+        return self.halves(which)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, with the addition unless it is off."""
         output = self.base(x)
         if self.use == "off" or self.strength == 0:
             return output
-        down, up = self.halves(self.use == "ema")
+        down, up = self.halves(self.use)
         # The small weights follow the large activations' format, not the other way round: a second copy of those would
         # be kept for the backward pass.
         addition = _apply(up, _apply(down, x)) * (self.strength * self.alpha / self.rank)
         return output + addition
+
+
+def _start(down: Layer, up: Layer) -> None:
+    """First weights, with which the adapter changes nothing."""
+    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    nn.init.zeros_(up.weight)
 
 
 def _apply(layer: Layer, x: Tensor) -> Tensor:
@@ -121,35 +134,36 @@ class LoraAdapters:
 
     def parameters(self) -> list[Tensor]:
         """What to train."""
-        return [half.weight for layer in self.layers.values() for half in layer.halves(ema=False)]
+        return [half.weight for layer in self.layers.values() for half in layer.halves()]
 
     @contextmanager
     def using(self, which: Which) -> Iterator[None]:
-        """Within this context the network runs with its adapters "online", averaged ("ema"), or "off"."""
-        before = [layer.use for layer in self.layers.values()]
-        self._set(which)
+        """Within this context the network runs with its adapters "online", averaged ("ema"), "critic", or "off"."""
+        layers = list(self.layers.values())
+        before = [layer.use for layer in layers]
+        _switch(layers, [which] * len(layers))
         try:
             yield
         finally:
-            for layer, use in zip(self.layers.values(), before, strict=True):
-                layer.use = use
+            _switch(layers, before)
 
     def start_ema(self) -> None:
         """Begin the average with the present weights."""
         for layer in self.layers.values():
-            halves = layer.halves(ema=False)
-            layer.average = nn.ModuleList(copy.deepcopy(half).requires_grad_(False) for half in halves)
+            for half in layer.copy_halves("ema"):
+                half.requires_grad_(False)
+
+    def add_critic(self) -> None:
+        """Give the network a second set of adapters to train, with which it starts as it is without any."""
+        for layer in self.layers.values():
+            _start(*layer.copy_halves("critic"))
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         """`ema = decay * ema + (1 - decay) * online`."""
         for layer in self.layers.values():
-            for average, half in zip(layer.halves(ema=True), layer.halves(ema=False), strict=True):
+            for average, half in zip(layer.halves("ema"), layer.halves(), strict=True):
                 average.weight.lerp_(half.weight, 1 - decay)
-
-    def _set(self, which: Which) -> None:
-        for layer in self.layers.values():
-            layer.use = which
 
 
 def add_lora(
@@ -204,20 +218,50 @@ def lora_state_dict(model: nn.Module, ema: bool = False, dtype: torch.dtype | No
     for path, layer in model.named_modules():
         if isinstance(layer, _LoraModule):
             name = f"lora_unet_{path.replace('.', '_')}"
-            for half, module in zip(("down", "up"), layer.halves(ema), strict=True):
+            for half, module in zip(("down", "up"), layer.halves("ema" if ema else "online"), strict=True):
                 state[f"{name}.lora_{half}.weight"] = module.weight.detach().to(dtype or module.weight.dtype)
             state[f"{name}.alpha"] = torch.tensor(layer.alpha)
     return state
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: bool = False) -> None:
-    """Give a network's adapters the weights that `lora_state_dict` returned."""
+    """Give a network's adapters the weights that `lora_state_dict` returned. Another alpha is folded into them.
+
+    Raises:
+        InputError: other layers, or another rank.
+    """
     own = lora_state_dict(model, ema)
-    if own.keys() != state.keys():
-        odd = min(own.keys() ^ state.keys())
-        raise InputError(f"these LoRA weights do not belong to this network's adapters (first difference: '{odd}')")
+    odd = [key for key in own.keys() | state.keys() if key not in own or key not in state]
+    odd += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if odd:
+        raise InputError(f"these LoRA weights do not belong to this network's adapters (they differ in '{min(odd)}')")
     for key, tensor in own.items():
-        tensor.copy_(state[key])
+        if not key.endswith(".alpha"):
+            alpha = f"{key.partition('.')[0]}.alpha"
+            scale = float(state[alpha] / own[alpha]) if ".lora_up." in key else 1.0
+            tensor.copy_(state[key] * scale)
+
+
+def checkpoint(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Gradient checkpointing of one block of a network: its second forward pass, which happens whenever the backward
+    pass comes by, runs with the adapters that the first had."""
+    layers = [module for module in model.modules() if isinstance(module, _LoraModule)]
+    uses = [layer.use for layer in layers]
+
+    def run(*args: Any) -> Any:
+        now = [layer.use for layer in layers]
+        _switch(layers, uses)
+        try:
+            return function(*args)
+        finally:
+            _switch(layers, now)
+
+    return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+
+
+def _switch(layers: Iterable[_LoraModule], uses: Iterable[Which]) -> None:
+    for layer, use in zip(layers, uses, strict=True):
+        layer.use = use
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -38,6 +38,8 @@ __all__ = [
     "write_safetensors",
 ]
 
+KIND_KEY = "lcm_suite.kind"
+"""Safetensors metadata: which sampler a distilled model or LoRA was made for, lcm or tcd."""
 CONFIG_KEY = "lcm_suite.config"
 """Safetensors metadata: JSON of each network's configuration, for what shapes cannot tell (heads, groups, scaling)."""
 TOKENIZER_KEY = "lcm_suite.tokenizer"

@@ -6,6 +6,7 @@ Importing this loads neither torch nor any other library, so that `--help` answe
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, *_, **__: note(str(message))
             args.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         return _fail(USER_ERROR, f"error: {error}")
     except KeyboardInterrupt:

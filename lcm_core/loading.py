@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcm_core.checkpoint import ModelInfo, read_info, read_tokenizer_files
+from lcm_core.checkpoint import KIND_KEY, ModelInfo, read_info, read_tokenizer_files
 from lcm_core.errors import InputError
 from lcm_core.fast import optimise_unet, optimise_vae
 from lcm_core.lora import merge, read_lora
@@ -20,7 +20,7 @@ from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.text import TextEncoder, load_text
 from lcm_core.unet import UNet, load_unet
 from lcm_core.vae import VAE, load_vae
-from lcm_core.weights import read_json
+from lcm_core.weights import read_json, read_metadata
 
 PathLike = str | os.PathLike[str]
 Loras = Sequence[tuple[PathLike, float]]
@@ -125,11 +125,12 @@ def load_model(
     """
     source = find_source(name, unet)
     place = choose_device(device)
+    files = [(find_lora(path, source.root), strength) for path, strength in lora]
     network = UNet(load_unet(source.unet, place, dtype, memory_format))
     loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
     text = load_text(source.text, place, None if place.type == "cpu" else dtype, tokenizer)
     _check_channels(source.root, network, loaded_vae)
-    merge_loras(network, text, [(find_lora(path, source.root), strength) for path, strength in lora])
+    merge_loras(network, text, files)
     if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
         optimise_unet(network.model)
         optimise_vae(loaded_vae.model)
@@ -146,7 +147,7 @@ def load_model(
     )
     if lora:
         model.origin["lora"] = [[os.fspath(path), float(strength)] for path, strength in lora]
-    _set_defaults(model, source, bool(lora))
+    _set_defaults(model, source, [path for path, _ in files])
     return model
 
 
@@ -273,17 +274,26 @@ def noise_schedule(info: ModelInfo) -> NoiseSchedule:
     return NoiseSchedule(get_alphas_cumprod(name, steps, start, end, info.zero_terminal_snr))
 
 
-def _set_defaults(model: Model, source: Source, has_lora: bool) -> None:
-    """What the model's own files say about how to use it."""
+def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:
+    """What the model's own files, and those of its LoRAs, say about how to use it."""
     for name in ("resolution", "original_steps", "teacher_steps", "teacher_guidance_scale"):
         if name in source.card:
             setattr(model, name, source.card[name])
     if model.guidance_embedding_dim is not None:
         model.guidance_scale = model.teacher_guidance_scale = source.card.get("guidance_scale", _PAPER_GUIDANCE)
-    elif not has_lora:
+    elif not loras:
         model.is_distilled = _scheduler_class(source.root) in ("LCMScheduler", "TCDScheduler")
         if source.chosen == "teacher":
             model.sampler = "dpmpp_2m"
+    if "tcd" in map(_stated_kind, (source.root, *loras)):
+        model.sampler = "tcd"
+
+
+def _stated_kind(path: Path) -> str:
+    """Which sampler a file or folder says that it was distilled for; empty where it says nothing."""
+    if path.is_dir():
+        return {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}.get(_scheduler_class(path), "")
+    return read_metadata(path).get(KIND_KEY, "")
 
 
 def _scheduler_class(root: Path) -> str:

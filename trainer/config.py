@@ -16,8 +16,8 @@ class MethodConfig:
     """How the student learns."""
 
     kind: str = "lcd"
-    """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency) or
-    segmented (each phase of the trajectory by itself)."""
+    """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
+    segmented (each phase of the trajectory by itself) or dmd2 (distribution matching; begin with a student of lcd)."""
     original_steps: int = 50
     """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps."""
     w_min: float = 2.0
@@ -29,9 +29,16 @@ class MethodConfig:
     loss: str = "huber"
     """Distance between the two predictions: l2, huber or cauchy."""
     huber_c: float = 0.001
-    """The c of the Huber and Cauchy distances."""
+    """The c of the Huber and Cauchy distances; 0 takes one that suits the grid (arXiv 2502.01441)."""
+    diffusion_weight: float = 0.0
+    """Under finetune, weight of the plain denoising loss on the least noisy quarter of the timesteps."""
+    pair_noise: bool = False
+    """Give each sample the noise, of all in its batch, that lies nearest; needs scipy."""
     phases: int = 4
-    """Phases of the segmented method: the steps that the student will be sampled with."""
+    """Phases of the segmented method, and the most steps that dmd2 trains for: those that the student will be sampled
+    with."""
+    critic_updates: int = 5
+    """Under dmd2, steps of the critic for each one of the student."""
     weighting: str = "none"
     """Weight of each timestep's loss by its signal-to-noise ratio: none, min_snr (at most snr_gamma), or
     truncated_snr (at least 1)."""
@@ -59,6 +66,9 @@ class StudentConfig:
     """Ends of the names of the layers that get a LoRA; none stands for those of LCM-LoRA."""
     guidance_embedding_dim: int = 256
     """Width of a full student's guidance input."""
+    start: str = ""
+    """What the student starts from: an earlier LoRA of the same shape, or for a full student a checkpoint; the teacher
+    where empty."""
     precision: str = "auto"
     """Number format of the frozen weights and of the computation: float32, bfloat16, or auto for this machine's."""
     gradient_checkpointing: bool = False

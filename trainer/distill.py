@@ -112,13 +112,13 @@ def distill(
     def loss_fn(step: int, generator: torch.Generator) -> Iterator[Tensor]:
         picks = data.draw(loop.batch_size, generator, caption_dropout)
         batch = data.read(picks[mine])
-        sample = make_sample(batch, method, schedule.alphas_cumprod, generator, loop.batch_size, mine.start)
+        sample = make_sample(batch, method, schedule.alphas_cumprod, generator, loop.batch_size, mine.start, step)
         for part in parts:
             rows = sample.part(slice(part.start - mine.start, part.stop - mine.start)).to(device)
             losses = chosen.loss(student.networks, rows, alphas_cumprod, method, prediction_type)
             yield losses.sum() / loop.batch_size
 
-    train(student.trained, loss_fn, loop, folder, student.average, callback, team)
+    train(student.trained, loss_fn, loop, folder, student.average, callback, team, student.critic)
 
 
 def check_method(method: MethodConfig, schedule: NoiseSchedule, prediction_type: str) -> None:

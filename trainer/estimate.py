@@ -6,6 +6,7 @@ the steps that this run has already made; without any, it is said to be unknown.
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts, read_source
 from trainer.data.teacher import Teacher
 from trainer.emoji.data import load_shipped
-from trainer.method import get_method
+from trainer.method import Method, get_method
 from trainer.methods.shared import Networks
 from trainer.processes import Processes, join_processes
 from trainer.rehearsal import rehearsal
@@ -120,11 +121,12 @@ def _training_memory(config: DistillConfig, team: Processes, unet: Component, si
         step(part)
         transient = memory.peak - before
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
+    learning = trained * _learners(config)
     table = {
         "frozen weights": fixed,
-        "weights that learn": 4 * trained,
+        "weights that learn": 4 * learning,
         "their moving average": 4 * trained if training.ema_decay > 0 else 0,
-        "optimiser": per_weight * trained,
+        "optimiser": per_weight * learning,
         "activations and gradients": transient,
         "libraries": LIBRARIES if device.type == "cpu" else 0,
     }
@@ -135,36 +137,40 @@ def _build(
     config: DistillConfig, unet: Component, precision: torch.dtype, size: tuple[int, int]
 ) -> tuple[int, int, Callable[[int], None]]:
     """Inside a rehearsal: bytes of the frozen weights, how many weights learn, and one step on a part of a batch."""
-    is_lora, needs_teacher = config.student.kind == "lora", get_method(config.method).needs_teacher
+    is_lora, method = config.student.kind == "lora", get_method(config.method)
     torch.set_default_dtype(precision)
-    teacher = _network(unet.config, config, size).requires_grad_(False) if is_lora or needs_teacher else None
+    teacher = _network(unet.config, config, size).requires_grad_(False) if is_lora or method.needs_teacher else None
     torch.set_default_dtype(torch.float32)
     call = None if teacher is None else unet_network(teacher, precision)
     frozen = 0 if teacher is None else _bytes(teacher)
     if is_lora:
         assert teacher is not None
         assert call is not None
-        student = lora_student(teacher, call, config.student, with_average=False)
+        student = lora_student(teacher, call, config.student, with_average=False, with_critic=method.needs_critic)
         networks, trained = student.networks, student.trained
     else:
         width = unet.config.get("time_cond_proj_dim") or config.student.guidance_embedding_dim
         trained = _network({**unet.config, "time_cond_proj_dim": width}, config, size)
         online = unet_network(trained, precision)
-        networks = Networks(online, online, call or online)
+        critic = unet_network(copy.deepcopy(trained), precision) if method.needs_critic else online
+        networks = Networks(online, online, call or online, critic)
     number = sum(p.numel() for p in trained.parameters())
-    return frozen, number, partial(_rehearse_step, networks, unet.config, needs_teacher, size)
+    return frozen, number, partial(_rehearse_step, networks, unet.config, method, size)
 
 
 def _rehearse_step(
-    networks: Networks, unet: Mapping[str, Any], needs_teacher: bool, size: tuple[int, int], part: int
+    networks: Networks, unet: Mapping[str, Any], method: Method, size: tuple[int, int], part: int
 ) -> None:
-    """The calls of one step that matter for memory: teacher on both halves, target, online with its backward."""
+    """The calls of one step that matter for memory: teacher on both halves, target, those that learn with their
+    backward."""
     x, t, w = torch.empty(part, unet["in_channels"], *size), torch.zeros(part, dtype=torch.int64), torch.empty(part)
     with torch.no_grad():
-        if needs_teacher:
+        if method.needs_teacher:
             networks.teacher(torch.cat([x, x]), torch.cat([t, t]), _conditioning(unet, 2 * part), None)
         aim = networks.target(x, t, _conditioning(unet, part), w)
-    (networks.online(x, t, _conditioning(unet, part), w) - aim).square().mean().backward()
+    learning = [networks.online, networks.critic] if method.needs_critic else [networks.online]
+    losses = [(call(x, t, _conditioning(unet, part), w) - aim).square().mean() for call in learning]
+    torch.stack(losses).sum().backward()
 
 
 def _conditioning(unet: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -209,9 +215,14 @@ def _cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> in
 
 def _state_size(config: DistillConfig, trained: int) -> int:
     """Weights, their average, two moments, and five numbers for each step."""
-    copies = 2 if config.training.ema_decay > 0 else 1
+    average = 4 * trained if config.training.ema_decay > 0 else 0
     moments = 2 if config.training.optimizer == "adamw8bit" else 8
-    return trained * (4 * copies + moments) + config.training.steps * 5 * 8
+    return trained * _learners(config) * (4 + moments) + average + config.training.steps * 5 * 8
+
+
+def _learners(config: DistillConfig) -> int:
+    """How many networks of the student's size learn: it, and its critic where the method has one."""
+    return 2 if get_method(config.method).needs_critic else 1
 
 
 def _result_size(config: DistillConfig, source: Source, unet: Component, trained: int) -> int:

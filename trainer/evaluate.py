@@ -67,6 +67,7 @@ class Exam:
         alignment: more scores from the pictures' features, (M, D).
         caption_score: how well each picture fits its caption.
         note: which exam this is, to tell tables of different ones apart.
+        change_noise: puts other noise in the place of the first, (B, C, h, w), to see what a model makes of it.
     """
 
     captions: list[str]
@@ -76,6 +77,7 @@ class Exam:
     alignment: Callable[[Tensor], dict[str, float]] | None = None
     caption_score: CaptionScore | None = None
     note: dict[str, Any] = field(default_factory=dict)
+    change_noise: Callable[[Tensor], Tensor] | None = None
 
 
 def benchmark_exam(benchmark: Benchmark, caption_score: CaptionScore | None = None) -> Exam:
@@ -230,7 +232,7 @@ def _paint(
         for start in range(0, len(seeds), BATCH_SIZE):
             part = list(seeds[start : start + BATCH_SIZE])
             captions = [exam.captions[seed] for seed in part]
-            pictures = paint_captions(model, captions, part, *paint)
+            pictures = paint_captions(model, captions, part, *paint, exam.change_noise)
             features.append(exam.features(pictures))
             fits.append(
                 torch.zeros(len(part)) if exam.caption_score is None else exam.caption_score(pictures, captions)

@@ -60,6 +60,7 @@ def train(
     ema: nn.Module | None = None,
     callback: Callback | None = None,
     processes: Processes | None = None,
+    critic: nn.Module | None = None,
 ) -> None:
     """Train the parameters of `model` that require gradients, from the last saved state in `folder` to `config.steps`.
 
@@ -74,6 +75,8 @@ def train(
         ema: a copy of `model` that follows it as a moving average.
         callback: called after each step, in the main process.
         processes: those that share the work; None for this one alone.
+        critic: a second module that learns beside it, with gradients clipped by themselves. Of the two, one that has
+            no part in a step's loss rests.
 
     Raises:
         InputError: the loss is not finite (the last good state stays on disk), or the state is of another model.
@@ -81,8 +84,10 @@ def train(
     """
     team = processes or Processes()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    judges = {} if critic is None else {f"critic.{name}": p for name, p in critic.named_parameters()}
     device = next(iter(parameters.values())).device
-    optimizer = make_optimizer(list(parameters.values()), config)
+    optimizer = make_optimizer([list(group.values()) for group in (parameters, judges) if group], config)
+    parameters |= judges
     state = State(folder, parameters, optimizer, ema, team.is_main)
     first = state.load()
     with (
@@ -97,7 +102,7 @@ def train(
             stop = float(stopping())
             loss, stop = team.total([_backward(loss_fn, step, config), stop])
             state.updating = True
-            _update(step, loss, config, optimizer, parameters, team, state)
+            _update(step, loss, config, optimizer, team, state)
             if ema is not None:
                 update_ema(ema, model, min(config.ema_decay, (1 + step) / (10 + step)))
             log = Log(step, loss, learning_rate_at(step, config), time.monotonic() - started, peak_memory(device))
@@ -111,12 +116,13 @@ def train(
                 state.save()
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' with moments of 8 bits.
+def make_optimizer(groups: list[list[nn.Parameter]], config: LoopConfig) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with moments of 8 bits, over groups of parameters.
 
     Raises:
         InputError: unknown, or not installed.
     """
+    parameters = [{"params": group} for group in groups]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     if config.optimizer != "adamw8bit":
@@ -139,18 +145,24 @@ def _backward(loss_fn: LossFunction, step: int, config: LoopConfig) -> float:
     return float(total)
 
 
+def _clip(parameters: list[nn.Parameter], config: LoopConfig, team: Processes) -> float:
+    """Add up the gradients of all processes, and limit their norm. Returns what it was, 0 where there are none."""
+    if all(parameter.grad is None for parameter in parameters):
+        return 0.0
+    team.add_gradients(parameters)
+    return float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+
+
 def _update(
     step: int,
     loss: float,
     config: LoopConfig,
     optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
     team: Processes,
     state: State,
 ) -> None:
     """One optimiser step from the gradients at hand."""
-    team.add_gradients(parameters.values())
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+    norm = max(_clip(group["params"], config, team) for group in optimizer.param_groups)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient became {norm}"
         raise InputError(

@@ -1,4 +1,4 @@
-"""The ways to distil: each file in `trainer.methods` draws where its jumps end and gives the loss of one sample."""
+"""The ways to distil: each file in `trainer.methods` draws its timesteps and gives the loss of each sample."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from trainer.config import MethodConfig
 from trainer.data.cache import Batch
-from trainer.methods import finetune, lcd, segmented, tcd
-from trainer.methods.shared import Networks, Sample, draw_guidance, draw_noise, draw_timesteps
+from trainer.methods import dmd2, finetune, lcd, segmented, tcd
+from trainer.methods.shared import Networks, Points, Sample, draw_guidance, draw_noise, pair
 
 
 class Method(NamedTuple):
     """What sets one method apart."""
 
-    draw_end: Callable[[Tensor, Tensor, MethodConfig, int, torch.Generator], Tensor]
-    """(t, s, config, T, generator) -> the timestep (B,) at which the two predictions are compared."""
+    draw: Callable[[int, MethodConfig, Tensor, torch.Generator], Points]
+    """(B, config, alphas_cumprod (T,), generator) -> the timesteps of a batch."""
     loss: Callable[[Networks, Sample, Tensor, MethodConfig, str], Tensor]
     """(networks, sample, alphas_cumprod (T,), config, prediction_type) -> (B,)."""
     needs_teacher: bool = True
+    needs_critic: bool = False
+    """Whether a second network learns beside the student."""
 
 
 METHODS = {
-    "lcd": Method(lcd.draw_end, lcd.loss),
-    "finetune": Method(lcd.draw_end, finetune.loss, needs_teacher=False),
-    "tcd": Method(tcd.draw_end, tcd.loss),
-    "segmented": Method(segmented.draw_end, tcd.loss),
+    "lcd": Method(lcd.draw, lcd.loss),
+    "finetune": Method(lcd.draw, finetune.loss, needs_teacher=False),
+    "tcd": Method(tcd.draw, tcd.loss),
+    "segmented": Method(segmented.draw, tcd.loss),
+    "dmd2": Method(dmd2.draw, dmd2.loss, needs_critic=True),
 }
 
 
@@ -51,6 +54,7 @@ def make_sample(
     generator: torch.Generator,
     batch_size: int | None = None,
     first: int = 0,
+    step: int = 0,
 ) -> Sample:
     """A batch with everything random that its loss needs.
 
@@ -64,13 +68,25 @@ def make_sample(
         generator: on the CPU.
         batch_size: rows of the whole batch; None where `batch` is all of it.
         first: number of this process's first row.
+        step: of the training, which decides whose turn it is.
     """
     latents = batch.latents
     total, rows = batch_size or len(latents), slice(first, first + len(latents))
-    t, s = draw_timesteps(total, config, alphas_cumprod, generator)
-    end = get_method(config).draw_end(t, s, config, len(alphas_cumprod), generator)
+    points = get_method(config).draw(total, config, alphas_cumprod, generator)
     w = draw_guidance(total, config, generator)
     eps = draw_noise(torch.Size((total, *latents.shape[1:])), config, generator)
-    s = torch.maximum(s, end)  # a jump from a shifted grid must not leave its phase
-    conditioning, null = batch.conditioning, batch.null_conditioning
-    return Sample(latents, eps[rows], t[rows], s[rows], end[rows], w[rows], conditioning, null)
+    own = pair(latents, eps[rows]) if config.pair_noise else eps[rows]
+    noises = torch.randn(total, points.noises, *latents.shape[1:], generator=generator)
+    return Sample(
+        x0=latents,
+        eps=own,
+        t=points.t[rows],
+        s=points.s[rows],
+        end=points.end[rows],
+        w=w[rows],
+        conditioning=batch.conditioning,
+        null_conditioning=batch.null_conditioning,
+        noises=noises[rows],
+        path=points.path,
+        student_turn=step % config.critic_updates == 0,
+    )

@@ -12,6 +12,7 @@ import torch
 
 from lcm_core.adapters import lora_state_dict
 from lcm_core.checkpoint import (
+    KIND_KEY,
     Component,
     ModelInfo,
     list_components,
@@ -33,6 +34,8 @@ DISTILL_KEY = "lcm_suite.distill"
 TRAJECTORY_METHODS = ("tcd", "segmented")
 _CLIP_WORDS = 49408  # a tokenizer of another size is the model's own and must travel with it
 _STORED = torch.float16
+_SCHEDULERS = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}
+"""diffusers' class for each sampler."""
 
 
 def run_name(config: DistillConfig) -> str:
@@ -52,7 +55,8 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         InputError: the folder cannot be written, or the disk is full.
     """
     folder, name = Path(config.output), run_name(config)
-    metadata = {DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
+    about = {DISTILL_KEY: json.dumps(to_dict(config)), KIND_KEY: sampler_of(config)}
+    metadata = {**about, "modelspec.title": name}
     if student.adapters is not None:
         file = folder / f"{name}_lora.safetensors"
         tensors = lora_state_dict(student.unet, ema=student.final == "ema", dtype=_STORED)
@@ -60,7 +64,7 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         return [file]
     components = read_parts(source) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
-    _write_folder(folder / "diffusers", components, info, source)
+    _write_folder(folder / "diffusers", components, info, source, sampler_of(config))
     return [folder / f"{name}.safetensors", folder / "diffusers"]
 
 
@@ -77,25 +81,27 @@ def _unet_component(student: Student) -> Component:
     return Component(tensors, plain_config(network.config))
 
 
-def _write_folder(folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source) -> None:
+def _write_folder(
+    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, sampler: str
+) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of this run, before more steps were asked for
     with new_folder(folder) as temporary:
         save_diffusers(temporary, components, info)
-        _name_scheduler(temporary)
+        _name_scheduler(temporary, _SCHEDULERS[sampler])
         for name, files in source.read_tokenizers().items():
             (temporary / name).mkdir()
             for file, text in files.items():
                 (temporary / name / file).write_text(text, encoding="utf-8")
 
 
-def _name_scheduler(folder: Path) -> None:
-    """Say that this model is sampled as an LCM, which diffusers' and our own pipelines then do by themselves."""
+def _name_scheduler(folder: Path, scheduler: str) -> None:
+    """Say how this model is sampled, which diffusers' and our own pipelines then do by themselves."""
     for file in (folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"):
         content = read_json(file)
         if "scheduler" in content:
-            content["scheduler"] = ["diffusers", "LCMScheduler"]
+            content["scheduler"] = ["diffusers", scheduler]
         else:
-            content |= {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+            content |= {"_class_name": scheduler, "original_inference_steps": 50, "timestep_scaling": 10.0}
         write_json(file, content)
 
 
@@ -108,40 +114,55 @@ def _write_file(
 
 
 def comfyui_workflow(config: DistillConfig, info: ModelInfo, resolution: int) -> dict[str, Any]:
-    """A workflow in ComfyUI's API format, which can be dropped on its page, with nodes that it has itself."""
+    """A workflow in ComfyUI's API format, which can be dropped on its page; with nodes that it has itself, as far as it
+    has the sampler."""
     is_lora = config.student.kind == "lora"
     name = run_name(config)
     checkpoint = f"{Path(config.teacher).stem}.safetensors" if is_lora else f"{name}.safetensors"
-    model = ["lora", 0] if is_lora else ["checkpoint", 0]
-    # ComfyUI's "lcm" takes the network's output for noise, so another kind of prediction must be named instead.
-    kind = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}[info.prediction_type]
+    graph: dict[str, Any] = {"checkpoint": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
+    model = ["checkpoint", 0]
+    if is_lora:
+        lora = {"lora_name": f"{name}_lora.safetensors", "strength_model": 1.0}
+        graph["lora"] = _node("LoraLoaderModelOnly", model=model, **lora)
+        model = ["lora", 0]
     size = {"width": resolution, "height": resolution, "batch_size": 1}
-    graph: dict[str, Any] = {
-        "checkpoint": _node("CheckpointLoaderSimple", ckpt_name=checkpoint),
-        "sampling": _node("ModelSamplingDiscrete", model=model, sampling=kind, zsnr=info.zero_terminal_snr),
+    graph |= {
         "positive": _node("CLIPTextEncode", text="a photograph of an old lighthouse", clip=["checkpoint", 1]),
         "negative": _node("CLIPTextEncode", text="", clip=["checkpoint", 1]),
         "latent": _node("EmptyLatentImage", **size),
-        "sampler": _node(
-            "KSampler",
-            model=["sampling", 0],
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["latent", 0],
-            seed=0,
-            steps=4,
-            cfg=1.0,
-            sampler_name="lcm",
-            scheduler="simple",
-            denoise=1.0,
-        ),
+    }
+    texts = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
+    sampling = _tcd_nodes(config, model, texts) if sampler_of(config) == "tcd" else _lcm_nodes(info, model, texts)
+    return {
+        **graph,
+        **sampling,
         "decode": _node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
         "save": _node("SaveImage", images=["decode", 0], filename_prefix=name),
     }
-    if is_lora:
-        lora = {"lora_name": f"{name}_lora.safetensors", "strength_model": 1.0}
-        graph["lora"] = _node("LoraLoaderModelOnly", model=["checkpoint", 0], **lora)
-    return graph
+
+
+def _lcm_nodes(info: ModelInfo, model: list[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
+    # ComfyUI's "lcm" takes the network's output for noise, so another kind of prediction must be named instead.
+    kind = {"epsilon": "lcm", "v_prediction": "v_prediction", "sample": "x0"}[info.prediction_type]
+    options = {"seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0}
+    return {
+        "sampling": _node("ModelSamplingDiscrete", model=model, sampling=kind, zsnr=info.zero_terminal_snr),
+        "sampler": _node("KSampler", model=["sampling", 0], **texts, **options),
+    }
+
+
+def _tcd_nodes(config: DistillConfig, model: list[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
+    """TCD's sampler is this suite's own. A student of phases goes from edge to edge, without fresh noise."""
+    is_segmented, original_steps = config.method.kind == "segmented", config.method.original_steps
+    steps, gamma = (config.method.phases, 0.0) if is_segmented else (4, 0.3)
+    grid = {"steps": steps, "strength": 1.0, "original_steps": original_steps, "timesteps": ""}
+    places = {"model": ["sampling", 0], "sampler": ["method", 0], "sigmas": ["steps", 0]}
+    return {
+        "sampling": _node("LCMApply", model=model, guidance_scale=0.0, original_steps=original_steps),
+        "method": _node("LCMSampler", sampler="tcd", gamma=gamma),
+        "steps": _node("LCMScheduler", model=["sampling", 0], **grid),
+        "sampler": _node("SamplerCustom", **places, **texts, add_noise=True, noise_seed=0, cfg=1.0),
+    }
 
 
 def write_workflow(config: DistillConfig, info: ModelInfo, resolution: int) -> Path:

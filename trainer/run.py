@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from lcm_core.checkpoint import ModelInfo, read_component
+from lcm_core.checkpoint import Component, ModelInfo, read_component
 from lcm_core.errors import InputError
-from lcm_core.loading import Source, noise_schedule
+from lcm_core.loading import Source, find_source, noise_schedule
 from lcm_core.networks import choose_device
 from lcm_core.schedule import NoiseSchedule
 from lcm_core.unet import exact_output, load_unet
-from lcm_core.weights import write_json
+from lcm_core.weights import read_safetensors, write_json
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, prepare, write_skipped
 from trainer.data.teacher import find_teacher
@@ -81,6 +81,16 @@ def run(config: DistillConfig) -> None:
         InputError: a setting, a file or a folder that cannot be used.
         KeyboardInterrupt: stopped; the state is saved.
     """
+    setup, student, prompts = learn(config)
+    if setup.processes.is_main:
+        finish(setup, student, prompts)
+
+
+def learn(config: DistillConfig) -> tuple[Setup, Student, list[str]]:
+    """Distil, from wherever an earlier run in the same folder stopped. Returns also the prompts of its previews.
+
+    Raises: as `run`.
+    """
     setup = begin(config)
     team, folder = setup.processes, setup.folder
     cache = prepare(
@@ -112,8 +122,7 @@ def run(config: DistillConfig) -> None:
         partial(save_preview, setup, student, prompts),
         team,
     )
-    if team.is_main:
-        finish(setup, student, prompts)
+    return setup, student, prompts
 
 
 def begin(config: DistillConfig) -> Setup:
@@ -192,19 +201,35 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     count = sum(tensor.numel() for tensor in component.tensors.values())
     precision = choose_precision(device, config.student.precision, count)
     torch.manual_seed(config.training.seed)  # the first weights of what is added
-    with_average = config.training.ema_decay > 0
-    unet = teacher = None
-    if config.student.kind == "lora" or get_method(config.method).needs_teacher:
+    method = get_method(config.method)
+    options = {"with_average": config.training.ema_decay > 0, "with_critic": method.needs_critic}
+
+    def load_teacher() -> Any:
         unet = load_unet(component, device, precision, torch.contiguous_format)
         exact_output(unet)
         prepare_unet(unet, config.student, size)
-        teacher = unet_network(unet, precision)
-        if config.student.kind == "lora":
-            return lora_student(unet, teacher, config.student, with_average)
-    student = full_student(component, teacher, config.student, precision, device, with_average)
-    for network in {student.trained, student.average} - {None}:
+        return unet
+
+    if config.student.kind == "lora":
+        unet = load_teacher()
+        start = read_safetensors(config.student.start)[0] if config.student.start else None
+        return lora_student(unet, unet_network(unet, precision), config.student, **options, start=start)
+    unet = load_teacher() if method.needs_teacher else None
+    teacher = None if unet is None else unet_network(unet, precision)
+    student = full_student(component, teacher, config.student, precision, device, **options, start=read_start(config))
+    for network in {student.trained, student.average, student.critic} - {None}:
         prepare_unet(network, config.student, size)
     return replace(student, teacher_unet=unet)
+
+
+def read_start(config: DistillConfig) -> Component | None:
+    """The U-Net that a full student starts from, if it is not the teacher's.
+
+    Raises:
+        InputError: an unknown or broken model.
+    """
+    name = config.student.start
+    return read_component(find_source(name).unet, "unet") if name else None
 
 
 def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lcm_core.adapters import TARGET_MODULES, LoraAdapters, Which, add_lora
+from lcm_core.adapters import TARGET_MODULES, LoraAdapters, Which, add_lora, checkpoint, load_lora_state_dict
 from lcm_core.checkpoint import Component
 from lcm_core.errors import InputError
 from lcm_core.guidance import guidance_embedding
@@ -41,6 +42,8 @@ class Student:
     """Of a LoRA; None for a full student."""
     teacher_unet: nn.Module | None = None
     """Where the teacher is a network of its own."""
+    critic: nn.Module | None = None
+    """Holds the parameters of a critic, which learns beside the student; None for methods without one."""
 
     @property
     def final(self) -> Which:
@@ -76,19 +79,35 @@ def unet_network(unet: Any, precision: torch.dtype = torch.float32) -> Network:
     return run
 
 
-def lora_student(unet: nn.Module, network: Network, config: StudentConfig, with_average: bool = True) -> Student:
+def lora_student(
+    unet: nn.Module,
+    network: Network,
+    config: StudentConfig,
+    with_average: bool = True,
+    with_critic: bool = False,
+    start: Mapping[str, Tensor] | None = None,
+) -> Student:
     """LoRA on one network, which plays all parts (arXiv 2311.05556): the teacher is it with the adapters off, the
-    online student with them on, the target with their average.
+    online student with them on, the target with their average, the critic with adapters of its own.
 
     Args:
         unet: any network of linear layers and convolutions; it is frozen, and gets adapters.
         network: how to call it.
         config: rank, alpha, layers.
         with_average: whether the target is an average; else it is the online student.
+        with_critic: whether there is a critic.
+        start: the LoRA to start from, in kohya's layout; None for one that changes nothing yet.
+
+    Raises:
+        InputError: a rank below 1, no such layers, or a start of another shape.
     """
     adapters = add_lora(unet, config.rank, config.alpha or None, config.target_modules or TARGET_MODULES)
+    if start is not None:
+        load_lora_state_dict(unet, start)
     if with_average:
         adapters.start_ema()
+    if with_critic:
+        adapters.add_critic()
 
     def using(which: Which) -> Network:
         def run(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
@@ -98,9 +117,10 @@ def lora_student(unet: nn.Module, network: Network, config: StudentConfig, with_
         return run
 
     target: Which = "ema" if with_average else "online"
-    networks = Networks(using("online"), using(target), using("off"))
-    average = _halves(adapters, ema=True) if with_average else None
-    return Student(networks, _halves(adapters, ema=False), average, unet, adapters)
+    networks = Networks(using("online"), using(target), using("off"), using("critic"))
+    average = _halves(adapters, "ema") if with_average else None
+    critic = _halves(adapters, "critic") if with_critic else None
+    return Student(networks, _halves(adapters, "online"), average, unet, adapters, critic=critic)
 
 
 def full_student(
@@ -110,6 +130,8 @@ def full_student(
     precision: torch.dtype = torch.float32,
     device: torch.device | None = None,
     with_average: bool = True,
+    with_critic: bool = False,
+    start: Component | None = None,
 ) -> Student:
     """A whole U-Net that starts as the teacher, with a guidance input that at first changes nothing.
 
@@ -120,16 +142,42 @@ def full_student(
         precision: of the computation; the weights are float32.
         device: where to train.
         with_average: whether the target is an average; else it is the online student.
+        with_critic: whether there is a critic; it starts as the teacher and reads guidance too.
+        start: the U-Net to start from; None for the teacher.
+
+    Raises:
+        InputError: `start` is of another architecture.
     """
-    online = load_unet(
-        with_guidance(component, config.guidance_embedding_dim), device, torch.float32, torch.contiguous_format
-    )
-    exact_output(online)
-    online.requires_grad_(True)
+    if start is not None:
+        _check_same_layers(start, component)
+    online = _trainable(start or component, config, device)
+    critic = _trainable(component, config, device) if with_critic else None
     average = copy.deepcopy(online).requires_grad_(False) if with_average else None
     call = unet_network(online, precision)
     target = call if average is None else unet_network(average, precision)
-    return Student(Networks(call, target, teacher or _no_teacher), online, average, online)
+    judge = _no_critic if critic is None else unet_network(critic, precision)
+    return Student(Networks(call, target, teacher or _no_teacher, judge), online, average, online, critic=critic)
+
+
+def _check_same_layers(start: Component, teacher: Component) -> None:
+    found, expected = (
+        {name: tensor.shape for name, tensor in part.tensors.items() if not name.endswith("cond_proj.weight")}
+        for part in (start, teacher)
+    )
+    if found != expected:
+        odd = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise InputError(
+            f"{start.source} is of another architecture than the teacher (first difference: '{odd}'); "
+            "start from a student of this teacher"
+        )
+
+
+def _trainable(component: Component, config: StudentConfig, device: torch.device | None) -> Any:
+    """A U-Net that reads guidance, in float32, to be trained."""
+    weights = with_guidance(component, config.guidance_embedding_dim)
+    unet = load_unet(weights, device, torch.float32, torch.contiguous_format)
+    exact_output(unet)
+    return unet.requires_grad_(True)
 
 
 def with_guidance(component: Component, embedding_dim: int) -> Component:
@@ -154,7 +202,7 @@ def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> Non
     unet.to(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
     set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(partial(checkpoint, unet))
     if config.compile:
         if device.type != "cuda":
             raise InputError(f"compile pays on CUDA only, not on {device}; leave it out")
@@ -162,7 +210,7 @@ def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> Non
 
 
 def trained_parameters(student: Student) -> int:
-    """How many numbers learn."""
+    """How many of the student's numbers learn."""
     return sum(p.numel() for p in student.trained.parameters() if p.requires_grad)
 
 
@@ -170,8 +218,12 @@ def _no_teacher(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor
     raise RuntimeError("this method has no teacher")
 
 
-def _halves(adapters: LoraAdapters, ema: bool) -> nn.ModuleDict:
-    """The adapters' trained halves, or their averages, under the same names."""
+def _no_critic(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor | None) -> Tensor:
+    raise RuntimeError("this method has no critic")
+
+
+def _halves(adapters: LoraAdapters, which: Which) -> nn.ModuleDict:
+    """The adapters' halves of one kind, under the same names for all kinds."""
     return nn.ModuleDict(
-        {path.replace(".", "_"): nn.ModuleList(layer.halves(ema)) for path, layer in adapters.layers.items()}
+        {path.replace(".", "_"): nn.ModuleList(layer.halves(which)) for path, layer in adapters.layers.items()}
     )

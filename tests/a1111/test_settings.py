@@ -44,6 +44,14 @@ def test_kind_by_name(name: str, kind: str | None) -> None:
     assert kind_of_name(name) == kind
 
 
+def test_what_the_file_states_counts_more_than_names(tmp_path: Path) -> None:
+    """A LoRA distilled with this trainer is recognised whatever it is called, and as what it is."""
+    for kind in ("lcm", "tcd"):
+        file = tmp_path / f"{kind}.safetensors"
+        save_file({"a": torch.zeros(1)}, file, metadata={"lcm_suite.kind": kind, "modelspec.title": "lcm tcd"})
+        assert kind_of_lora("my own lcm style", file) == kind
+
+
 def test_kind_by_metadata(tmp_path: Path) -> None:
     """`pytorch_lora_weights.safetensors` is how LCM-LoRAs are handed out; its header may say more."""
     file = tmp_path / "pytorch_lora_weights.safetensors"

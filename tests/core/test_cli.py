@@ -347,3 +347,12 @@ def test_a_plain_model_asked_for_few_steps_gets_advice(emoji: str, capsys: pytes
     assert "need an LCM-LoRA" in capsys.readouterr().err
     assert main([*argv, "--lora", f"{emoji}/lora/lcm_lora.safetensors"]) == 0
     assert "LCM-LoRA" not in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """`python -m lcm_core info emoji | head -1` must not end in a traceback."""
+    process = shell("-m", "lcm_core", "info", "emoji")
+    process.stdout.close()
+    message = process.stderr.read()
+    assert process.wait() == 0
+    assert message == ""

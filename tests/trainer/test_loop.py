@@ -58,6 +58,49 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, stop_at):
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
 
 
+def _run_pair(folder, config, stop_at=None):
+    """A model that learns in every third step, and a critic of other scale that learns in all."""
+    torch.manual_seed(0)
+    model, critic = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def loss_fn(step, generator):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(config.batch_size, 3, generator=generator)
+        yield 1000 * (critic(x) - x.flip(1)).square().mean()
+        if step % 3 == 0:
+            yield (model(x) - x).square().mean()
+
+    train(model, loss_fn, config, folder, copy.deepcopy(model).requires_grad_(False), critic=critic)
+    return model, critic
+
+
+@pytest.mark.parametrize("stop_at", [1, 6, 11])
+def test_a_model_and_its_critic_continue_bit_for_bit(tmp_path, stop_at):
+    whole = _run_pair(tmp_path / "whole", CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        _run_pair(tmp_path / "parts", CONFIG, stop_at)
+    parts = _run_pair(tmp_path / "parts", CONFIG)
+    torch.testing.assert_close(_weights(*parts), _weights(*whole), rtol=0, atol=0)
+
+
+def test_a_model_learns_the_same_beside_a_critic_and_rests_between(tmp_path):
+    """Its gradients are clipped by themselves, and a step without one is none: no decay, no momentum."""
+    config = replace(CONFIG, max_grad_norm=0.1)
+    model, _ = _run_pair(tmp_path / "pair", config)
+    torch.manual_seed(0)
+    alone = nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=0.0, weight_decay=config.weight_decay)
+    for step in range(0, config.steps, 3):
+        x = torch.randn(config.batch_size, 3, generator=step_generator(config.seed, step))
+        optimizer.zero_grad()
+        (alone(x) - x).square().mean().backward()
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, config)
+        optimizer.step()
+    torch.testing.assert_close(_weights(model), _weights(alone))
+
+
 def test_a_finished_run_is_only_read_again(tmp_path):
     first = _run(tmp_path)
     again = _run(tmp_path, stop_at=0)  # would raise if a step were run

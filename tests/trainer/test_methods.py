@@ -13,8 +13,9 @@ from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_l
 from trainer.config import MethodConfig
 from trainer.data.cache import Batch
 from trainer.method import get_method, make_sample
+from trainer.methods.dmd2 import matching_loss
 from trainer.methods.segmented import phase_edges
-from trainer.methods.shared import Networks, at, draw_noise, draw_timesteps, snr_weight, teacher_jump
+from trainer.methods.shared import Networks, at, draw_noise, draw_timesteps, pair, snr_weight, teacher_jump
 
 SHAPE = (5, 4, 3, 2)
 BETAS = [(math.sqrt(0.00085) + i / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2 for i in range(1000)]
@@ -115,7 +116,7 @@ def _distance(difference, config):
 
 def _reference(networks, sample, config, kind):
     """The loss of each sample; what was drawn is taken from `sample`, everything else is computed here."""
-    online, target, teacher = networks
+    online, target, teacher, _ = networks
     losses = []
     for i in range(len(sample.x0)):
         x0, eps, w = sample.x0[i : i + 1], sample.eps[i : i + 1].double(), sample.w[i : i + 1].double()
@@ -135,15 +136,43 @@ def _reference(networks, sample, config, kind):
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _sample(config, seed=0):
+def _dmd2(networks, sample, config, kind):
+    """DMD2 from its papers: simulation, critic's denoising loss, and |x - (x - g)|^2 / 2 with g as published."""
+    losses = []
+    for i in range(len(sample.x0)):
+        cond, null, w = _row(sample.conditioning, i), _row(sample.null_conditioning, i), sample.w[i : i + 1].double()
+        noises = [noise[None].double() for noise in sample.noises[i]]
+        noisy = lambda x, noise, t: math.sqrt(_abar(t)) * x + math.sqrt(1 - _abar(t)) * noise  # noqa: E731
+        visited = [*sample.path, int(sample.t[i])]
+        x = math.sqrt(1 - _abar(visited[0])) * sample.eps[i : i + 1]
+        for before, t, noise in zip(visited, visited[1:], noises, strict=False):
+            x = noisy(_consistency(networks.online, x, before, cond, w, kind), noise, t)
+        x = _consistency(networks.online, x, visited[-1], cond, w, kind)
+        end, s = int(sample.end[i]), int(sample.s[i])
+        output = networks.critic(noisy(x, noises[-1], end), torch.tensor([end]), cond, w)
+        signal, spread = math.sqrt(_abar(end)), math.sqrt(1 - _abar(end))
+        aims = {"epsilon": noises[-1], "v_prediction": signal * noises[-1] - spread * x, "sample": x}
+        loss = float(((output - aims[kind]) ** 2).mean())
+        if sample.student_turn:
+            x_s = noisy(x, noises[-2], s)
+            eps = _teacher_eps(networks.teacher, x_s, s, cond, null, float(w), kind)
+            real = (x_s - math.sqrt(1 - _abar(s)) * eps) / math.sqrt(_abar(s))
+            fake, _ = _seen(networks.critic(x_s, torch.tensor([s]), cond, w), x_s, _abar(s), kind)
+            g = ((x - real) - (x - fake)) / (x - real).abs().mean()
+            loss += 0.5 * float((g**2).mean())
+        losses.append(loss)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _sample(config, seed=0, step=0):
     draw = torch.Generator().manual_seed(seed)
     x0 = torch.randn(SHAPE, generator=draw, dtype=torch.float64)
     batch = Batch(x0, _conditioning(draw), _conditioning(draw))
-    sample = make_sample(batch, config, get_alphas_cumprod(), draw)
-    return replace(sample, eps=sample.eps.double(), w=sample.w.double())
+    sample = make_sample(batch, config, get_alphas_cumprod(), draw, step=step)
+    return replace(sample, eps=sample.eps.double(), w=sample.w.double(), noises=sample.noises.double())
 
 
-NETWORKS = Networks(_network(1), _network(2), _network(3))
+NETWORKS = Networks(_network(1), _network(2), _network(3), _network(4))
 
 
 @pytest.mark.parametrize("loss", ["l2", "huber", "cauchy"])
@@ -158,10 +187,86 @@ def test_the_loss_equals_the_papers(method, kind, solver, loss):
         torch.testing.assert_close(ours, _reference(NETWORKS, sample, config, kind), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [2, 10, 50, 200])
+def test_the_improved_fine_tuning_equals_the_papers(steps):
+    """arXiv 2502.01441: Cauchy distance with c = exp(-1.18 log(N - 1) - 0.72), and denoising on the least noisy t."""
+    config = MethodConfig(kind="finetune", loss="cauchy", huber_c=0.0, original_steps=steps, diffusion_weight=0.3)
+    c = math.exp(-1.18 * math.log(steps - 1) - 0.72)
+    for seed in range(3):
+        sample = _sample(config, seed)
+        expected = _reference(NETWORKS, sample, replace(config, huber_c=c), "epsilon")
+        for i, t in enumerate(sample.t.tolist()):
+            if t < 250:
+                x0, w = sample.x0[i : i + 1], sample.w[i : i + 1]
+                x_t = math.sqrt(_abar(t)) * x0 + math.sqrt(1 - _abar(t)) * sample.eps[i : i + 1]
+                guess = _consistency(NETWORKS.online, x_t, t, _row(sample.conditioning, i), w, "epsilon")
+                expected[i] += 0.3 * float((1 + (guess - x0) ** 2 / (2 * c**2)).log().mean())
+        ours = get_method(config).loss(NETWORKS, sample, get_alphas_cumprod(), config, "epsilon")
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_paired_noise_is_the_cheapest_of_all_pairings():
+    """Against every permutation; the noises themselves stay the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(6, 4, 2, 2, generator=draw) for _ in range(2))
+    paired = pair(x0, eps)
+    costs = (x0.flatten(1)[:, None] - eps.flatten(1)[None]).square().sum(-1)
+    cheapest = min(sum(float(costs[i, j]) for i, j in enumerate(p)) for p in itertools.permutations(range(6)))
+    assert float((x0 - paired).square().sum()) == pytest.approx(cheapest, rel=1e-5)
+    assert sorted(paired.flatten(1)[:, 0].tolist()) == sorted(eps.flatten(1)[:, 0].tolist())
+    config = replace(CONFIG, pair_noise=True)
+    sample = make_sample(Batch(x0, {}, {}), config, get_alphas_cumprod(), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(sample.eps, pair(x0, sample.eps), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_distribution_matching_equals_the_papers(kind, phases, step):
+    config = replace(CONFIG, kind="dmd2", phases=phases)
+    for seed in range(8):  # several numbers of steps, and places among them
+        sample = _sample(config, seed, step)
+        assert sample.student_turn == (step == 0)
+        ours = get_method(config).loss(NETWORKS, sample, get_alphas_cumprod(), config, kind)
+        torch.testing.assert_close(ours, _dmd2(NETWORKS, sample, config, kind), rtol=1e-6, atol=1e-9)
+
+
+def test_distribution_matching_moves_the_pictures_against_g():
+    """The gradient of the student's loss in its picture must be g / elements: the aim, the teacher and the critic are
+    constants."""
+    config = replace(CONFIG, kind="dmd2", phases=1)
+    sample, abar = _sample(config), get_alphas_cumprod()
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    losses = matching_loss(NETWORKS, x, sample, abar, "epsilon")
+    losses.sum().backward()
+    torch.testing.assert_close((x.grad * x[0].numel()).square().flatten(1).mean(1) / 2, losses.detach())
+
+
+def test_distribution_matching_prepares_for_fewer_steps_too():
+    config = replace(CONFIG, kind="dmd2", phases=4)
+    paths = set()
+    for seed in range(200):
+        sample = _sample(config, seed)
+        assert len(set(sample.t.tolist())) == 1
+        paths.add((*sample.path, int(sample.t[0])))
+    four, two = get_timesteps_lcm(4).tolist(), get_timesteps_lcm(2).tolist()
+    assert paths == {tuple(grid[: n + 1]) for grid in (four, two) for n in range(len(grid))}
+
+
+@pytest.mark.parametrize(("step", "learns"), [(0, {0, 3}), (1, {3}), (4, {3}), (5, {0, 3})])
+def test_the_critic_learns_in_every_step_and_the_student_in_its_turn(step, learns):
+    weights = [torch.nn.Parameter(torch.tensor(0.5)) for _ in range(4)]
+    networks = Networks(*(lambda x, t, c, w, p=p: x * p for p in weights))
+    config = replace(CONFIG, kind="dmd2", critic_updates=5)
+    sample = _sample(config, step=step)
+    get_method(config).loss(networks, sample, get_alphas_cumprod(), config, "epsilon").sum().backward()
+    assert {i for i, weight in enumerate(weights) if weight.grad is not None} == learns
+
+
 @pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
 def test_only_the_online_network_learns(method):
     weights = [torch.nn.Parameter(torch.tensor(0.5)) for _ in range(3)]
-    networks = Networks(*(lambda x, t, c, w, p=p: x * p for p in weights))
+    networks = Networks(*(lambda x, t, c, w, p=p: x * p for p in (*weights, None)))
     config = replace(CONFIG, kind=method)
     get_method(config).loss(networks, _sample(config), get_alphas_cumprod(), config, "epsilon").sum().backward()
     assert weights[0].grad is not None
@@ -194,11 +299,12 @@ def test_lognormal_timesteps_follow_the_normal_distribution_of_log_sigma():
 
 
 def test_tcd_ends_anywhere_between_zero_and_the_jump():
-    s = torch.full((20000,), 7)
-    end = get_method(MethodConfig(kind="tcd")).draw_end(
-        s + 20, s, MethodConfig(), 1000, torch.Generator().manual_seed(0)
+    points = get_method(MethodConfig(kind="tcd")).draw(
+        200_000, MethodConfig(), get_alphas_cumprod(), torch.Generator().manual_seed(0)
     )
-    torch.testing.assert_close(torch.bincount(end) / 20000, torch.full((8,), 1 / 8), rtol=0, atol=0.02)
+    assert (points.end <= points.s).all()
+    ends = points.end[points.s == 19]
+    torch.testing.assert_close(torch.bincount(ends) / len(ends), torch.full((20,), 1 / 20), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("phases", [1, 2, 3, 4, 8, 50])
@@ -218,13 +324,14 @@ def test_no_segmented_jump_leaves_its_phase():
     assert (sample.s >= sample.end).all()
 
 
-def test_each_process_draws_its_rows_of_what_one_would_draw():
-    config = replace(CONFIG, kind="tcd", noise_offset=0.1)
+@pytest.mark.parametrize("method", ["tcd", "dmd2"])
+def test_each_process_draws_its_rows_of_what_one_would_draw(method):
+    config = replace(CONFIG, kind=method, noise_offset=0.1)
     x0 = torch.arange(8.0).view(8, 1, 1, 1)
     alphas = get_alphas_cumprod()
     whole = make_sample(Batch(x0, {}, {}), config, alphas, torch.Generator().manual_seed(3))
     part = make_sample(Batch(x0[5:7], {}, {}), config, alphas, torch.Generator().manual_seed(3), 8, 5)
-    for name in ("x0", "eps", "t", "s", "end", "w"):
+    for name in ("x0", "eps", "t", "s", "end", "w", "noises"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[5:7], rtol=0, atol=0)
 
 
@@ -278,6 +385,7 @@ def test_a_fractional_timestep_has_the_alphas_cumprod_that_samplers_use():
         ({"original_steps": 1001}, "original_steps=1001"),
         ({"solver": "euler"}, "unknown solver 'euler'"),
         ({"kind": "segmented", "phases": 51}, "phases=51"),
+        ({"kind": "dmd2", "phases": 0}, "phases=0"),
     ],
 )
 def test_a_wrong_setting_is_named(change, words):

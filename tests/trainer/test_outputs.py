@@ -84,6 +84,7 @@ def test_the_lora_file_says_what_it_is(lora_run):
     assert all(name.startswith("lora_unet_") for name in tensors)
     assert metadata["ss_network_dim"] == "2"
     assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["lcm_suite.kind"] == "lcm"
     assert json.loads(metadata["lcm_suite.distill"])["teacher"] == str(teacher)
 
 
@@ -110,6 +111,38 @@ def test_the_workflow_uses_the_result_and_its_wires_meet(lora_run):
     assert (by_kind["KSampler"]["sampler_name"], by_kind["KSampler"]["scheduler"]) == ("lcm", "simple")
     expected = "v_prediction" if teacher.name == "v_prediction" else "lcm"
     assert by_kind["ModelSamplingDiscrete"]["sampling"] == expected
+
+
+@pytest.mark.parametrize(("method", "steps", "gamma"), [("tcd", 4, 0.3), ("segmented", 3, 0.0)])
+def test_a_trajectory_student_brings_its_own_sampler(teachers, photos, tmp_path, method, steps, gamma):
+    """ComfyUI has no TCD sampler; with lcm such a student would lose what sets it apart."""
+    output = _distil(teachers(), photos, tmp_path, "--method", method, "--phases", 3, "--steps", 1)
+    file = output / "mine_lora.safetensors"
+    assert read_safetensors(file)[1]["lcm_suite.kind"] == "tcd"
+    assert load_model(teachers(), "cpu", lora=[(file, 1.0)]).sampler == "tcd"
+    graph = json.loads((output / "workflow_comfyui.json").read_text())
+    by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
+    assert by_kind["LCMSampler"] == {"sampler": "tcd", "gamma": gamma}
+    assert by_kind["LCMScheduler"]["steps"] == steps
+    for node in graph.values():
+        assert all(not isinstance(value, list) or value[0] in graph for value in node["inputs"].values())
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+def test_distribution_matching_goes_on_from_an_earlier_student(teachers, photos, tmp_path, student):
+    words = ["--student", student, "--steps", 3]
+    first = _distil(teachers(), photos, tmp_path / "first", *words, "--name", "first")
+    start = first / ("first_lora.safetensors" if student == "lora" else "first.safetensors")
+    more = ["--method", "dmd2", "--phases", 2, "--critic-updates", 2, "--start", start, "--accumulation", 2]
+    output = _distil(teachers(), photos, tmp_path / "second", *words, *more)
+    file = output / ("mine_lora.safetensors" if student == "lora" else "mine.safetensors")
+    before, after = (read_safetensors(path)[0] for path in (start, file))
+    names = [name for name in after if name.endswith(("lora_up.weight", "time_embed.2.weight"))]
+    old, new = (torch.cat([tensors[name].float().flatten() for name in names]) for tensors in (before, after))
+    assert 0 < (new - old).norm() < old.norm(), "it did not start from the earlier student's"
+    state = read_safetensors(output / "run" / "state.safetensors")[0]
+    assert any(name.startswith("online.critic.") for name in state)
+    assert _distil(teachers(), photos, output, *words, *more) == output  # a finished run is only read again
 
 
 @pytest.fixture(scope="module")

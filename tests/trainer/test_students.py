@@ -19,7 +19,7 @@ from trainer.data.cache import Batch
 from trainer.distill import Latents, distill
 from trainer.method import get_method, make_sample
 from trainer.methods.shared import Sample
-from trainer.students import choose_precision, full_student, lora_student, unet_network
+from trainer.students import choose_precision, full_student, lora_student, prepare_unet, unet_network
 
 WIDTH = 16
 CPU = torch.device("cpu")
@@ -71,17 +71,17 @@ def _sample(family="sd1", method=MethodConfig(w_min=1, w_max=4), rows=4) -> Samp
     return make_sample(batch, method, get_alphas_cumprod(), torch.Generator().manual_seed(2))
 
 
-def _student(kind, family="sd1", config=StudentConfig(rank=2), with_average=True, **settings):  # noqa: B008
+def _student(kind, family="sd1", config=StudentConfig(rank=2), with_average=True, with_critic=True, **settings):  # noqa: B008
     unet = _unet(family, **settings)
     torch.manual_seed(1)
     if kind == "lora":
-        return lora_student(unet, unet_network(unet), config, with_average)
+        return lora_student(unet, unet_network(unet), config, with_average, with_critic)
     component = Component(unet.state_dict(), {**unet.config, "_class_name": "UNet2DConditionModel"})
-    return full_student(component, unet_network(unet), config, torch.float32, CPU, with_average)
+    return full_student(component, unet_network(unet), config, torch.float32, CPU, with_average, with_critic)
 
 
 def _loss(student, sample, kind="epsilon", method="lcd"):
-    config = MethodConfig(kind=method, loss="l2")
+    config = MethodConfig(kind=method, loss="l2", phases=2)
     return get_method(config).loss(student.networks, sample, get_alphas_cumprod().float(), config, kind).mean()
 
 
@@ -96,19 +96,20 @@ def test_a_new_student_paints_like_its_teacher_at_any_guidance(kind, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
+@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented", "dmd2"])
 def test_every_kind_of_teacher_can_be_learnt_from(kind, family, method):
-    """A step changes the online student alone: not the target, not the teacher."""
+    """A step changes the online student alone: not the target, not the teacher, not the critic."""
     student, sample = _student(kind, family), _sample(family, MethodConfig(kind=method))
     args = sample.x0, sample.t, sample.conditioning, sample.w
     before = [network(*args).detach() for network in student.networks]
     optimizer = torch.optim.SGD(student.trained.parameters(), lr=1.0)
     _loss(student, sample, "v_prediction", method).backward()
     optimizer.step()
-    online, target, teacher = (network(*args).detach() for network in student.networks)
+    online, target, teacher, critic = (network(*args).detach() for network in student.networks)
     assert not torch.equal(online, before[0])
     torch.testing.assert_close(target, before[1], rtol=0, atol=0)
     torch.testing.assert_close(teacher, before[2], rtol=0, atol=0)
+    torch.testing.assert_close(critic, before[3], rtol=0, atol=0)
 
 
 def test_a_lora_run_has_one_unet_in_memory():
@@ -118,6 +119,57 @@ def test_a_lora_run_has_one_unet_in_memory():
     frozen -= {id(p) for p in student.average.parameters()}
     assert sum(p.numel() for p in unet.parameters() if id(p) in frozen) == sum(p.numel() for p in _unet().parameters())
     assert not any(p.requires_grad for p in unet.parameters() if id(p) in frozen)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_critic_learns_beside_the_student_and_without_it(kind):
+    student, config = _student(kind), MethodConfig(kind="dmd2", phases=2, w_min=1, w_max=4)
+    sample = replace(_sample(method=config), student_turn=False)
+    args = sample.x0, sample.t, sample.conditioning, sample.w
+    before = [network(*args).detach() for network in student.networks]
+    _loss(student, sample, method="dmd2").backward()
+    torch.optim.SGD(student.critic.parameters(), lr=1.0).step()
+    after = [network(*args).detach() for network in student.networks]
+    torch.testing.assert_close(after[:3], before[:3], rtol=0, atol=0)
+    assert not torch.equal(after[3], before[3])
+    assert all(p.grad is None for p in student.trained.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_student_starts_from_an_earlier_one_and_its_critic_from_the_teacher(kind):
+    """dmd2 begins with a student of lcd; a critic that began there too would see no difference to the teacher."""
+    earlier, unet, config = _student(kind), _unet(), StudentConfig(rank=2)
+    with torch.no_grad():
+        for parameter in earlier.trained.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    if kind == "lora":
+        start = {key: value.clone() for key, value in lora_state_dict(earlier.unet).items()}
+        student = lora_student(unet, unet_network(unet), config, with_critic=True, start=start)
+    else:
+        plain = {**unet.config, "_class_name": "UNet2DConditionModel"}
+        start = Component(earlier.unet.state_dict(), {**plain, "time_cond_proj_dim": 256})
+        teacher = Component(unet.state_dict(), plain)
+        student = full_student(teacher, unet_network(unet), config, with_critic=True, start=start)
+    sample = _sample()
+    args = sample.x0, sample.t, sample.conditioning, sample.w
+    expected = earlier.networks.online(*args), earlier.networks.online(*args), *2 * (_unet_output(args),)
+    torch.testing.assert_close(tuple(network(*args) for network in student.networks), expected)
+
+
+def _unet_output(args):
+    x, t, conditioning, _ = args
+    return _unet()(x, t, **conditioning).sample
+
+
+def test_a_start_of_another_shape_is_refused():
+    earlier, unet = _student("lora", config=StudentConfig(rank=3)), _unet()
+    with pytest.raises(InputError, match="do not belong to this network"):
+        lora_student(unet, unet_network(unet), StudentConfig(rank=2), start=lora_state_dict(earlier.unet))
+    plain = {**unet.config, "_class_name": "UNet2DConditionModel"}
+    teacher = Component(unet.state_dict(), plain)
+    start = Component({**teacher.tensors, "conv_in.bias": torch.zeros(3)}, plain, "mine.safetensors")
+    with pytest.raises(InputError, match=r"mine.safetensors is of another architecture .*conv_in.bias"):
+        full_student(teacher, unet_network(unet), StudentConfig(), start=start)
 
 
 def test_a_full_student_learns_to_read_guidance():
@@ -145,17 +197,20 @@ def test_without_an_average_the_target_is_the_student(kind):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_checkpointing_does_not_change_the_gradients(kind):
+    """Nor those of the critic, whose adapters are on while the student's are off."""
     gradients = []
     for checkpointing in (False, True):
-        student, sample = _student(kind), _sample()
-        if checkpointing:
-            student.unet.enable_gradient_checkpointing()
-        nn.init.normal_(next(iter(student.trained.parameters())))
-        torch.manual_seed(5)
-        for parameter in student.trained.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        _loss(student, sample).backward()
-        gradients.append([p.grad for p in student.trained.parameters()])
+        config = StudentConfig(rank=2, gradient_checkpointing=checkpointing)
+        student, sample = _student(kind, config=config), _sample(method=MethodConfig(kind="dmd2", phases=2))
+        for network in (student.unet, student.critic) if kind == "full" else (student.unet,):
+            prepare_unet(network, config, (8, 8))
+        learning = [*student.trained.parameters(), *student.critic.parameters()]
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in learning:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        _loss(student, sample, method="dmd2").backward()
+        gradients.append([p.grad for p in learning])
     torch.testing.assert_close(gradients[1], gradients[0])
 
 

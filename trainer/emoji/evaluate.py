@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lcm_core.files import atomic_write
 from lcm_core.loading import Model
 from lcm_core.painting import Inputs, noise_source, paint
+from lcm_core.sampling import NoiseSampler
 from lcm_core.settings import Settings
 from lcm_core.weights import read_safetensors
 from trainer.emoji.data import SHIPPED, Drawing, number_emoji, read_entries
@@ -23,15 +25,30 @@ BATCH_SIZE = 128
 
 
 def paint_captions(
-    model: Model, captions: list[str], seeds: list[int], sampler: str, steps: int, guidance_scale: float
+    model: Model,
+    captions: list[str],
+    seeds: list[int],
+    sampler: str,
+    steps: int,
+    guidance_scale: float,
+    change_noise: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Pictures (B, 3, S, S) uint8 on the CPU, by the same way that users' pictures take."""
+    """Pictures (B, 3, S, S) uint8 on the CPU, by the same way that users' pictures take.
+
+    `change_noise` puts other noise in the place of the first, (B, C, h, w).
+    """
     size = model.resolution
     settings = Settings(
         num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler, width=size, height=size
     )
     cond, uncond = model.encode(captions, size, size), model.encode([""] * len(captions), size, size)
-    pixels = paint(model, Inputs(cond, uncond, noise_source(seeds, model.device)), settings)
+    plain = noise_source(seeds, model.device)
+
+    def noise(shape: Sequence[int]) -> tuple[Tensor, NoiseSampler]:
+        first, later = plain(shape)
+        return (first if change_noise is None else change_noise(first)), later
+
+    pixels = paint(model, Inputs(cond, uncond, noise), settings)
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 

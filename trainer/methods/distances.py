@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from lcm_core.errors import InputError
 
 DISTANCES = ("l2", "huber", "cauchy")
+
+
+def adaptive_c(original_steps: int) -> float:
+    """The c that suits a grid of N timesteps, exp(-1.18 log(N - 1) - 0.72) (arXiv 2502.01441 Sec. 4.4): the finer the
+    grid, the closer its neighbours, and the smaller the differences that still count."""
+    return math.exp(-1.18 * math.log(max(original_steps - 1, 1)) - 0.72)
 
 
 def distance(a: Tensor, b: Tensor, kind: str = "huber", huber_c: float = 0.001) -> Tensor:

@@ -9,14 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import apply_boundary
 from trainer.config import MethodConfig
-from trainer.methods.shared import Network, Networks, Sample, noised, predict, teacher_jump, weighted_distance
+from trainer.methods.shared import (
+    Networks,
+    Points,
+    Sample,
+    consistency,
+    draw_timesteps,
+    noised,
+    teacher_jump,
+    weighted_distance,
+)
 
 
-def draw_end(t: Tensor, s: Tensor, config: MethodConfig, total: int, generator: torch.Generator) -> Tensor:
-    """Always 0: consistency functions lead to the clean sample."""
-    return torch.zeros_like(s)
+def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+    """Two neighbours on the grid; the end is always 0, for consistency functions lead to the clean sample."""
+    t, s = draw_timesteps(size, config, alphas_cumprod, generator)
+    return Points(t, s, torch.zeros_like(s))
 
 
 def loss(
@@ -26,23 +35,20 @@ def loss(
     x_t = noised(sample, sample.t, alphas_cumprod)
     with torch.no_grad():
         x_s = teacher_jump(networks.teacher, x_t, sample, alphas_cumprod, config, prediction_type)
-    return consistency_loss(networks, x_t, x_s, sample, alphas_cumprod, config, prediction_type)
+    guess = consistency(networks.online, x_t, sample.t, sample, alphas_cumprod, prediction_type)
+    return consistency_loss(networks, guess, x_s, sample, alphas_cumprod, config, prediction_type)
 
 
 def consistency_loss(
     networks: Networks,
-    x_t: Tensor,
+    guess: Tensor,
     x_s: Tensor,
     sample: Sample,
     alphas_cumprod: Tensor,
     config: MethodConfig,
     prediction_type: str,
 ) -> Tensor:
-    """d(f_online(x_t, t), f_target(x_s, s)) of each sample, (B,), with f of Eq. 9."""
-
-    def f(network: Network, x: Tensor, t: Tensor) -> Tensor:
-        return apply_boundary(predict(network, x, t, sample, alphas_cumprod, prediction_type)[0], x, t)
-
+    """d(guess, f_target(x_s, s)) of each sample, (B,), where the guess is f_online(x_t, t)."""
     with torch.no_grad():
-        aim = f(networks.target, x_s, sample.s)
-    return weighted_distance(f(networks.online, x_t, sample.t), aim, sample.t, alphas_cumprod, config)
+        aim = consistency(networks.target, x_s, sample.s, sample, alphas_cumprod, prediction_type)
+    return weighted_distance(guess, aim, sample.t, alphas_cumprod, config)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcm_core.errors import InputError
 from trainer.config import MethodConfig
+from trainer.methods.shared import Points, check_phases, draw_timesteps
 
 
 def phase_edges(config: MethodConfig, total: int) -> Tensor:
@@ -21,13 +21,19 @@ def phase_edges(config: MethodConfig, total: int) -> Tensor:
     Raises:
         InputError: more phases than grid points, or none.
     """
-    if not 1 <= config.phases <= config.original_steps:
-        raise InputError(f"phases={config.phases} must be 1 to original_steps={config.original_steps}")
+    check_phases(config)
     points = -(-torch.arange(config.phases) * config.original_steps // config.phases)  # rounded up
     return (points * (total // config.original_steps) - 1).clamp(min=0)
 
 
-def draw_end(t: Tensor, s: Tensor, config: MethodConfig, total: int, generator: torch.Generator) -> Tensor:
-    """The end of the phase that t lies in, (B,) int64: the greatest edge below t, 0 for t = 0."""
+def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+    """Two neighbours on the grid, and the end of the phase that the upper one lies in: the greatest edge below it."""
+    t, s = draw_timesteps(size, config, alphas_cumprod, generator)
+    end = phase_end(t, config, len(alphas_cumprod))
+    return Points(t, torch.maximum(s, end), end)  # a jump from a shifted grid must not leave its phase
+
+
+def phase_end(t: Tensor, config: MethodConfig, total: int) -> Tensor:
+    """The end of the phase that t lies in, (B,) int64; 0 for t = 0."""
     edges = phase_edges(config, total)
     return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import add_noise, to_eps, to_x0
+from lcm_core.consistency import add_noise, apply_boundary, to_eps, to_x0
 from lcm_core.errors import InputError
 from lcm_core.guidance import guide
 from lcm_core.solver import solver_jump
 from trainer.config import MethodConfig
-from trainer.methods.distances import distance
+from trainer.methods.distances import adaptive_c, distance
 
 Conditioning = dict[str, Any]
 Network = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
@@ -31,11 +31,27 @@ _LOG_SIGMA_MEAN, _LOG_SIGMA_SPREAD = -1.1, 2.0  # arXiv 2310.14189 Sec. 3.5
 
 
 class Networks(NamedTuple):
-    """The three parts of a distillation; only `online` receives a gradient."""
+    """The parts of a distillation; only `online`, and in its own part of the loss `critic`, receive a gradient."""
 
     online: Network
     target: Network
     teacher: Network
+    critic: Network
+
+
+class Points(NamedTuple):
+    """The timesteps of a batch of B samples, as a method draws them. What each stands for is the method's to say."""
+
+    t: Tensor
+    """Where the online network looks, (B,) int64."""
+    s: Tensor
+    """Where it is compared with another network, alike."""
+    end: Tensor
+    """A further timestep, alike."""
+    path: tuple[int, ...] = ()
+    """Timesteps of the sampler before t, which is the same for the whole batch then."""
+    noises: int = 0
+    """How many noises a sample needs besides its first."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +65,23 @@ class Sample:
     t: Tensor
     """Noisy timesteps (B,) int64: where the online network looks."""
     s: Tensor
-    """One skip below, at least 0: where the teacher jumps to and the target network looks."""
+    """For consistency one skip below, at least 0: where the teacher jumps to and the target network looks. For `dmd2`
+    where the two scores are compared."""
     end: Tensor
-    """Where the two predictions are compared, at most s; 0 for plain consistency."""
+    """For consistency where the two predictions are compared, at most s; 0 for the plain one. For `dmd2` where the
+    critic learns."""
     w: Tensor
     """Guidance (B,)."""
     conditioning: Conditioning
     """What the networks are given, (B, ...) tensors and dicts of them."""
     null_conditioning: Conditioning
     """The same of the empty prompt."""
+    noises: Tensor
+    """Further noises (B, M, C, h, w), as many as the method wants."""
+    path: tuple[int, ...] = ()
+    """Timesteps of the sampler before t."""
+    student_turn: bool = True
+    """Whether the student learns in this step; where there is a critic, that one learns in every step."""
 
     def part(self, rows: slice) -> Sample:
         """Some of the samples."""
@@ -103,6 +127,16 @@ def draw_timesteps(
     return t, (t - skip).clamp(min=0)
 
 
+def check_phases(config: MethodConfig) -> None:
+    """Refuse what no sampler can visit.
+
+    Raises:
+        InputError: more phases than grid points, or none.
+    """
+    if not 1 <= config.phases <= config.original_steps:
+        raise InputError(f"phases={config.phases} must be 1 to original_steps={config.original_steps}")
+
+
 def draw_guidance(size: int, config: MethodConfig, generator: torch.Generator) -> Tensor:
     """w of each sample, (B,), even over [w_min, w_max]."""
     return config.w_min + (config.w_max - config.w_min) * torch.rand(size, generator=generator)
@@ -116,6 +150,22 @@ def draw_noise(shape: torch.Size, config: MethodConfig, generator: torch.Generat
     return eps
 
 
+def pair(x0: Tensor, eps: Tensor) -> Tensor:
+    """The same noises in the order in which they lie nearest to the samples, (B, C, h, w): the assignment with the
+    least sum of squared distances (minibatch optimal transport, arXiv 2302.00482 Sec. 3.2).
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise InputError("pair_noise needs scipy; install it, or leave pair_noise out") from error
+    costs = torch.cdist(x0.flatten(1).double(), eps.flatten(1).double()).square()
+    _, columns = linear_sum_assignment(costs.numpy())
+    return eps[torch.from_numpy(columns)]
+
+
 def at(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """alphas_cumprod (T,) at whole or fractional timesteps (B,) -> (B, 1, 1, 1); linear in log sigma as samplers do."""
     if not t.is_floating_point():
@@ -126,23 +176,35 @@ def at(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     return torch.sigmoid(-2 * value).view(-1, 1, 1, 1)
 
 
-def teacher_jump(
-    teacher: Network, x_t: Tensor, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
-) -> Tensor:
-    """x_s, like x_t: one solver step along the augmented PF-ODE, whose noise is (1 + w) eps(c) - w eps(null) (Eq. 15).
+def guided_eps(
+    teacher: Network, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The noise (1 + w) eps(c) - w eps(null) (Eq. 15) that the teacher sees, as a function of (x, t) and like x.
 
     Both halves of the guidance run in one batch of twice the size.
     """
-    # In double precision where there is one: with zero terminal SNR, eps to x0 multiplies rounding by 4519.
-    wide = torch.float32 if x_t.device.type == "mps" else torch.float64
-    abar = alphas_cumprod.to(wide)
+    dtype = sample.x0.dtype
 
     def eps_of(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
-        output = teacher(x.to(x_t.dtype), t, conditioning, None)
-        return to_eps(output.to(wide), x, at(abar, t), prediction_type)
+        output = teacher(x.to(dtype), t, conditioning, None)
+        return to_eps(output.to(x.dtype), x, at(alphas_cumprod, t), prediction_type)
 
-    guided = guide(eps_of, sample.conditioning, sample.null_conditioning, 1 + sample.w.to(wide))
-    return solver_jump(guided, x_t.to(wide), sample.t, sample.s, abar, config.solver).to(x_t.dtype)
+    scale = 1 + sample.w.to(alphas_cumprod.dtype)
+    return guide(eps_of, sample.conditioning, sample.null_conditioning, scale)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """In double precision where there is one: with zero terminal SNR, eps to x0 multiplies rounding by 4519."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def teacher_jump(
+    teacher: Network, x_t: Tensor, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+) -> Tensor:
+    """x_s, like x_t: one solver step along the augmented PF-ODE, whose noise is the guided one."""
+    abar = widen(alphas_cumprod)
+    guided = guided_eps(teacher, sample, abar, prediction_type)
+    return solver_jump(guided, widen(x_t), sample.t, sample.s, abar, config.solver).to(x_t.dtype)
 
 
 def predict(
@@ -153,6 +215,13 @@ def predict(
     return to_x0(output, x, abar, prediction_type), to_eps(output, x, abar, prediction_type)
 
 
+def consistency(
+    network: Network, x: Tensor, t: Tensor, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
+) -> Tensor:
+    """f of Eq. 9, like x: the clean sample that a student sees in x at t."""
+    return apply_boundary(predict(network, x, t, sample, alphas_cumprod, prediction_type)[0], x, t)
+
+
 def noised(sample: Sample, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """The samples with their noise at timesteps t."""
     return add_noise(sample.x0, sample.eps, at(alphas_cumprod, t))
@@ -160,7 +229,8 @@ def noised(sample: Sample, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 def weighted_distance(guess: Tensor, aim: Tensor, t: Tensor, alphas_cumprod: Tensor, config: MethodConfig) -> Tensor:
     """The distance of each sample, (B,), times the weight of its timestep."""
-    return snr_weight(at(alphas_cumprod, t).flatten(), config) * distance(guess, aim, config.loss, config.huber_c)
+    c = config.huber_c or adaptive_c(config.original_steps)
+    return snr_weight(at(alphas_cumprod, t).flatten(), config) * distance(guess, aim, config.loss, c)
 
 
 def snr_weight(abar: Tensor, config: MethodConfig) -> Tensor:
@@ -184,4 +254,4 @@ def snr_weight(abar: Tensor, config: MethodConfig) -> Tensor:
 def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _each(inner, function) for key, inner in value.items()}
-    return function(value)
+    return function(value) if isinstance(value, Tensor) else value

@@ -11,12 +11,24 @@ from torch import Tensor
 
 from lcm_core.solver import ddim_jump
 from trainer.config import MethodConfig
-from trainer.methods.shared import Network, Networks, Sample, at, noised, predict, teacher_jump, weighted_distance
+from trainer.methods.shared import (
+    Network,
+    Networks,
+    Points,
+    Sample,
+    at,
+    draw_timesteps,
+    noised,
+    predict,
+    teacher_jump,
+    weighted_distance,
+)
 
 
-def draw_end(t: Tensor, s: Tensor, config: MethodConfig, total: int, generator: torch.Generator) -> Tensor:
-    """e of each sample, even over the timesteps 0..s, (B,) int64."""
-    return (torch.rand(s.shape, generator=generator, dtype=torch.float64) * (s + 1)).long()
+def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+    """Two neighbours on the grid, and an end even over the timesteps from 0 to the lower one."""
+    t, s = draw_timesteps(size, config, alphas_cumprod, generator)
+    return Points(t, s, (torch.rand(s.shape, generator=generator, dtype=torch.float64) * (s + 1)).long())
 
 
 def loss(
