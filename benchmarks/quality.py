@@ -115,6 +115,11 @@ class Trial:
     """The run whose result it starts from; its time counts too."""
 
     @property
+    def whole(self) -> float:
+        """Share of the time, with that of the run before."""
+        return self.share + (0 if self.begins_with is None else self.begins_with.share)
+
+    @property
     def folder(self) -> str:
         """Name of its folder."""
         return "-".join([self.part, self.name, self.student, str(self.seed), f"{self.share:g}"]).replace(" ", "_")
@@ -123,7 +128,7 @@ class Trial:
 def list_trials(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Trial]:
     """All runs of the chosen parts, one seed after the other, so that a whole table is there early."""
     for seed in seeds:
-        for student in ("lora", "full"):
+        for student in BASE:
             for name, method in METHODS.items() if "methods" in parts else ():
                 trial = Trial("methods", name, student, seed, {"method": method})
                 if name == "dmd2":
@@ -227,7 +232,7 @@ class Bench:
 
     def run(self, trial: Trial) -> None:
         """Train and score one run, unless that was done."""
-        if self.has(trial.part, trial.name, trial.student, trial.seed, trial.share):
+        if self.has(trial.part, trial.name, trial.student, trial.seed, trial.whole):
             return
         rows: list[dict[str, Any]] = []
         noisy = trial.part == "methods" and trial.name == "lcd" and trial.student == "lora"
@@ -240,7 +245,7 @@ class Bench:
                 self.score_noises(f"{trial.name} {trial.student}", model, (1, 4), guidance_scale=guidance)
 
         samples, seconds = self.train(trial, paint)
-        labels = self.label(trial.part, trial.name, trial.student, trial.seed, trial.share, samples, seconds)
+        labels = self.label(trial.part, trial.name, trial.student, trial.seed, trial.whole, samples, seconds)
         self.add([{**labels, **row} for row in rows])
         (self.work / trial.folder / "run" / "state.safetensors").unlink()  # large, and done with
 

@@ -11,7 +11,7 @@ from modules import shared
 
 from extension_a1111 import host
 from extension_a1111.embedding import no_embedding, read_cond_proj, read_guidance
-from extension_a1111.loras import find_loras, kind_of_lora, kind_of_name
+from extension_a1111.loras import find_loras, kind_of_file
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, read_options
 from extension_a1111.recommend import MOST_STEPS, Recommendation, Wishes, recommend
 
@@ -58,10 +58,10 @@ def check_guidance_embedding(p: Any) -> None:
 
 def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Recommendation | None:
     name = file.stem if file else ""
-    loras = [(lora.name, kind_of_lora(lora.name, host.lora_file(lora.name))) for lora in find_loras(prompt)]
+    loras = [(lora.name, kind_of_file(lora.name, host.lora_file(lora.name))) for lora in find_loras(prompt)]
     is_full = file is not None and read_cond_proj(file) is not None
     stated = read_guidance(file) if file is not None else None
-    return recommend(steps, cfg_scale, loras, (name, kind_of_name(name)), is_full, _wishes(), stated)
+    return recommend(steps, cfg_scale, loras, (name, kind_of_file(name, file)), is_full, _wishes(), stated)
 
 
 def _set(p: Any, advised: Recommendation) -> None:

@@ -39,8 +39,8 @@ def kind_of_name(*titles: str) -> Kind | None:
     return next((kind for word, kind in _WORDS.items() if word in words), None)
 
 
-def kind_of_lora(name: str, file: Path | None) -> Kind | None:
-    """What a LoRA is for, by its name in the prompt, its file's name and its metadata."""
+def kind_of_file(name: str, file: Path | None) -> Kind | None:
+    """What a LoRA or checkpoint is for, by what its file states, else by its name (in the prompt) and its titles."""
     titles = [name]
     if file is not None and file.suffix == ".safetensors":
         metadata = check_file(file).get("__metadata__", {})

@@ -10,6 +10,7 @@ from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
 
 MOST_STEPS = 8
 """More steps than this do not help an LCM (arXiv 2310.04378 Table 1)."""
+_SAMPLERS: dict[Kind, str] = {"lcm": LCM_SAMPLER, "tcd": TCD_SAMPLER}
 _LORA_GUIDANCE = (1.0, 2.0)
 _FULL_GUIDANCE = (2.0, 14.0)  # what full LCMs are trained with (arXiv 2310.04378 Sec. 5)
 
@@ -59,12 +60,11 @@ def recommend(
     if is_full_lcm:
         span = (stated_guidance / 2, stated_guidance * 2) if stated_guidance else _FULL_GUIDANCE
         kept = _within(guidance_scale, span, stated_guidance or wishes.full_guidance)
-        return Recommendation(LCM_SAMPLER, steps, kept, f"{checkpoint[0]} is a full LCM")
+        return Recommendation(_SAMPLERS[checkpoint[1] or "lcm"], steps, kept, f"{checkpoint[0]} is a full LCM")
     for name, kind in [*loras, checkpoint]:
         if kind is not None:
-            sampler = LCM_SAMPLER if kind == "lcm" else TCD_SAMPLER
             kept = _within(guidance_scale, _LORA_GUIDANCE, wishes.lora_guidance)
-            return Recommendation(sampler, steps, kept, f"{name} is made for few steps")
+            return Recommendation(_SAMPLERS[kind], steps, kept, f"{name} is made for few steps")
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcm_core.checkpoint import KIND_KEY, ModelInfo, read_info, read_tokenizer_files
+from lcm_core.checkpoint import GAMMA_KEY, KIND_KEY, STEPS_KEY, ModelInfo, read_info, read_tokenizer_files
 from lcm_core.errors import InputError
 from lcm_core.fast import optimise_unet, optimise_vae
 from lcm_core.lora import merge, read_lora
@@ -49,6 +49,10 @@ class Model:
     resolution: int
     """Pixels, along each side, that the model was trained at."""
     sampler: str = "lcm"
+    steps: int = 4
+    """For the few-step samplers."""
+    gamma: float = 0.3
+    """Tcd's share of fresh noise in each step."""
     guidance_scale: float = 1.0
     """For the few-step samplers."""
     teacher_guidance_scale: float = 7.5
@@ -285,15 +289,12 @@ def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:
         model.is_distilled = _scheduler_class(source.root) in ("LCMScheduler", "TCDScheduler")
         if source.chosen == "teacher":
             model.sampler = "dpmpp_2m"
-    if "tcd" in map(_stated_kind, (source.root, *loras)):
-        model.sampler = "tcd"
-
-
-def _stated_kind(path: Path) -> str:
-    """Which sampler a file or folder says that it was distilled for; empty where it says nothing."""
-    if path.is_dir():
-        return {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}.get(_scheduler_class(path), "")
-    return read_metadata(path).get(KIND_KEY, "")
+    for path in (source.root, *loras):
+        stated = read_metadata(path) if path.is_file() else {}
+        if stated.get(KIND_KEY) == "tcd" or _scheduler_class(path) == "TCDScheduler":
+            model.sampler = "tcd"
+        model.gamma = float(stated.get(GAMMA_KEY, model.gamma))
+        model.steps = int(stated.get(STEPS_KEY, model.steps))
 
 
 def _scheduler_class(root: Path) -> str:

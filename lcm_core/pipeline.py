@@ -136,9 +136,10 @@ class Pipeline:
         model = self.model
         given.setdefault("sampler", model.sampler)
         few = given["sampler"] in FEW_STEP_SAMPLERS
-        steps = len(given["timesteps"]) if given.get("timesteps") else 4 if few else model.teacher_steps
+        steps = len(given["timesteps"]) if given.get("timesteps") else model.steps if few else model.teacher_steps
         given.setdefault("num_inference_steps", steps)
         given.setdefault("guidance_scale", model.guidance_scale if few else model.teacher_guidance_scale)
+        given.setdefault("gamma", model.gamma)
         given.setdefault("original_steps", model.original_steps)
         if image is None and given.get("strength", 1) != 1:
             raise InputError(f"strength {given['strength']} was given without an input image; add one or leave it out")

@@ -12,7 +12,9 @@ import torch
 
 from lcm_core.adapters import lora_state_dict
 from lcm_core.checkpoint import (
+    GAMMA_KEY,
     KIND_KEY,
+    STEPS_KEY,
     Component,
     ModelInfo,
     list_components,
@@ -48,6 +50,13 @@ def sampler_of(config: DistillConfig) -> str:
     return "tcd" if config.method.kind in TRAJECTORY_METHODS else "lcm"
 
 
+def sampling_of(config: DistillConfig) -> tuple[int, float | None]:
+    """Steps, and TCD's share of fresh noise (None for lcm). A student of phases goes from edge to edge without any."""
+    if sampler_of(config) == "lcm":
+        return 4, None
+    return (config.method.phases, 0.0) if config.method.kind == "segmented" else (4, 0.3)
+
+
 def write_weights(config: DistillConfig, student: Student, source: Source, info: ModelInfo) -> list[Path]:
     """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file.
 
@@ -55,8 +64,9 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         InputError: the folder cannot be written, or the disk is full.
     """
     folder, name = Path(config.output), run_name(config)
-    about = {DISTILL_KEY: json.dumps(to_dict(config)), KIND_KEY: sampler_of(config)}
-    metadata = {**about, "modelspec.title": name}
+    steps, gamma = sampling_of(config)
+    about = {KIND_KEY: sampler_of(config), STEPS_KEY: str(steps)} | ({} if gamma is None else {GAMMA_KEY: f"{gamma:g}"})
+    metadata = {**about, DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:
         file = folder / f"{name}_lora.safetensors"
         tensors = lora_state_dict(student.unet, ema=student.final == "ema", dtype=_STORED)
@@ -152,9 +162,8 @@ def _lcm_nodes(info: ModelInfo, model: list[Any], texts: Mapping[str, Any]) -> d
 
 
 def _tcd_nodes(config: DistillConfig, model: list[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
-    """TCD's sampler is this suite's own. A student of phases goes from edge to edge, without fresh noise."""
-    is_segmented, original_steps = config.method.kind == "segmented", config.method.original_steps
-    steps, gamma = (config.method.phases, 0.0) if is_segmented else (4, 0.3)
+    """TCD's sampler is this suite's own."""
+    (steps, gamma), original_steps = sampling_of(config), config.method.original_steps
     grid = {"steps": steps, "strength": 1.0, "original_steps": original_steps, "timesteps": ""}
     places = {"model": ["sampling", 0], "sampler": ["method", 0], "sigmas": ["steps", 0]}
     return {
@@ -193,7 +202,8 @@ def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[st
     return (
         f"# {name}\n\nPaints in 1 to 8 steps: a {what}, distilled from `{config.teacher}` ({info.family}, "
         f"{info.prediction_type}) by the method `{method.kind}` on {data}.\n\n## Use\n\n"
-        f"4 steps, sampler {sampler_of(config)}, guidance scale {scale}.\n\n{_usage(config, name, is_lora)}{score}\n"
+        f"{sampling_of(config)[0]} steps, sampler {sampler_of(config)}, guidance scale {scale}.\n\n"
+        f"{_usage(config, name, is_lora)}{score}\n"
         f"## Training\n\n{training.steps:,} steps of {training.batch_size}, learning rate {training.learning_rate:g}, "
         f"solver {method.solver}, loss {method.loss}, w {method.w_min:g} to {method.w_max:g}. Everything is in "
         "`config.json`, which `python -m trainer distill --config` takes again.\n"
@@ -201,25 +211,28 @@ def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[st
 
 
 def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
+    steps, gamma = sampling_of(config)
+    scheduler = _SCHEDULERS[sampler_of(config)]
+    how = f"num_inference_steps={steps}" + ("" if gamma is None else f", eta={gamma:g}")
     if is_lora:
         file = f"{name}_lora.safetensors"
         python = (
-            "from diffusers import DiffusionPipeline, LCMScheduler\n\n"
+            f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
-            "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)\n"
+            f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
             f'pipe.load_lora_weights("{file}")\n'
-            'pipe("a lighthouse", num_inference_steps=4, guidance_scale=1).images[0].save("picture.png")\n'
+            f'pipe("a lighthouse", {how}, guidance_scale=1).images[0].save("picture.png")\n'
         )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file} --steps 4'
+        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file} --steps {steps}'
         web = f"ComfyUI: `workflow_comfyui.json`, with the file in `models/loras`. A1111: `<lora:{file[:-12]}:1>`."
     else:
         python = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("diffusers")\n'
-            f'pipe("a lighthouse", num_inference_steps=4, guidance_scale={1 + config.method.w_min:g})'
+            f'pipe("a lighthouse", {how}, guidance_scale={1 + config.method.w_min:g})'
             '.images[0].save("picture.png")\n'
         )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors --steps 4'
+        shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors --steps {steps}'
         web = "ComfyUI and A1111 know no guidance input: `python -m lcm_core export` puts one value into the weights."
     return f"```\n{shell}\n```\n\n```python\n{python}```\n\n{web}\n"
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from extension_a1111.architecture import check_loras, check_network, context_width, network_width
 from extension_a1111.embedding import read_guidance
-from extension_a1111.loras import find_loras, kind_of_lora, kind_of_name
+from extension_a1111.loras import find_loras, kind_of_file, kind_of_name
 from extension_a1111.recommend import Recommendation, Wishes, recommend
 from lcm_core.errors import InputError
 
@@ -49,17 +49,17 @@ def test_what_the_file_states_counts_more_than_names(tmp_path: Path) -> None:
     for kind in ("lcm", "tcd"):
         file = tmp_path / f"{kind}.safetensors"
         save_file({"a": torch.zeros(1)}, file, metadata={"lcm_suite.kind": kind, "modelspec.title": "lcm tcd"})
-        assert kind_of_lora("my own lcm style", file) == kind
+        assert kind_of_file("my own lcm style", file) == kind
 
 
 def test_kind_by_metadata(tmp_path: Path) -> None:
     """`pytorch_lora_weights.safetensors` is how LCM-LoRAs are handed out; its header may say more."""
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.title": "LCM-LoRA SD 1.5"})
-    assert kind_of_lora("speed", file) == "lcm"
+    assert kind_of_file("speed", file) == "lcm"
     save_file({"x": torch.zeros(1)}, file)
-    assert kind_of_lora("speed", file) is None
-    assert kind_of_lora("speed", None) is None
+    assert kind_of_file("speed", file) is None
+    assert kind_of_file("speed", None) is None
 
 
 def test_architecture_of_a_lora_by_its_header(tmp_path: Path) -> None:
@@ -119,6 +119,7 @@ PLAIN = ("dreamy_v8", None)
         (20, 7, [], ("dreamy_lcm", "lcm"), False, ("LCM Suite", 4, 1.0)),  # LoRA merged into the checkpoint
         (20, 7, [], ("LCM_Dreamshaper", "lcm"), True, ("LCM Suite", 4, 7)),  # guidance goes in as embedding
         (3, 20, [], ("full", None), True, ("LCM Suite", 3, 8.0)),
+        (3, 8, [], ("trajectory", "tcd"), True, ("TCD Suite", 3, 8)),  # by what its file states
         (20, 7, [("style", None)], PLAIN, False, None),
     ],
 )

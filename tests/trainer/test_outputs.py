@@ -29,8 +29,9 @@ def lora_run(request, teachers, photos, tmp_path_factory):
 
 
 def _paint(model, guidance_scale):
-    """One picture in [0, 1] by `lcm_core`."""
-    chosen = Settings(num_inference_steps=STEPS, guidance_scale=guidance_scale, sampler="lcm", width=64, height=64)
+    """One picture in [0, 1] by `lcm_core`, with the sampler that the model's files ask for."""
+    sampler = {"sampler": model.sampler, "num_inference_steps": STEPS, "guidance_scale": guidance_scale}
+    chosen = Settings(**sampler, gamma=0.0, width=64, height=64)  # diffusers' eta, 0 where it is not given
     cond = model.encode([PROMPT], 64, 64)
     with torch.no_grad():
         return paint(model, Inputs(cond, None, noise_source([SEED], model.device)), chosen).clamp(-1, 1) / 2 + 0.5
@@ -119,7 +120,8 @@ def test_a_trajectory_student_brings_its_own_sampler(teachers, photos, tmp_path,
     output = _distil(teachers(), photos, tmp_path, "--method", method, "--phases", 3, "--steps", 1)
     file = output / "mine_lora.safetensors"
     assert read_safetensors(file)[1]["lcm_suite.kind"] == "tcd"
-    assert load_model(teachers(), "cpu", lora=[(file, 1.0)]).sampler == "tcd"
+    model = load_model(teachers(), "cpu", lora=[(file, 1.0)])
+    assert (model.sampler, model.steps, model.gamma) == ("tcd", steps, gamma)
     graph = json.loads((output / "workflow_comfyui.json").read_text())
     by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
     assert by_kind["LCMSampler"] == {"sampler": "tcd", "gamma": gamma}
@@ -145,32 +147,34 @@ def test_distribution_matching_goes_on_from_an_earlier_student(teachers, photos,
     assert _distil(teachers(), photos, output, *words, *more) == output  # a finished run is only read again
 
 
-@pytest.fixture(scope="module")
-def full_run(teachers, photos, tmp_path_factory):
+@pytest.fixture(scope="module", params=["lcd", "tcd"])
+def full_run(request, teachers, photos, tmp_path_factory):
     teacher = teachers("v_prediction", zero_snr=True)
-    words = ["--student", "full", "--method", "tcd", "--solver", "dpmpp_2s"]
-    return _distil(teacher, photos, tmp_path_factory.mktemp("full"), *words)
+    words = ["--student", "full", "--method", request.param, "--solver", "dpmpp_2s"]
+    return request.param, _distil(teacher, photos, tmp_path_factory.mktemp("full"), *words)
 
 
 def test_the_full_student_paints_the_same_from_its_folder_its_file_and_in_diffusers(full_run):
     from diffusers import DiffusionPipeline
 
-    from_file = _paint(load_model(full_run / "mine.safetensors", "cpu", "float32"), 4.0)
-    from_folder = _paint(load_model(full_run / "diffusers", "cpu", "float32"), 4.0)
+    method, output = full_run
+    from_file = _paint(load_model(output / "mine.safetensors", "cpu", "float32"), 4.0)
+    from_folder = _paint(load_model(output / "diffusers", "cpu", "float32"), 4.0)
     torch.testing.assert_close(from_file, from_folder, rtol=0, atol=1e-6)
-    pipe = DiffusionPipeline.from_pretrained(full_run / "diffusers", torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(output / "diffusers", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    assert type(pipe.scheduler).__name__ == {"lcd": "LCMScheduler", "tcd": "TCDScheduler"}[method]
     torch.testing.assert_close(_paint_with_diffusers(pipe, 4.0), from_folder, rtol=0, atol=2e-3)
 
 
 def test_the_single_file_keeps_the_guidance_input_and_the_marks(full_run):
-    tensors, metadata = read_safetensors(full_run / "mine.safetensors")
+    method, output = full_run
+    tensors, metadata = read_safetensors(output / "mine.safetensors")
     projection = tensors["model.diffusion_model.time_embed.cond_proj.weight"]
     assert projection.shape == (32, 256)
     assert projection.any()
     assert {"v_pred", "ztsnr"} <= tensors.keys()
-    assert json.loads(metadata["lcm_suite.distill"])["method"]["kind"] == "tcd"
+    assert json.loads(metadata["lcm_suite.distill"])["method"]["kind"] == method
 
 
 def test_more_steps_replace_the_results(teachers, photos, tmp_path):

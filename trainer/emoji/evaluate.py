@@ -39,7 +39,12 @@ def paint_captions(
     """
     size = model.resolution
     settings = Settings(
-        num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler, width=size, height=size
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        gamma=model.gamma,
+        width=size,
+        height=size,
     )
     cond, uncond = model.encode(captions, size, size), model.encode([""] * len(captions), size, size)
     plain = noise_source(seeds, model.device)
