@@ -18,9 +18,13 @@ ROOT = Path(__file__).parents[2]
 def quality(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality
+    import quality_trials
 
-    monkeypatch.setattr(quality, "COMMON", {**quality.COMMON, "batch_size": 2})
-    monkeypatch.setattr(quality, "REHEARSAL", 3)
+    monkeypatch.setattr(quality_trials, "COMMON", {**quality_trials.COMMON, "batch_size": 2})
+    monkeypatch.setattr(quality_trials, "REHEARSAL", 3)
+    methods, base = quality_trials.METHODS, quality_trials.BASE
+    monkeypatch.setattr(quality_trials, "METHODS", {name: methods[name] for name in ("lcd", "dmd2")})
+    monkeypatch.setattr(quality_trials, "BASE", {"lora": base["lora"]})
     monkeypatch.setattr(quality, "STEPS", (1, 4))
     return quality
 
@@ -56,8 +60,6 @@ def test_no_gradient_reaches_the_feature_network_and_none_comes_from_it():
 
 
 def test_a_trial_is_trained_scored_and_never_again(quality, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "METHODS", {name: quality.METHODS[name] for name in ("lcd", "dmd2")})
-    monkeypatch.setattr(quality, "BASE", {"lora": quality.BASE["lora"]})
     monkeypatch.setattr(quality, "NOISES", {"coloured": quality.coloured})
     again = []
     rows = _run(quality, tmp_path, monkeypatch, "--parts", "methods", "noise")
@@ -79,7 +81,7 @@ def test_a_trial_is_trained_scored_and_never_again(quality, tmp_path, monkeypatc
         "plot.png",
         "pictures.png",
     }
-    monkeypatch.setattr(quality, "learn", again.append)
+    monkeypatch.setattr(quality, "train", lambda trial, *_: again.append(trial))
     assert _run(quality, tmp_path, monkeypatch, "--parts", "methods", "noise") == rows
     assert not again
 
