@@ -6,7 +6,6 @@ student has them on, the target has their exponential moving average, and a crit
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,16 +51,14 @@ class _LoraModule(nn.Module):
         strength: multiplies the addition; 1 is as trained.
     """
 
-    def __init__(self, base: Layer, down: Layer, up: Layer, alpha: float) -> None:
+    def __init__(self, base: Layer, rank: int, alpha: float) -> None:
         super().__init__()
         self.base: Layer = base.requires_grad_(False)
-        self.down, self.up = down, up
+        self.rank, self.alpha = rank, float(alpha)
+        self.down, self.up = self.new_halves()
         self.others = nn.ModuleDict()
-        self.rank: int = down.weight.shape[0]
-        self.alpha = float(alpha)
         self.strength = 1.0
         self.use: Which = "online"
-        _start(down, up)
 
     @property
     def weight(self) -> Tensor:
@@ -77,10 +74,15 @@ class _LoraModule(nn.Module):
         pair: Any = self.others[which]
         return pair[0], pair[1]
 
-    def copy_halves(self, which: Which) -> tuple[Layer, Layer]:
-        """Make another pair of halves, like the online one."""
-        self.others[which] = nn.ModuleList(copy.deepcopy(half) for half in (self.down, self.up))
-        return self.halves(which)
+    def new_halves(self) -> tuple[Layer, Layer]:
+        """`down` and `up` with first weights, with which nothing changes."""
+        down, up = self._make_halves()
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        return down, up
+
+    def _make_halves(self) -> tuple[Layer, Layer]:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, with the addition unless it is off."""
@@ -94,12 +96,6 @@ class _LoraModule(nn.Module):
         return output + addition
 
 
-def _start(down: Layer, up: Layer) -> None:
-    """First weights, with which the adapter changes nothing."""
-    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-    nn.init.zeros_(up.weight)
-
-
 def _apply(layer: Layer, x: Tensor) -> Tensor:
     """The layer without bias, computed in the format of x."""
     weight = layer.weight.to(x.dtype)
@@ -111,19 +107,24 @@ def _apply(layer: Layer, x: Tensor) -> Tensor:
 class LoraLinear(_LoraModule):
     """LoRA around a linear layer."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        down = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        super().__init__(base, down, nn.Linear(rank, base.out_features, bias=False, device=base.weight.device), alpha)
+    base: nn.Linear
+
+    def _make_halves(self) -> tuple[Layer, Layer]:
+        options: dict[str, Any] = {"bias": False, "device": self.base.weight.device}
+        down = nn.Linear(self.base.in_features, self.rank, **options)
+        return down, nn.Linear(self.rank, self.base.out_features, **options)
 
 
 class LoraConv(_LoraModule):
     """LoRA around a convolution: the first half has its kernel and stride, the second is 1x1."""
 
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float) -> None:
-        shape = (base.kernel_size, base.stride, base.padding, base.dilation)
-        device = base.weight.device
-        down = nn.Conv2d(base.in_channels, rank, *shape, bias=False, device=device)  # type: ignore[arg-type]
-        super().__init__(base, down, nn.Conv2d(rank, base.out_channels, 1, bias=False, device=device), alpha)
+    base: nn.Conv2d
+
+    def _make_halves(self) -> tuple[Layer, Layer]:
+        base, options = self.base, {"bias": False, "device": self.base.weight.device}
+        shape: Any = (base.kernel_size, base.stride, base.padding, base.dilation)
+        down = nn.Conv2d(base.in_channels, self.rank, *shape, **options)  # type: ignore[arg-type]
+        return down, nn.Conv2d(self.rank, base.out_channels, 1, **options)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -150,13 +151,13 @@ class LoraAdapters:
     def start_ema(self) -> None:
         """Begin the average with the present weights."""
         for layer in self.layers.values():
-            for half in layer.copy_halves("ema"):
-                half.requires_grad_(False)
+            layer.others["ema"] = nn.ModuleList(layer.new_halves()).requires_grad_(False)
+        self.update_ema(0.0)
 
     def add_critic(self) -> None:
         """Give the network a second set of adapters to train, with which it starts as it is without any."""
         for layer in self.layers.values():
-            _start(*layer.copy_halves("critic"))
+            layer.others["critic"] = nn.ModuleList(layer.new_halves())
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -194,7 +195,7 @@ def add_lora(
     layers: dict[str, _LoraModule] = {}
     for path, module in found:
         kind = LoraLinear if isinstance(module, nn.Linear) else LoraConv
-        layers[path] = kind(module, rank, rank if alpha is None else alpha)  # type: ignore[arg-type]
+        layers[path] = kind(module, rank, rank if alpha is None else alpha)
         _replace(model, path, layers[path])
     return LoraAdapters(layers)
 

@@ -6,7 +6,6 @@ the steps that this run has already made; without any, it is said to be unknown.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -150,10 +149,9 @@ def _build(
         networks, trained = student.networks, student.trained
     else:
         width = unet.config.get("time_cond_proj_dim") or config.student.guidance_embedding_dim
-        trained = _network({**unet.config, "time_cond_proj_dim": width}, config, size)
+        trained, critic = (_network({**unet.config, "time_cond_proj_dim": width}, config, size) for _ in range(2))
         online = unet_network(trained, precision)
-        critic = unet_network(copy.deepcopy(trained), precision) if method.needs_critic else online
-        networks = Networks(online, online, call or online, critic)
+        networks = Networks(online, online, call or online, unet_network(critic, precision))
     number = sum(p.numel() for p in trained.parameters())
     return frozen, number, partial(_rehearse_step, networks, unet.config, method, size)
 

@@ -40,9 +40,10 @@ def real_student(config):
     component = read_component(f"{config.teacher}/unet", "unet")
     unet = build_unet()
     prepare_unet(unet, config.student, (8, 8))
+    critic = config.method.kind == "dmd2"
     if config.student.kind == "full":
-        return full_student(component, unet_network(unet), config.student, device=CPU)
-    return lora_student(unet, unet_network(unet), config.student)
+        return full_student(component, unet_network(unet), config.student, device=CPU, with_critic=critic)
+    return lora_student(unet, unet_network(unet), config.student, with_critic=critic)
 
 
 def count(module):
@@ -50,12 +51,16 @@ def count(module):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_weights_are_counted_exactly(config, kind):
-    config = replace(config, student=replace(config.student, kind=kind))
+@pytest.mark.parametrize("method", ["lcd", "dmd2"])
+def test_weights_are_counted_exactly(config, kind, method):
+    """A critic's too."""
+    config = replace(config, student=replace(config.student, kind=kind), method=MethodConfig(kind=method))
     student, memory = real_student(config), make_plan(config).memory
-    assert memory["weights that learn"] == 4 * count(student.trained)
+    learning = count(student.trained) + (0 if student.critic is None else count(student.critic))
+    assert learning == count(student.trained) * (2 if method == "dmd2" else 1)
+    assert memory["weights that learn"] == 4 * learning
     assert memory["their moving average"] == 4 * count(student.trained)
-    assert memory["optimiser"] == 8 * count(student.trained)
+    assert memory["optimiser"] == 8 * learning
     assert memory["frozen weights"] == 4 * count(build_unet())
 
 

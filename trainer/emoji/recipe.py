@@ -38,14 +38,11 @@ STAGES = {
     "vae": LoopConfig(steps=6500, batch_size=16, learning_rate=1e-3, ema_decay=0.998),
     "teacher": LoopConfig(steps=9700, batch_size=64, learning_rate=7e-4),
     "lcm": LoopConfig(steps=2000, batch_size=32, learning_rate=2e-4, ema_decay=0.95),
-    "tcd": LoopConfig(steps=1900, batch_size=32, learning_rate=1.2e-4, cooldown=0.7, ema_decay=0.98),
     "lora": LoopConfig(steps=400, batch_size=32, learning_rate=1e-3, ema_decay=0.95),
 }
 """Each training stage's loop. The numbers are those of the shipped weights."""
 DISTILLATION = MethodConfig(w_min=0.0, w_max=3.0)
 """Guidance that suits the small teacher; Stable Diffusion wants 2 to 14."""
-REFINEMENT = MethodConfig(kind="tcd", w_min=0.0, w_max=2.0)
-"""What follows for the full LCM: with consistency to the end alone, it gets worse with more steps."""
 LORA_DISTILLATION = replace(DISTILLATION, w_min=1.0, w_max=1.0)
 LORA_RANK = 8
 LORA_FILE = "lora/lcm_lora.safetensors"
@@ -102,8 +99,7 @@ def run(options: Options) -> None:
     shop = Workshop(options, torch.device(options.device), drawings, tokenizer)
     vae = get_vae(shop)
     teacher = get_teacher(shop, vae)
-    lcm = get_refined(shop, vae, teacher, get_lcm(shop, vae, teacher))
-    lora = get_lora(shop, vae, teacher)
+    lcm, lora = get_lcm(shop, vae, teacher), get_lora(shop, vae, teacher)
     if not options.output.exists():
         with new_folder(options.output) as folder:
             assemble(shop, folder, vae, teacher, lcm, lora)
@@ -150,17 +146,6 @@ def get_lcm(shop: Workshop, vae: Network, teacher: Mapping[str, Network]) -> Net
         return {"unet": distil_full(data, teacher, DISTILLATION, config, folder, shop.device)}
 
     return _cached(shop, "lcm", {"unet": UNet2DConditionModel}, make)["unet"]
-
-
-def get_refined(shop: Workshop, vae: Network, teacher: Mapping[str, Network], lcm: Network) -> Network:
-    """The full LCM, trained on by trajectory consistency."""
-    from diffusers import UNet2DConditionModel
-
-    def make(folder: Path) -> Mapping[str, Network]:
-        data, config = get_latents(shop, vae), shop.options.loop("tcd")
-        return {"unet": distil_full(data, teacher, REFINEMENT, config, folder, shop.device, start=lcm)}
-
-    return _cached(shop, "tcd", {"unet": UNet2DConditionModel}, make)["unet"]
 
 
 def get_lora(shop: Workshop, vae: Network, teacher: Mapping[str, Network]) -> dict[str, Tensor]:

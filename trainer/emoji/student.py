@@ -55,15 +55,12 @@ def distil_full(
     config: LoopConfig,
     folder: Path,
     device: torch.device,
-    start: Network | None = None,
 ) -> Network:
-    """Distillation of the whole U-Net, from the teacher's weights or an earlier student's. The target network is the
-    average, and the result."""
+    """Latent consistency distillation of the whole U-Net. The target network is the average, and the result."""
     unet = teacher["unet"].to(device)
     exact_output(unet)
     component = Component(unet.state_dict(), dict(unet.config))
-    first = None if start is None else Component(start.state_dict(), dict(start.config))
-    student = full_student(component, unet_network(unet, PRECISION), StudentConfig(), PRECISION, device, start=first)
+    student = full_student(component, unet_network(unet, PRECISION), StudentConfig(), PRECISION, device)
     height, width = data.latents.shape[-2:]
     for network in (student.trained, student.average):
         prepare_unet(network, StudentConfig(), (height, width))
