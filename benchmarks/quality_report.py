@@ -116,8 +116,9 @@ def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
     axes[1].set(xlabel="milliseconds a picture", xscale="log")
     for axis in axes:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        for scale in (axis.yaxis, axes[1].xaxis):  # plain numbers, where there would be powers of ten
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[1].legend(fontsize=8)
     with atomic_write(file) as temporary:
