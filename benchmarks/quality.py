@@ -142,8 +142,8 @@ def run_solvers(table: Table, exam: Exam, args: argparse.Namespace) -> None:
     """The teacher under its own solvers, and from other noise."""
     model = load_model("emoji", torch.device(args.device), unet="teacher")
     guidance = model.teacher_guidance_scale
-    for sampler, name in (("euler", "DDIM"), ("dpmpp_2m", "DPM++")) if "solvers" in args.parts else ():
-        for steps in (*STEPS, model.teacher_steps):
+    for steps in (*STEPS, model.teacher_steps) if "solvers" in args.parts else ():
+        for sampler, name in (("euler", "DDIM"), ("dpmpp_2m", "DPM++")):
             labels = ("solvers", f"{name} {steps}", "teacher", 0, "1")
             if not table.has(*labels):
                 rows = score(name, model, exam, [steps], sampler=sampler, guidance_scale=guidance)

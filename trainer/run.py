@@ -143,7 +143,8 @@ def begin(config: DistillConfig) -> Setup:
         if file.exists() and (setup.folder / "run" / "state.safetensors").exists():
             check_same_run(read_settings(file), to_dict(config), file)
         write_json(file, to_dict(config))
-        write_json(setup.folder / "run" / "machine.json", describe_machine(team.device))
+        several = {"processes": str(team.size)} if team.size > 1 else {}
+        write_json(setup.folder / "run" / "machine.json", {**describe_machine(team.device), **several})
     team.wait()
     return setup
 

@@ -1,5 +1,6 @@
 """The command as users run it: stopped, killed, continued, and given what it cannot use."""
 
+import json
 import os
 import random
 import shutil
@@ -122,15 +123,18 @@ def test_twenty_kills_at_random_moments_change_nothing(teachers, photos, tmp_pat
 
 
 @pytest.mark.slow
-def test_accelerate_launch_has_the_losses_of_one_process(teachers, photos, tmp_path):
-    """The real command on a U-Net, two processes that talk by gloo beside one."""
+def test_two_launched_processes_have_the_losses_of_one(teachers, photos, tmp_path):
+    """The real command on a U-Net, two processes that talk by gloo beside one. Started by torchrun, as `accelerate
+    launch --multi_gpu` starts it: without GPUs accelerate itself starts several processes with MPI only."""
     pytest.importorskip("accelerate")
     losses = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         command = [*launch, "-m", "trainer", *_command(teachers(), photos, folder, "--device", "cpu")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
+        machine = json.loads((folder / "run" / "machine.json").read_text())
+        assert machine.get("processes", "1") == str(count)
         losses[count] = read_safetensors(folder / "run" / "state.safetensors")[0]["log"][:, 1]
     torch.testing.assert_close(losses[2], losses[1], rtol=0, atol=1e-4)
