@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of training for each run (default: 600)")
     parser.add_argument("--samples", type=int, default=2048, help="pictures behind each line (default: 2048)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--work", type=Path, default=Path("work/quality"), help="folder of the runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the runs")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "quality", help="folder of the table, plot and pictures"
     )
