@@ -12,7 +12,7 @@ DISTANCES = ("l2", "huber", "cauchy")
 
 
 def adaptive_c(original_steps: int) -> float:
-    """The c that suits a grid of N timesteps, exp(-1.18 log(N - 1) - 0.72) (arXiv 2502.01441 Sec. 4.4): the finer the
+    """The c that suits a grid of N timesteps, exp(-1.18 log(N - 1) - 0.72) (arXiv 2502.01441): the finer the
     grid, the closer its neighbours, and the smaller the differences that still count."""
     return math.exp(-1.18 * math.log(max(original_steps - 1, 1)) - 0.72)
 
