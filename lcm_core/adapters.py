@@ -7,7 +7,7 @@ student has them on, the target has their exponential moving average, and a crit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,7 +40,7 @@ TARGET_MODULES = (
 """Ends of the module names that an LCM-LoRA covers: 67.3 M weights at rank 64 on SD 1.5 (arXiv 2311.05556: 67.5 M)."""
 
 
-class _LoraModule(nn.Module):
+class LoraModule(nn.Module):
     """A frozen layer plus `strength * alpha / rank * up(down(x))`.
 
     Attributes:
@@ -76,13 +76,10 @@ class _LoraModule(nn.Module):
 
     def new_halves(self) -> tuple[Layer, Layer]:
         """`down` and `up` with first weights, with which nothing changes."""
-        down, up = self._make_halves()
+        down, up = _make_halves(self.base, self.rank)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
         return down, up
-
-    def _make_halves(self) -> tuple[Layer, Layer]:
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, with the addition unless it is off."""
@@ -104,34 +101,20 @@ def _apply(layer: Layer, x: Tensor) -> Tensor:
     return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
-class LoraLinear(_LoraModule):
-    """LoRA around a linear layer."""
-
-    base: nn.Linear
-
-    def _make_halves(self) -> tuple[Layer, Layer]:
-        options: dict[str, Any] = {"bias": False, "device": self.base.weight.device}
-        down = nn.Linear(self.base.in_features, self.rank, **options)
-        return down, nn.Linear(self.rank, self.base.out_features, **options)
-
-
-class LoraConv(_LoraModule):
-    """LoRA around a convolution: the first half has its kernel and stride, the second is 1x1."""
-
-    base: nn.Conv2d
-
-    def _make_halves(self) -> tuple[Layer, Layer]:
-        base, options = self.base, {"bias": False, "device": self.base.weight.device}
-        shape: Any = (base.kernel_size, base.stride, base.padding, base.dilation)
-        down = nn.Conv2d(base.in_channels, self.rank, *shape, **options)  # type: ignore[arg-type]
-        return down, nn.Conv2d(self.rank, base.out_channels, 1, **options)  # type: ignore[arg-type]
+def _make_halves(base: Layer, rank: int) -> tuple[Layer, Layer]:
+    """Of a convolution, the first half has its kernel and stride, the second is 1x1."""
+    options: dict[str, Any] = {"bias": False, "device": base.weight.device}
+    if isinstance(base, nn.Linear):
+        return nn.Linear(base.in_features, rank, **options), nn.Linear(rank, base.out_features, **options)
+    shape: Any = (base.kernel_size, base.stride, base.padding, base.dilation)
+    return nn.Conv2d(base.in_channels, rank, *shape, **options), nn.Conv2d(rank, base.out_channels, 1, **options)
 
 
 @dataclass
 class LoraAdapters:
     """The LoRA modules that `add_lora` put into a network, by the path of the layer that each stands for."""
 
-    layers: dict[str, _LoraModule]
+    layers: dict[str, LoraModule]
 
     def parameters(self) -> list[Tensor]:
         """What to train."""
@@ -192,10 +175,9 @@ def add_lora(
     ]
     if not found:
         raise InputError(f"the network has no modules named {', '.join(target_modules)}; choose others")
-    layers: dict[str, _LoraModule] = {}
+    layers: dict[str, LoraModule] = {}
     for path, module in found:
-        kind = LoraLinear if isinstance(module, nn.Linear) else LoraConv
-        layers[path] = kind(module, rank, rank if alpha is None else alpha)
+        layers[path] = LoraModule(module, rank, rank if alpha is None else alpha)
         _replace(model, path, layers[path])
     return LoraAdapters(layers)
 
@@ -203,7 +185,7 @@ def add_lora(
 def remove_lora(model: nn.Module) -> None:
     """Put the plain layers back."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, _LoraModule):
+        if isinstance(module, LoraModule):
             _replace(model, path, module.base)
 
 
@@ -217,7 +199,7 @@ def lora_state_dict(model: nn.Module, ema: bool = False, dtype: torch.dtype | No
     """
     state: dict[str, Tensor] = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, _LoraModule):
+        if isinstance(layer, LoraModule):
             name = f"lora_unet_{path.replace('.', '_')}"
             for half, module in zip(("down", "up"), layer.halves("ema" if ema else "online"), strict=True):
                 state[f"{name}.lora_{half}.weight"] = module.weight.detach().to(dtype or module.weight.dtype)
@@ -243,24 +225,24 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: boo
             tensor.copy_(state[key] * scale)
 
 
-def checkpoint(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+def checkpoint(block: nn.Module, *args: Any) -> Any:
     """Gradient checkpointing of one block of a network: its second forward pass, which happens whenever the backward
     pass comes by, runs with the adapters that the first had."""
-    layers = [module for module in model.modules() if isinstance(module, _LoraModule)]
+    layers = [module for module in block.modules() if isinstance(module, LoraModule)]
     uses = [layer.use for layer in layers]
 
     def run(*args: Any) -> Any:
         now = [layer.use for layer in layers]
         _switch(layers, uses)
         try:
-            return function(*args)
+            return block(*args)
         finally:
             _switch(layers, now)
 
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
 
 
-def _switch(layers: Iterable[_LoraModule], uses: Iterable[Which]) -> None:
+def _switch(layers: Iterable[LoraModule], uses: Iterable[Which]) -> None:
     for layer, use in zip(layers, uses, strict=True):
         layer.use = use
 

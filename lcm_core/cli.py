@@ -46,7 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 2 for a mistake in the input, 130 when interrupted."""
-    args = build_parser().parse_args(argv)
+    return run_command(
+        build_parser().parse_args(argv),
+        interrupted="interrupted; nothing was left half-written",
+        out_of_memory="use a smaller --size, --batch 1, or --dtype float16 or bfloat16",
+    )
+
+
+def run_command(args: argparse.Namespace, interrupted: str, out_of_memory: str) -> int:
+    """Run the command that was parsed, with every mistake of the user's as one line. Returns the exit code.
+
+    Args:
+        args: `args.run(args)` is the command.
+        interrupted: what to say after Ctrl-C.
+        out_of_memory: what to do against that.
+    """
     try:
         with warnings.catch_warnings():
             # The libraries' talk to developers is not for users; our own warnings become notes of one line.
@@ -60,13 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(USER_ERROR, f"error: {error}")
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; nothing was left half-written")
+        return _fail(INTERRUPTED, interrupted)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail(
-            USER_ERROR, "error: out of memory; use a smaller --size, --batch 1, or --dtype float16 or bfloat16"
-        )
+        return _fail(USER_ERROR, f"error: out of memory; {out_of_memory}")
     return 0
 
 

@@ -19,16 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from lcm_core import lora_keys, weights
-from lcm_core.adapters import LoraAdapters, LoraConv, LoraLinear, add_lora, lora_state_dict, remove_lora
+from lcm_core.adapters import LoraAdapters, LoraModule, add_lora, lora_state_dict, remove_lora
 from lcm_core.errors import InputError
 from lcm_core.lora_keys import Part
 
 __all__ = [
     "Lora",
     "LoraAdapters",
-    "LoraConv",
     "LoraLayer",
-    "LoraLinear",
+    "LoraModule",
     "add_lora",
     "lora_state_dict",
     "merge",

@@ -6,20 +6,14 @@ Importing this loads neither torch nor any other library, so that `--help` answe
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lcm_core.commands.common import note
-from lcm_core.errors import InputError
+from lcm_core.cli import USER_ERROR, run_command
 from trainer.commands.cache import add_cache
 from trainer.commands.distill import add_distill
 from trainer.commands.eval import add_eval
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,36 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code: 0, 2 for a mistake in the input, 130 when interrupted."""
-    args = build_parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            # The libraries' talk to developers is not for users; our own warnings become notes of one line.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.showwarning = lambda message, *_, **__: note(str(message))
-            args.run(args)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; what was learnt is saved: run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        print(
-            "error: out of memory; use --gradient-checkpointing, more --accumulation, or a smaller --resolution; "
-            "the same command goes on where it was",
-            file=sys.stderr,
-        )
-        return USER_ERROR
-    return 0
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch raises its own OutOfMemoryError on accelerators, and a plain RuntimeError on the CPU.
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in words or "not enough memory" in words
+    return run_command(
+        build_parser().parse_args(argv),
+        interrupted="interrupted; what was learnt is saved: run the same command again to go on",
+        out_of_memory="use --gradient-checkpointing, more --accumulation, or a smaller --resolution; "
+        "the same command goes on where it was",
+    )
 
 
 def _add_recipe(commands: Any) -> None:

@@ -132,6 +132,8 @@ def check_method(method: MethodConfig, schedule: NoiseSchedule, prediction_type:
         raise InputError(f"unknown prediction_type {prediction_type!r}; choose {', '.join(PREDICTION_TYPES)}")
     if prediction_type == "epsilon" and schedule.zero_terminal_snr:
         raise InputError("the teacher predicts epsilon but its schedule has zero terminal SNR; give prediction_type")
+    if method.critic_updates < 1:
+        raise InputError(f"critic_updates={method.critic_updates} is too small; use 1 or more (5 is usual)")
     if not 0 <= method.w_min <= method.w_max:
         raise InputError(f"w_min={method.w_min:g}, w_max={method.w_max:g} is no range; use 0 <= w_min <= w_max")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -202,7 +201,7 @@ def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> Non
     unet.to(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
     set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(partial(checkpoint, unet))
+        unet.enable_gradient_checkpointing(checkpoint)
     if config.compile:
         if device.type != "cuda":
             raise InputError(f"compile pays on CUDA only, not on {device}; leave it out")
