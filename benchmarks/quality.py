@@ -10,11 +10,12 @@ is measured stands in `results.csv`, and is not measured again: the same command
 another machine. Parts:
 
     solvers    the teacher itself, with each of its solvers
+    embedded   the embedded LCM and LCM-LoRA, which were trained for longer than the runs below
     methods    each method as LoRA and as full model; dmd2 spends half of its time as lcd
     skip       lcd with skip k = 1, 5, 10, 20, 50, after a quarter, half and all of the time
     guidance   lcd with w = 2, 4, 8, 12
     variety    lcd with other noise schedules, and with augmented pictures beside plain ones
-    noise      lcd and the teacher from start noise that nobody trained on: scaled, coloured, quantised
+    noise      the embedded models from start noise that nobody trained on: scaled, coloured, quantised
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from trainer.evaluate import Exam, benchmark_exam, evaluate_rows
 from trainer.machine import describe_machine
 from trainer.preview import paint_previews
 
-PARTS = ("solvers", "methods", "skip", "guidance", "variety", "noise")
+PARTS = ("solvers", "embedded", "methods", "skip", "guidance", "variety", "noise")
 STEPS = (1, 2, 4, 8)
+SOLVERS = {"euler": "DDIM", "dpm_2m": "DPM", "dpmpp_2m": "DPM++"}
 PROMPTS = ("pizza, noto style", "red heart, fluent style", "octopus, twemoji style", "grinning face, noto style")
 
 
@@ -75,9 +77,10 @@ class Table:
         with self.file.open(newline="") as stream:
             return list(csv.DictReader(stream))
 
-    def has(self, *labels: object) -> bool:
-        """Whether there are lines with these labels."""
-        return any([row[column] for column in self.labels] == [str(label) for label in labels] for row in self.rows)
+    def has(self, *labels: object, **more: object) -> bool:
+        """Whether there are lines with these labels, and with more that they say."""
+        wanted = {**dict(zip(self.labels, labels, strict=True)), **more}
+        return any(all(row[column] == str(value) for column, value in wanted.items()) for row in self.rows)
 
     def add(self, labels: Sequence[object], cost: Settings, scores: Sequence[Settings]) -> None:
         """More lines, which have labels and cost in common."""
@@ -96,13 +99,10 @@ def run_trial(trial: Trial, table: Table, exam: Exam, args: argparse.Namespace) 
         return
     guidance = 1.0 if trial.student == "lora" else 2.0
     rows: list[Settings] = []
-    is_noisy = (trial.part, trial.name, trial.student, trial.seed) == ("methods", "lcd", "lora", args.seeds[0])
 
     def use(model: Model) -> None:
         rows.extend(score(trial.name, model, exam, STEPS, guidance_scale=guidance))
         save_pictures(args.work / "samples" / f"{trial.name} {trial.student}", model, guidance)
-        if is_noisy and "noise" in args.parts:
-            run_noises(f"{trial.name} {trial.student}", model, table, exam, args, (1, 4), guidance_scale=guidance)
 
     samples, seconds = train(trial, args, use)
     table.add(labels, describe_cost(args, samples, seconds), rows)
@@ -121,35 +121,32 @@ def describe_cost(args: argparse.Namespace, samples: int = 0, seconds: float = 0
     return {"samples_seen": samples, "seconds": f"{seconds:.0f}", "pictures": args.samples, "machine": machine}
 
 
-def run_noises(
-    name: str,
-    model: Model,
-    table: Table,
-    exam: Exam,
-    args: argparse.Namespace,
-    steps: Sequence[int],
-    **options: Any,
-) -> None:
-    """A model from start noise of other kinds, and of its own."""
-    for kind, change in {"as trained": None, **NOISES}.items():
-        labels = ("noise", kind, name, 0, "1")
-        if not table.has(*labels):
-            other = replace(exam, change_noise=change)
-            table.add(labels, describe_cost(args), score(f"{name}, {kind}", model, other, steps, **options))
+def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
+    """What is embedded, without training: the teacher under its solvers, the students, and all from other noise."""
+    device = torch.device(args.device)
+    teacher = load_model("emoji", device, unet="teacher")
+    guided = {"guidance_scale": teacher.teacher_guidance_scale}
+    full, lora = load_model("emoji", device), load_model("emoji", device, unet="teacher", lora=[("lcm_lora", 1.0)])
 
+    def measure(
+        part: str, name: str, student: str, model: Model, steps: int, exam: Exam = exam, **options: Any
+    ) -> None:
+        labels = (part, name, student, 0, "1")
+        if part in args.parts and not table.has(*labels, steps=steps):
+            table.add(labels, describe_cost(args), score(name, model, exam, [steps], **options))
 
-def run_solvers(table: Table, exam: Exam, args: argparse.Namespace) -> None:
-    """The teacher under its own solvers, and from other noise."""
-    model = load_model("emoji", torch.device(args.device), unet="teacher")
-    guidance = model.teacher_guidance_scale
-    for steps in (*STEPS, model.teacher_steps) if "solvers" in args.parts else ():
-        for sampler, name in (("euler", "DDIM"), ("dpmpp_2m", "DPM++")):
-            labels = ("solvers", f"{name} {steps}", "teacher", 0, "1")
-            if not table.has(*labels):
-                rows = score(name, model, exam, [steps], sampler=sampler, guidance_scale=guidance)
-                table.add(labels, describe_cost(args), rows)
-    if "noise" in args.parts:
-        run_noises("teacher", model, table, exam, args, (4,), sampler="dpmpp_2m", guidance_scale=guidance)
+    for sampler, name in SOLVERS.items():
+        for steps in (*STEPS, teacher.teacher_steps):
+            measure("solvers", name, "teacher", teacher, steps, sampler=sampler, **guided)
+    for steps in STEPS:
+        measure("embedded", "LCM", "full", full, steps)
+        measure("embedded", "LCM-LoRA", "lora", lora, steps)
+    for name, change in {"as trained": None, **NOISES}.items():
+        other = replace(exam, change_noise=change)
+        measure("noise", name, "teacher", teacher, 4, other, **guided)
+        for steps in (1, 4):
+            measure("noise", name, "full", full, steps, other)
+            measure("noise", name, "lora", lora, steps, other)
 
 
 def save_pictures(folder: Path, model: Model, guidance_scale: float) -> None:
@@ -177,7 +174,7 @@ def main() -> None:
     table = Table(args.output / "results.csv")
     if not args.show:
         exam = benchmark_exam(load_benchmark(args.samples))
-        run_solvers(table, exam, args)
+        run_embedded(table, exam, args)
         for trial in list_trials(args.parts, args.seeds):
             run_trial(trial, table, exam, args)
     show(table.rows, args.output, args.work / "samples", PROMPTS)

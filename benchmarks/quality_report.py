@@ -16,7 +16,7 @@ Row = dict[str, str]
 SCORES = ("fd", "recall", "alignment", "seen_alignment", "held_out_alignment", "images_per_second")
 DIGITS = {"fd": 2, "images_per_second": 1}
 PICTURE_STEPS = (1, 4)
-_SOLVERS, _METHODS = "solvers", "methods"
+PLOTTED = ("solvers", "embedded", "methods")
 
 
 def show(rows: Sequence[Row], output: Path, samples: Path, prompts: Sequence[str]) -> None:
@@ -40,8 +40,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One line for all seeds of a run at one number of steps: the mean of each score, and its standard deviation."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        name = row["name"].rpartition(" ")[0] if row["part"] == _SOLVERS else row["name"]
-        key = (row["part"], name, row["student"], row["share"], row["steps"])
+        key = (row["part"], row["name"], row["student"], row["share"], row["steps"])
         groups.setdefault(key, []).append(row)
     lines = []
     for (part, name, student, share, steps), members in groups.items():
@@ -88,7 +87,7 @@ def score(line: dict[str, Any], column: str) -> str:
 
 
 def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
-    """FD against steps, and against milliseconds a picture, of every solver and method."""
+    """FD against steps, and against milliseconds a picture, of every solver, embedded model and method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -97,7 +96,7 @@ def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
-        if line["part"] in (_SOLVERS, _METHODS):
+        if line["part"] in PLOTTED:
             curves.setdefault((line["name"], line["student"]), []).append(line)
     names = list(dict.fromkeys(name for name, _ in curves))
     for (name, student), points in curves.items():

@@ -33,7 +33,7 @@ _PARAMETERS = {
     "Seed": "seed",
     "Model": "model",
 }
-_SAMPLER_NAMES = {"lcm": "LCM", "tcd": "TCD", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+_SAMPLER_NAMES = {"lcm": "LCM", "tcd": "TCD", "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "dpm_2m": "DPM 2M"}
 _EXIF_DESCRIPTION = 0x010E  # JPEG and WebP have no text chunks; the image description carries the same JSON
 
 

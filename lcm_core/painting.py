@@ -20,6 +20,7 @@ from lcm_core.sampling import (
     initial_latents,
     initial_noise,
     inpaint,
+    sample_dpm_2m,
     sample_dpmpp_2m,
     sample_euler,
     sample_lcm,
@@ -34,7 +35,13 @@ Conditioning = dict[str, Any]
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
 """From a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
 
-_SAMPLERS = {"lcm": sample_lcm, "tcd": sample_tcd, "euler": sample_euler, "dpmpp_2m": sample_dpmpp_2m}
+_SAMPLERS = {
+    "lcm": sample_lcm,
+    "tcd": sample_tcd,
+    "euler": sample_euler,
+    "dpmpp_2m": sample_dpmpp_2m,
+    "dpm_2m": sample_dpm_2m,
+}
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ Callback = Callable[[dict[str, Any]], object]
 
 
 class Step(NamedTuple):
-    """One update: x <- x_scale x + denoised_scale denoised + noise_scale noise + previous_scale previous denoised."""
+    """One update: x <- x_scale x + denoised_scale denoised + noise_scale noise, and the last step's x and denoised."""
 
     x_scale: float
     denoised_scale: float
     noise_scale: float = 0.0
-    previous_scale: float = 0.0
+    last_denoised_scale: float = 0.0
+    last_x_scale: float = 0.0
 
 
 def sample_lcm(
@@ -120,12 +121,32 @@ def sample_dpmpp_2m(
     """
     levels = _levels(sigmas)
     steps = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for (sigma, sigma_next), bend in zip(pairwise(levels), _bends(levels), strict=True):
         ratio = sigma_next / sigma
-        bend = 0.0  # how much of the last change in denoised is carried on: h / (2 h_last), h = log(sigma / sigma_next)
-        if i > 0 and sigma_next > 0:
-            bend = math.log(sigma / sigma_next) / math.log(levels[i - 1] / sigma) / 2
-        steps.append(Step(ratio, (1 - ratio) * (1 + bend), 0.0, (ratio - 1) * bend))
+        steps.append(Step(ratio, (1 - ratio) * (1 + bend), last_denoised_scale=(ratio - 1) * bend))
+    return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_dpm_2m(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """DPM-Solver-2 (arXiv 2206.00927) as a multistep method with one call per step; see `sample_lcm`. Draws no noise.
+
+    What `sample_dpmpp_2m` does with denoised, done with eps = (x - denoised) / sigma. Here to be compared with: papers
+    measure against it.
+    """
+    levels = _levels(sigmas)
+    steps = []
+    for i, bend in enumerate(_bends(levels)):
+        now = (levels[i + 1] / levels[i] - 1) * (1 + bend)
+        last = (levels[i] - levels[i + 1]) / levels[i - 1] * bend if bend else 0.0
+        steps.append(Step(1 + now, -now, last_denoised_scale=-last, last_x_scale=last))
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
@@ -207,6 +228,12 @@ def _levels(sigmas: Tensor) -> list[float]:
     return levels
 
 
+def _bends(levels: Sequence[float]) -> list[float]:
+    """How much of the last change each step carries on: h / (2 h_last) with h = log(sigma / sigma_next), or 0."""
+    lengths = [math.log(sigma / sigma_next) if sigma_next > 0 else 0.0 for sigma, sigma_next in pairwise(levels)]
+    return [length / lengths[i - 1] / 2 if i > 0 else 0.0 for i, length in enumerate(lengths)]
+
+
 def _tcd_steps(sigmas: Tensor, gamma: float, schedule: NoiseSchedule) -> list[Step]:
     levels = _levels(sigmas)
     timesteps = schedule.sigma_to_t(sigmas.cpu().float())
@@ -240,7 +267,7 @@ def _run(
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     levels = sigmas.to(x.device, precision)
     per_sample = levels[:, None].repeat(1, x.shape[0]).unbind()  # N + 1 of (B,)
-    previous: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None  # x and denoised
     for i in _progress(len(steps), disable):
         denoised = model(x, per_sample[i], **extra_args)
         if callback is not None:
@@ -249,20 +276,22 @@ def _run(
         noise = None
         if step.noise_scale:
             noise = noise_sampler(levels[i], levels[i + 1]) if noise_sampler else torch.randn_like(x)
-        x = _combine(step, x, denoised, noise, previous)
-        previous = denoised
+        x, last = _combine(step, x, denoised, noise, last), (x, denoised)
     return x
 
 
-def _combine(step: Step, x: Tensor, denoised: Tensor, noise: Tensor | None, previous: Tensor | None) -> Tensor:
+def _combine(
+    step: Step, x: Tensor, denoised: Tensor, noise: Tensor | None, last: tuple[Tensor, Tensor] | None
+) -> Tensor:
     # Terms of weight 0 are left out, not multiplied: it is quicker, and 0 * inf would be NaN.
     total = denoised if step.denoised_scale == 1 else denoised * step.denoised_scale
     if step.x_scale:
         total = torch.add(total, x, alpha=step.x_scale)
     if noise is not None:
         total = torch.add(total, noise, alpha=step.noise_scale)
-    if previous is not None and step.previous_scale:
-        total = torch.add(total, previous, alpha=step.previous_scale)
+    for before, scale in zip(last or (), (step.last_x_scale, step.last_denoised_scale), strict=False):
+        if scale:
+            total = torch.add(total, before, alpha=scale)
     return total
 
 

@@ -11,7 +11,7 @@ from lcm_core.errors import InputError
 
 FEW_STEP_SAMPLERS = ("lcm", "tcd")
 """For distilled models: they walk the grid of `original_steps`."""
-TEACHER_SAMPLERS = ("euler", "dpmpp_2m")
+TEACHER_SAMPLERS = ("euler", "dpmpp_2m", "dpm_2m")
 """For plain models, 20 to 50 steps. "euler" is deterministic DDIM."""
 SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
 

@@ -68,7 +68,7 @@ def add_settings_options(parser: argparse.ArgumentParser) -> None:
         help="how strictly to follow the prompt; 1 is off (default: the model's)",
     )
     group.add_argument("--size", type=parse_size, metavar="WxH", help="picture size in pixels (default: the model's)")
-    group.add_argument("--sampler", help="lcm, tcd, euler or dpmpp_2m (default: the model's)")
+    group.add_argument("--sampler", help="lcm, tcd, euler, dpmpp_2m or dpm_2m (default: the model's)")
     group.add_argument("--original-steps", type=int, metavar="N", help="timesteps of the distillation (default 50)")
     group.add_argument("--timesteps", type=parse_timesteps, metavar="T,T,...", help="your own, falling, e.g. 999,749")
     group.add_argument("--gamma", type=float, help="tcd only: share of fresh noise per step (default 0.3)")

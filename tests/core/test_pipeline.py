@@ -77,7 +77,7 @@ def as_tensor_of(decoded: torch.Tensor) -> torch.Tensor:
     return (decoded + 1) / 2
 
 
-@pytest.mark.parametrize("sampler", ["lcm", "tcd", "euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["lcm", "tcd", "euler", "dpmpp_2m", "dpm_2m"])
 def test_inpainting_keeps_what_is_not_masked_to_the_last_bit(lcm: Pipeline, sampler: str) -> None:
     source = Image.effect_noise((64, 64), 60).convert("RGB")
     mask = Image.new("L", (64, 64), 0)

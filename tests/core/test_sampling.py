@@ -17,6 +17,7 @@ from lcm_core.sampling import (
     initial_latents,
     initial_noise,
     inpaint,
+    sample_dpm_2m,
     sample_dpmpp_2m,
     sample_euler,
     sample_lcm,
@@ -37,7 +38,7 @@ SEED = 11
 STEPS = (1, 2, 3, 4, 5, 6, 8, 16)
 STRENGTHS = (0.2, 0.35, 0.5, 0.6, 0.75, 0.9, 1.0)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SAMPLERS = (sample_lcm, sample_tcd, sample_euler, sample_dpmpp_2m)
+SAMPLERS = (sample_lcm, sample_tcd, sample_euler, sample_dpmpp_2m, sample_dpm_2m)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -236,6 +237,28 @@ def test_dpmpp_2m_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, 
         assert_parity(ours(sample_dpmpp_2m, Denoiser(net, schedule, prediction), sigmas), expected, 1e-4)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 25])
+def test_dpm_2m_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, steps: int, prediction: str) -> None:
+    """diffusers' ends at timestep 0, and in variance-preserving coordinates."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        **BETAS,
+        algorithm_type="dpmsolver",
+        final_sigmas_type="sigma_min",
+        lower_order_final=False,
+        timestep_spacing="trailing",
+        prediction_type=prediction,
+    )
+    scheduler.set_timesteps(steps)
+    expected = reference(scheduler, net)
+    sigmas = get_sigmas_trailing(schedule, steps)
+    sigmas[-1] = schedule.sigmas[0]
+    actual = ours(sample_dpm_2m, Denoiser(net, schedule, prediction), sigmas) / (1 + sigmas[-1] ** 2).sqrt()
+    assert_parity(actual, expected, 1e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_zero_terminal_snr_breaks_sampling(net: TinyNet, steps: int, prediction: str) -> None:
@@ -400,7 +423,7 @@ def test_inpainting_changes_the_kept_region(net: TinyNet, schedule: NoiseSchedul
         model = inpaint(recording, kept, mask, noise)
         return sampler(model, x, sigmas, noise_sampler=seeded_noise_sampler([3], SHAPE), disable=True)
 
-    for sampler in (sample_lcm, sample_euler, sample_dpmpp_2m):
+    for sampler in (sample_lcm, sample_euler, sample_dpmpp_2m, sample_dpm_2m):
         seen.clear()
         result = run(sampler, mask)
         assert torch.equal(result[..., :4], kept[..., :4])

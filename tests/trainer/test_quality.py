@@ -61,14 +61,14 @@ def test_no_gradient_reaches_the_feature_network_and_none_comes_from_it():
 
 def test_a_trial_is_trained_scored_and_never_again(quality, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "NOISES", {"coloured": quality.coloured})
-    again = []
+    kinds, again = ("as trained", "coloured"), []
     rows = _run(quality, tmp_path, monkeypatch, "--parts", "methods", "noise")
     found = [(row["part"], row["name"], row["student"], row["steps"]) for row in rows]
     students = [("methods", name, "lora", steps) for name in ("lcd", "dmd2") for steps in ("1", "4")]
     assert set(found) == {
         *students,
-        *(("noise", kind, "teacher", "4") for kind in ("as trained", "coloured")),
-        *(("noise", kind, "lcd lora", steps) for kind in ("as trained", "coloured") for steps in ("1", "4")),
+        *(("noise", kind, "teacher", "4") for kind in kinds),
+        *(("noise", kind, student, steps) for kind in kinds for student in ("full", "lora") for steps in ("1", "4")),
     }
     assert len(found) == len(set(found))
     by_name = {row["name"]: row for row in rows if row["part"] == "methods"}

@@ -34,7 +34,7 @@ def add_eval(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="one row each (default: 1 2 4 8)")
-    parser.add_argument("--sampler", help="lcm, tcd, euler or dpmpp_2m (default: the model's)")
+    parser.add_argument("--sampler", help="lcm, tcd, euler, dpmpp_2m or dpm_2m (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--samples", type=int, default=2048, help="pictures behind each row (default: 2048)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="your own pictures with captions, as for `distill`")
