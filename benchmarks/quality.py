@@ -13,7 +13,7 @@ another machine. Parts:
     embedded   the embedded LCM and LCM-LoRA, which were trained for longer than the runs below
     methods    each method as LoRA and as full model; dmd2 spends half of its time as lcd
     skip       lcd with skip k = 1, 5, 10, 20, 50, after a quarter, half and all of the time
-    guidance   lcd with w = 2, 4, 8, 12
+    guidance   lcd with w = 2, 4, 8, 12, and the teacher's solvers with w = 8, as in the paper's tables
     variety    lcd with other noise schedules, and with augmented pictures beside plain ones
     noise      the embedded models from start noise that nobody trained on: scaled, coloured, quantised
 """
@@ -42,6 +42,7 @@ from trainer.preview import paint_previews
 
 PARTS = ("solvers", "embedded", "methods", "skip", "guidance", "variety", "noise")
 STEPS = (1, 2, 4, 8)
+PAPER_W = 8.0
 SOLVERS = {"euler": "DDIM", "dpm_2m": "DPM", "dpmpp_2m": "DPM++"}
 PROMPTS = ("pizza, noto style", "red heart, fluent style", "octopus, twemoji style", "grinning face, noto style")
 
@@ -125,7 +126,7 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
     """What is embedded, without training: the teacher under its solvers, the students, and all from other noise."""
     device = torch.device(args.device)
     teacher = load_model("emoji", device, unet="teacher")
-    guided = {"guidance_scale": teacher.teacher_guidance_scale}
+    guided, strong = {"guidance_scale": teacher.teacher_guidance_scale}, {"guidance_scale": 1 + PAPER_W}
     full, lora = load_model("emoji", device), load_model("emoji", device, unet="teacher", lora=[("lcm_lora", 1.0)])
 
     def measure(
@@ -138,6 +139,8 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
     for sampler, name in SOLVERS.items():
         for steps in (*STEPS, teacher.teacher_steps):
             measure("solvers", name, "teacher", teacher, steps, sampler=sampler, **guided)
+            if steps in STEPS:
+                measure("guidance", f"w = {PAPER_W:g}, {name}", "teacher", teacher, steps, **strong, sampler=sampler)
     for steps in STEPS:
         measure("embedded", "LCM", "full", full, steps)
         measure("embedded", "LCM-LoRA", "lora", lora, steps)
