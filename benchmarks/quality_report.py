@@ -113,8 +113,11 @@ def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
     axes[0].set(xlabel="steps", ylabel="FD (lower is better)")
     axes[0].xaxis.set_major_formatter("{x:g}")
     axes[1].set(xlabel="milliseconds a picture", xscale="log")
+    floor = [line["fd"] for line in lines if line["part"] == "floor"]
     for axis in axes:
         axis.set_yscale("log")
+        if floor:
+            axis.axhline(max(floor), color="grey", label="the drawings through the VAE")
         for scale in (axis.yaxis, axes[1].xaxis):  # plain numbers, where there would be powers of ten
             scale.set_major_formatter("{x:g}")
             scale.set_minor_formatter("{x:g}")

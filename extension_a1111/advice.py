@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from modules import shared
 
 from extension_a1111 import host
 from extension_a1111.embedding import no_embedding, read_cond_proj, read_guidance
-from extension_a1111.loras import find_loras, kind_of_file
-from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, read_options
+from extension_a1111.loras import find_loras, read_accelerated
+from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, Options, read_options
 from extension_a1111.recommend import MOST_STEPS, Recommendation, Wishes, recommend
 
 _KNOWN = (LCM_SAMPLER, TCD_SAMPLER, "LCM")  # whoever chose one of these knows
@@ -28,21 +29,27 @@ def apply(p: Any, args: Sequence[Any], axes: Mapping[str, Any]) -> None:
     advised = _advise(host.chosen_checkpoint(p), host.prompts_of(p), p.steps, p.cfg_scale)
     if advised is None:
         return
-    if read_options(args, axes).auto:
+    options = read_options(args, axes)
+    if options.auto:
         _set(p, advised)
+        if advised.gamma is not None and options.gamma == Options.gamma:  # nobody asked for another one
+            p.lcm_suite = functools.partial(read_options, args, {"gamma": advised.gamma, **axes})
     elif p.sampler_name not in _KNOWN and (p.steps, p.cfg_scale) != (advised.steps, advised.guidance_scale):
         p.comment(f"LCM Suite: {advised} would suit it; the button in the accordion 'LCM Suite' sets them.")
 
 
-def offer(prompt: str, sampler_name: str, steps: int, cfg_scale: float) -> tuple[str, int, float, str]:
+def offer(
+    prompt: str, sampler_name: str, steps: int, cfg_scale: float, gamma: float
+) -> tuple[str, int, float, float, str]:
     """New values for the page, and what to say about them; the old ones where no LCM is in use."""
     try:
         advised = _advise(host.chosen_checkpoint(), prompt, int(steps), float(cfg_scale))
     except ValueError as error:
-        return sampler_name, steps, cfg_scale, html.escape(str(error))
+        return sampler_name, steps, cfg_scale, gamma, html.escape(str(error))
     if advised is None:
-        return sampler_name, steps, cfg_scale, NOTHING
-    return advised.sampler, advised.steps, advised.guidance_scale, html.escape(f"{advised}.")
+        return sampler_name, steps, cfg_scale, gamma, NOTHING
+    gamma = gamma if advised.gamma is None else advised.gamma
+    return advised.sampler, advised.steps, advised.guidance_scale, gamma, html.escape(f"{advised}.")
 
 
 def check_guidance_embedding(p: Any) -> None:
@@ -58,10 +65,12 @@ def check_guidance_embedding(p: Any) -> None:
 
 def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Recommendation | None:
     name = file.stem if file else ""
-    loras = [(lora.name, kind_of_file(lora.name, host.lora_file(lora.name))) for lora in find_loras(prompt)]
-    is_full = file is not None and read_cond_proj(file) is not None
+    full_lcm = name if file is not None and read_cond_proj(file) is not None else None
+    # A full LCM's own file comes first: LoRAs on top of it change its style, not its sampler.
+    loras = [] if full_lcm else [read_accelerated(lora.name, host.lora_file(lora.name)) for lora in find_loras(prompt)]
     stated = read_guidance(file) if file is not None else None
-    return recommend(steps, cfg_scale, loras, (name, kind_of_file(name, file)), is_full, _wishes(), stated)
+    models = [*loras, read_accelerated(name, file)]
+    return recommend(steps, cfg_scale, models, full_lcm, _wishes(), stated)
 
 
 def _set(p: Any, advised: Recommendation) -> None:

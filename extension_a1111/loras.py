@@ -1,13 +1,15 @@
-"""LoRAs in a prompt: what they are for, told by what their files state, else by their names."""
+"""LoRAs in a prompt, and what a LoRA or checkpoint was made for: by what its file states, else by its names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lcm_core.checkpoint import KIND_KEY
+from lcm_core.checkpoint import GAMMA_KEY, KIND_KEY, STEPS_KEY
+from lcm_core.errors import InputError
 from lcm_core.weights import check_file
 
 Kind = Literal["lcm", "tcd"]
@@ -16,6 +18,18 @@ _IN_PROMPT = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^>]*))?>", re.IGNORECASE)
 _TITLES = ("modelspec.title", "ss_output_name")
 # Hyper-SD and the like are trajectory-consistent: their authors sample with TCD.
 _WORDS: dict[str, Kind] = {"lcm": "lcm", "tcd": "tcd", "hyper": "tcd"}
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """A LoRA or checkpoint for few steps."""
+
+    name: str
+    kind: Kind
+    steps: int | None = None
+    """For which it was made, where its file says so."""
+    gamma: float | None = None
+    """TCD's share of fresh noise, alike."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +53,27 @@ def kind_of_name(*titles: str) -> Kind | None:
     return next((kind for word, kind in _WORDS.items() if word in words), None)
 
 
-def kind_of_file(name: str, file: Path | None) -> Kind | None:
-    """What a LoRA or checkpoint is for, by what its file states, else by its name (in the prompt) and its titles."""
+def read_accelerated(name: str, file: Path | None) -> Accelerated | None:
+    """What a LoRA or checkpoint was made for, by what its file states, else by its name (in the prompt) and its titles.
+    None for an ordinary one.
+
+    Raises:
+        InputError: the file is broken, or states what is no number.
+    """
     titles = [name]
     if file is not None and file.suffix == ".safetensors":
         metadata = check_file(file).get("__metadata__", {})
         if metadata.get(KIND_KEY) in _WORDS:
-            return _WORDS[metadata[KIND_KEY]]
+            return _stated(name, file, metadata)
         titles += [file.stem, *(metadata.get(key, "") for key in _TITLES)]
-    return kind_of_name(*titles)
+    kind = kind_of_name(*titles)
+    return None if kind is None else Accelerated(name, kind)
+
+
+def _stated(name: str, file: Path, metadata: Mapping[str, str]) -> Accelerated:
+    try:
+        steps = int(metadata[STEPS_KEY]) if STEPS_KEY in metadata else None
+        gamma = float(metadata[GAMMA_KEY]) if GAMMA_KEY in metadata else None
+    except ValueError as error:
+        raise InputError(f"{file}: {STEPS_KEY} and {GAMMA_KEY} must be numbers: {error}") from error
+    return Accelerated(name, _WORDS[metadata[KIND_KEY]], steps, gamma)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from extension_a1111.loras import Kind
+from extension_a1111.loras import Accelerated, Kind
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
 
 MOST_STEPS = 8
@@ -26,23 +26,24 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Sampler, steps and CFG scale for one picture, and the reason."""
+    """Sampler, steps and CFG scale for one picture, TCD's gamma where the model's file states one, and the reason."""
 
     sampler: str
     steps: int
     guidance_scale: float
     reason: str
+    gamma: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}"
+        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
+        return f"{self.reason}: {self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}{gamma}"
 
 
 def recommend(
     steps: int,
     guidance_scale: float,
-    loras: Iterable[tuple[str, Kind | None]],
-    checkpoint: tuple[str, Kind | None],
-    is_full_lcm: bool,
+    models: Iterable[Accelerated | None],
+    full_lcm: str | None,
     wishes: Wishes,
     stated_guidance: float | None = None,
 ) -> Recommendation | None:
@@ -50,22 +51,28 @@ def recommend(
 
     Args:
         steps, guidance_scale: as they stand; kept where they are in the model's range.
-        loras: names and kinds of the prompt's LoRAs.
-        checkpoint: its name and kind.
-        is_full_lcm: whether it takes guidance as w-embedding.
-        wishes: what to set where they are not.
+        models: the prompt's LoRAs and the checkpoint, with None for ordinary ones; the first that is none counts.
+        full_lcm: name of the checkpoint, if it takes guidance as w-embedding.
+        wishes: what to set where neither that nor the model's file says anything.
         stated_guidance: what a full LCM's file says of itself; up to twice and down to half of it is kept.
     """
-    steps = steps if 1 <= steps <= MOST_STEPS else wishes.steps
-    if is_full_lcm:
+    model = next((found for found in models if found is not None), None)
+    if full_lcm is not None:
+        model = model or Accelerated(full_lcm, "lcm")
         span = (stated_guidance / 2, stated_guidance * 2) if stated_guidance else _FULL_GUIDANCE
-        kept = _within(guidance_scale, span, stated_guidance or wishes.full_guidance)
-        return Recommendation(_SAMPLERS[checkpoint[1] or "lcm"], steps, kept, f"{checkpoint[0]} is a full LCM")
-    for name, kind in [*loras, checkpoint]:
-        if kind is not None:
-            kept = _within(guidance_scale, _LORA_GUIDANCE, wishes.lora_guidance)
-            return Recommendation(_SAMPLERS[kind], steps, kept, f"{name} is made for few steps")
-    return None
+        kept, reason = (
+            _within(guidance_scale, span, stated_guidance or wishes.full_guidance),
+            f"{full_lcm} is a full LCM",
+        )
+    elif model is not None:
+        kept, reason = (
+            _within(guidance_scale, _LORA_GUIDANCE, wishes.lora_guidance),
+            f"{model.name} is made for few steps",
+        )
+    else:
+        return None
+    wanted = steps if 1 <= steps <= MOST_STEPS else model.steps or wishes.steps
+    return Recommendation(_SAMPLERS[model.kind], wanted, kept, reason, model.gamma)
 
 
 def _within(value: float, span: tuple[float, float], otherwise: float) -> float:

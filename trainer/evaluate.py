@@ -210,14 +210,17 @@ def _score(
         "sampler": settings.sampler,
         "steps": steps,
         "guidance_scale": settings.guidance_scale,
-        exam.distance: frechet_distance(exam.real, features),
-        "recall": recall(exam.real, features),
+        **grade(exam, features),
     }
-    if exam.alignment is not None:
-        row |= exam.alignment(features)
     if exam.caption_score is not None:
         row["clip_score"] = float(fits.mean())
     return {**row, "images_per_second": len(features) / seconds}
+
+
+def grade(exam: Exam, features: Tensor) -> dict[str, float]:
+    """What an exam says of pictures, one for each caption, by their features (M, D)."""
+    scores = {exam.distance: frechet_distance(exam.real, features), "recall": recall(exam.real, features)}
+    return scores if exam.alignment is None else scores | exam.alignment(features)
 
 
 def _paint(

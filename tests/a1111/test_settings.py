@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from extension_a1111.architecture import check_loras, check_network, context_width, network_width
 from extension_a1111.embedding import read_guidance
-from extension_a1111.loras import find_loras, kind_of_file, kind_of_name
+from extension_a1111.loras import Accelerated, find_loras, kind_of_name, read_accelerated
 from extension_a1111.recommend import Recommendation, Wishes, recommend
 from lcm_core.errors import InputError
 
@@ -48,18 +48,22 @@ def test_what_the_file_states_counts_more_than_names(tmp_path: Path) -> None:
     """A LoRA distilled with this trainer is recognised whatever it is called, and as what it is."""
     for kind in ("lcm", "tcd"):
         file = tmp_path / f"{kind}.safetensors"
-        save_file({"a": torch.zeros(1)}, file, metadata={"lcm_suite.kind": kind, "modelspec.title": "lcm tcd"})
-        assert kind_of_file("my own lcm style", file) == kind
+        stated = {"lcm_suite.kind": kind, "lcm_suite.steps": "2", "lcm_suite.gamma": "0", "modelspec.title": "lcm tcd"}
+        save_file({"a": torch.zeros(1)}, file, metadata=stated)
+        assert read_accelerated("my own lcm style", file) == Accelerated("my own lcm style", kind, 2, 0.0)
+    save_file({"a": torch.zeros(1)}, file, metadata={**stated, "lcm_suite.steps": "few"})
+    with pytest.raises(InputError, match=r"tcd\.safetensors.*lcm_suite\.steps.*must be numbers.*few"):
+        read_accelerated("broken", file)
 
 
 def test_kind_by_metadata(tmp_path: Path) -> None:
     """`pytorch_lora_weights.safetensors` is how LCM-LoRAs are handed out; its header may say more."""
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.title": "LCM-LoRA SD 1.5"})
-    assert kind_of_file("speed", file) == "lcm"
+    assert read_accelerated("speed", file) == Accelerated("speed", "lcm")
     save_file({"x": torch.zeros(1)}, file)
-    assert kind_of_file("speed", file) is None
-    assert kind_of_file("speed", None) is None
+    assert read_accelerated("speed", file) is None
+    assert read_accelerated("speed", None) is None
 
 
 def test_architecture_of_a_lora_by_its_header(tmp_path: Path) -> None:
@@ -107,32 +111,37 @@ def test_width_of_a_network() -> None:
     assert network_width(torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": packed})})) is None
 
 
-PLAIN = ("dreamy_v8", None)
+LCM, TCD = Accelerated("lcm", "lcm"), Accelerated("hyper", "tcd")
+PHASED = Accelerated("phased", "tcd", steps=2, gamma=0.0)
 
 
 @pytest.mark.parametrize(
-    ("steps", "cfg", "loras", "checkpoint", "full", "wanted"),
+    ("steps", "cfg", "models", "full", "wanted"),
     [
-        (20, 7, [("lcm", "lcm")], PLAIN, False, ("LCM Suite", 4, 1.0)),
-        (6, 1.5, [("style", None), ("lcm", "lcm")], PLAIN, False, ("LCM Suite", 6, 1.5)),  # already right
-        (20, 7, [("hyper", "tcd")], PLAIN, False, ("TCD Suite", 4, 1.0)),
-        (20, 7, [], ("dreamy_lcm", "lcm"), False, ("LCM Suite", 4, 1.0)),  # LoRA merged into the checkpoint
-        (20, 7, [], ("LCM_Dreamshaper", "lcm"), True, ("LCM Suite", 4, 7)),  # guidance goes in as embedding
-        (3, 20, [], ("full", None), True, ("LCM Suite", 3, 8.0)),
-        (3, 8, [], ("trajectory", "tcd"), True, ("TCD Suite", 3, 8)),  # by what its file states
-        (20, 7, [("style", None)], PLAIN, False, None),
+        (20, 7, [LCM, None], None, ("LCM Suite", 4, 1.0, None)),
+        (6, 1.5, [None, LCM, None], None, ("LCM Suite", 6, 1.5, None)),  # already right
+        (20, 7, [TCD, None], None, ("TCD Suite", 4, 1.0, None)),
+        (20, 7, [PHASED, None], None, ("TCD Suite", 2, 1.0, 0.0)),  # by what its file states
+        (4, 1, [PHASED, None], None, ("TCD Suite", 4, 1.0, 0.0)),
+        (20, 7, [LCM], None, ("LCM Suite", 4, 1.0, None)),  # LoRA merged into the checkpoint
+        (20, 7, [LCM], "LCM_Dreamshaper", ("LCM Suite", 4, 7, None)),  # guidance goes in as embedding
+        (3, 20, [None], "full", ("LCM Suite", 3, 8.0, None)),
+        (20, 8, [PHASED], "phased", ("TCD Suite", 2, 8, 0.0)),
+        (20, 7, [None, None], None, None),
     ],
 )
-def test_recommendation(steps, cfg, loras, checkpoint, full, wanted) -> None:  # type: ignore[no-untyped-def]
-    got = recommend(steps, cfg, loras, checkpoint, full, Wishes())
-    assert (got and (got.sampler, got.steps, got.guidance_scale)) == wanted
+def test_recommendation(steps, cfg, models, full, wanted) -> None:  # type: ignore[no-untyped-def]
+    got = recommend(steps, cfg, models, full, Wishes())
+    assert (got and (got.sampler, got.steps, got.guidance_scale, got.gamma)) == wanted
 
 
 def test_wishes_are_followed_and_said() -> None:
     wishes = Wishes(steps=6, lora_guidance=1.8, full_guidance=5)
-    got = recommend(20, 7, [("my-lcm", "lcm")], PLAIN, False, wishes)
+    got = recommend(20, 7, [Accelerated("my-lcm", "lcm")], None, wishes)
     assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps")
     assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
+    phased = recommend(20, 7, [PHASED], None, wishes)
+    assert str(phased) == "phased is made for few steps: TCD Suite, 2 steps, CFG 1.8, gamma 0"
 
 
 @pytest.mark.parametrize(("cfg", "wanted"), [(7, 2.0), (3, 3), (1, 1), (0.5, 2.0)])
@@ -141,7 +150,7 @@ def test_a_full_lcm_that_states_its_guidance(cfg: float, wanted: float, tmp_path
     save_file({"x": torch.zeros(1)}, file, metadata={"lcm_suite.guidance_scale": "2.0"})
     stated = read_guidance(file)
     assert stated == 2.0
-    got = recommend(4, cfg, [], ("emoji_lcm", "lcm"), True, Wishes(), stated)
+    got = recommend(4, cfg, [Accelerated("emoji_lcm", "lcm")], "emoji_lcm", Wishes(), stated)
     assert got is not None
     assert got.guidance_scale == wanted
     save_file({"x": torch.zeros(1)}, file)

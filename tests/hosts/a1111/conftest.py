@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))  # for webui_harness: tests are imported one by one, without their folder
-from webui_harness import EMOJI, WebUI, copy_with_prediction
+from webui_harness import EMOJI, WebUI, copy_with_prediction, save_phased_lora
 
 
 @pytest.fixture(scope="session", params=["A1111_PATH", "FORGE_PATH"])
 def webui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    """A running web UI with the embedded model (emoji_lcm, emoji_teacher, their LoRA), and `other_*`.
+    """A running web UI with the embedded model (emoji_lcm, emoji_teacher, their LoRA), `phased`, and `other_*`.
 
     `other` has the same weights on a card that says epsilon for v_prediction, or v_prediction for epsilon.
     """
@@ -30,6 +30,7 @@ def webui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     server = WebUI(Path(path), folder)
     server.export(EMOJI)
     server.export(copy_with_prediction(folder / "other"))
+    save_phased_lora(server.data / "models" / "Lora" / "phased.safetensors")
     try:
         server.start()
         yield server

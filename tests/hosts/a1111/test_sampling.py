@@ -228,6 +228,17 @@ def test_auto_sets_what_a_lora_wants(webui: WebUI) -> None:
     assert "LCM Suite, 3 steps, CFG 1 would suit it" in offered.said
 
 
+def test_auto_sets_what_a_lora_states(webui: WebUI) -> None:
+    """Steps and gamma from the file, unless the request names a gamma of its own."""
+    webui.load("emoji_teacher")
+    prompt = f"{PROMPT}<lora:phased:1>"
+    for gamma, wanted in ((0.3, 0), (0.7, 0.7)):
+        auto = {"LCM Suite": {"args": [True, gamma]}}
+        painted = webui.paint(prompt=prompt, sampler_name="Euler", steps=20, cfg_scale=7, alwayson_scripts=auto)
+        check(painted, "TCD Suite", diffusers_timesteps(2), 1)
+        assert f"TCD gamma: {wanted:g}," in painted.infotext.replace(".0,", ",")
+
+
 def test_button_sets_what_suits_the_models(webui: WebUI) -> None:
     """As the page calls it; its answers go into the page's own sampler, steps and CFG."""
     config = webui.call("/config")
@@ -240,13 +251,14 @@ def test_button_sets_what_suits_the_models(webui: WebUI) -> None:
 
     def press(checkpoint: str, prompt: str) -> list[object]:
         webui.load(checkpoint)
-        body = {"fn_index": fn_index, "session_hash": "test", "data": [prompt, "Euler", 20, 7]}
+        body = {"fn_index": fn_index, "session_hash": "test", "data": [prompt, "Euler", 20, 7, 0.3]}
         return webui.call("/run/predict", body)["data"]
 
     said = "emoji_lcm_lora is made for few steps: LCM Suite, 4 steps, CFG 1."
-    assert press("emoji_teacher", "pizza <lora:emoji_lcm_lora:1>") == ["LCM Suite", 4, 1, said]
-    assert press("emoji_lcm", "pizza")[:3] == ["LCM Suite", 4, 2]
-    assert press("emoji_teacher", "pizza")[:3] == ["Euler", 20, 7]
+    assert press("emoji_teacher", "pizza <lora:emoji_lcm_lora:1>") == ["LCM Suite", 4, 1, 0.3, said]
+    assert press("emoji_teacher", "pizza <lora:phased:1>")[:4] == ["TCD Suite", 2, 1, 0]
+    assert press("emoji_lcm", "pizza")[:4] == ["LCM Suite", 4, 2, 0.3]
+    assert press("emoji_teacher", "pizza")[:4] == ["Euler", 20, 7, 0.3]
 
 
 def _elem_id(part: dict[str, dict[str, object]]) -> str:

@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lcm_core.checkpoint import GAMMA_KEY, KIND_KEY, STEPS_KEY
+from lcm_core.weights import read_safetensors, write_safetensors
+
 ROOT = Path(__file__).parents[3]
 PROBE = Path(__file__).with_name("probe_extension")
 EMOJI = ROOT / "lcm_core" / "models" / "emoji"
@@ -37,6 +40,8 @@ _SETTINGS = {  # noise as everywhere, no downloads for previews, and no second c
     "grid_save": False,
     "sd_checkpoint_cache": 0,
 }
+_STARTED = "Startup time:"
+"""Printed when the page has been built; the interface answers before that, and drops options."""
 _PATIENCE = 600  # seconds; a cold start on one busy core
 
 
@@ -86,12 +91,14 @@ class WebUI:
             stdout=self._output,
             stderr=subprocess.STDOUT,
         )
-        self.wait_for_start(1)
+        self._wait_for(_STARTED)
+        if not self.is_forge:
+            self._wait_for("Model loaded in")  # behind the page's back; a choice made before that would be taken back
 
-    def wait_for_start(self, times: int) -> None:
-        """Wait until the page has been built so many times; the interface answers before that, and drops options."""
+    def _wait_for(self, line: str, times: int = 1) -> None:
+        """Wait until a line was printed so many times."""
         end = time.monotonic() + _PATIENCE
-        while self.read_log().count("Startup time:") < times:
+        while self.read_log().count(line) < times:
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the web UI did not start:\n{self.read_log()[-4000:]}")
             time.sleep(0.5)
@@ -143,9 +150,9 @@ class WebUI:
 
     def reload_ui(self) -> None:
         """What the button "Reload UI" does."""
-        before = self.read_log().count("Startup time:")
+        before = self.read_log().count(_STARTED)
         self.call("/probe/reload")
-        self.wait_for_start(before + 1)
+        self._wait_for(_STARTED, before + 1)
 
     def _python(self) -> str:
         name = "FORGE_PYTHON" if self.is_forge else "A1111_PYTHON"
@@ -190,6 +197,13 @@ def to_base64(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def save_phased_lora(file: Path) -> None:
+    """The embedded LoRA as if it were a student of two phases, to be sampled with TCD and gamma 0."""
+    tensors, metadata = read_safetensors(EMOJI / "lora" / "lcm_lora.safetensors")
+    stated = {KIND_KEY: "tcd", STEPS_KEY: "2", GAMMA_KEY: "0"}
+    write_safetensors(file, tensors, {**metadata, **stated})
 
 
 def copy_with_prediction(folder: Path) -> Path:
