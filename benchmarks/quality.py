@@ -141,8 +141,7 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
     for sampler, name in SOLVERS.items():
         for steps in (*STEPS, teacher.teacher_steps):
             measure("solvers", name, "teacher", teacher, steps, sampler=sampler, **guided)
-            if steps in STEPS:
-                measure("guidance", f"w = {PAPER_W:g}, {name}", "teacher", teacher, steps, **strong, sampler=sampler)
+            measure("guidance", f"w = {PAPER_W:g}, {name}", "teacher", teacher, steps, **strong, sampler=sampler)
     for steps in STEPS:
         measure("embedded", "LCM", "full", full, steps)
         measure("embedded", "LCM-LoRA", "lora", lora, steps)
