@@ -14,7 +14,7 @@ another machine. Parts:
     embedded   the embedded LCM and LCM-LoRA, which were trained for longer than the runs below
     methods    each method as LoRA and as full model; dmd2 spends half of its time as lcd
     skip       lcd with skip k = 1, 5, 10, 20, 50, after a quarter, half and all of the time
-    guidance   lcd with w = 2, 4, 8, 12, and the teacher's solvers with w = 8, as in the paper's tables
+    guidance   lcd with w = 2, 4, 8, 12; with w = 8, as in the paper's tables, also tcd, segmented and the solvers
     variety    lcd with other noise schedules, and with augmented pictures beside plain ones
     noise      the embedded models from start noise that nobody trained on: scaled, coloured, quantised
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from quality_report import show
-from quality_trials import Settings, Trial, list_trials, train
+from quality_trials import PAPER_W, Settings, Trial, list_trials, train
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,7 +44,6 @@ from trainer.preview import paint_previews
 
 PARTS = ("floor", "solvers", "embedded", "methods", "skip", "guidance", "variety", "noise")
 STEPS = (1, 2, 4, 8)
-PAPER_W = 8.0
 SOLVERS = {"euler": "DDIM", "dpm_2m": "DPM", "dpmpp_2m": "DPM++"}
 PROMPTS = ("pizza, noto style", "red heart, fluent style", "octopus, twemoji style", "grinning face, noto style")
 

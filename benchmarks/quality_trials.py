@@ -53,6 +53,8 @@ VARIETY: dict[str, Settings] = {
     "plain pictures": {"data": {"path": "pictures"}},
     "augmented pictures": {"data": {"path": "pictures", "crop": 0.85, "colour": 0.1, "flip": True, "variants": 4}},
 }
+PAPER_W = 8.0
+"""Of most tables in arXiv 2310.04378."""
 REHEARSAL, FIRST = 12, 2
 """Steps that tell how long one takes, and how many of them do not count. dmd2's student learns in every fifth."""
 
@@ -97,8 +99,10 @@ def list_trials(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Trial]:
     for skip in (1, 5, 10, 20, 50) if "skip" in parts else ():
         for share in (0.25, 0.5, 1.0):
             yield Trial("skip", f"k = {skip}", "lora", seeds[0], {"method": {"original_steps": 1000 // skip}}, share)
-    for w in (2.0, 4.0, 8.0, 12.0) if "guidance" in parts else ():
-        yield Trial("guidance", f"w = {w:g}", "lora", seeds[0], {"method": {"w_min": w, "w_max": w}})
+    for w in (2.0, 4.0, PAPER_W, 12.0) if "guidance" in parts else ():
+        for kind in ("lcd", "tcd", "segmented") if w == PAPER_W else ("lcd",):
+            settings = {"method": {"kind": kind, "w_min": w, "w_max": w}}
+            yield Trial("guidance", f"w = {w:g}" + (f", {kind}" if kind != "lcd" else ""), "lora", seeds[0], settings)
     for name, settings in VARIETY.items() if "variety" in parts else ():
         yield Trial("variety", name, "lora", seeds[0], settings)
 
