@@ -40,6 +40,7 @@ COMMON: Settings = {"batch_size": 32, "warmup_steps": 20, "cooldown": 0.5, "ema_
 METHODS: dict[str, Settings] = {
     "lcd": {"kind": "lcd"},
     "tcd": {"kind": "tcd"},
+    "tcd, half to 0": {"kind": "tcd", "clean_share": 0.5},
     "segmented": {"kind": "segmented"},
     "finetune": {"kind": "finetune", "loss": "cauchy", "huber_c": 0.0, "diffusion_weight": 1.0, "pair_noise": True},
     "dmd2": {"kind": "dmd2"},

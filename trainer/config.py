@@ -34,6 +34,9 @@ class MethodConfig:
     """Under finetune, weight of the plain denoising loss on the least noisy quarter of the timesteps."""
     pair_noise: bool = False
     """Give each sample the noise, of all in its batch, that lies nearest; needs scipy."""
+    clean_share: float = 0.0
+    """Under tcd, share of the samples that lead to the clean picture, as all do under lcd; the others end anywhere
+    between."""
     phases: int = 4
     """Phases of the segmented method, and the most steps that dmd2 trains for: those that the student will be sampled
     with."""

@@ -125,9 +125,10 @@ def check_method(method: MethodConfig, schedule: NoiseSchedule, prediction_type:
     """Refuse what cannot work before anything long begins.
 
     Raises:
-        InputError: unknown method or prediction type, epsilon with zero terminal SNR, or a w range the wrong way round.
+        InputError: unknown method or prediction type, timesteps that the method cannot draw, epsilon with zero terminal
+            SNR, or a w range the wrong way round.
     """
-    get_method(method)
+    get_method(method).draw(1, method, schedule.alphas_cumprod, torch.Generator())
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"unknown prediction_type {prediction_type!r}; choose {', '.join(PREDICTION_TYPES)}")
     if prediction_type == "epsilon" and schedule.zero_terminal_snr:

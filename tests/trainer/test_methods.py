@@ -307,6 +307,17 @@ def test_tcd_ends_anywhere_between_zero_and_the_jump():
     torch.testing.assert_close(torch.bincount(ends) / len(ends), torch.full((20,), 1 / 20), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_tcd_ends_at_the_clean_picture(share):
+    """1 is the plain consistency loss's choice; what does not end there ends anywhere, as without the option."""
+    config = MethodConfig(kind="tcd", clean_share=share)
+    points = get_method(config).draw(200_000, config, get_alphas_cumprod(), torch.Generator().manual_seed(0))
+    ends = points.end[points.s == 979]
+    expected = torch.full((980,), (1 - share) / 980)
+    expected[0] += share
+    torch.testing.assert_close(torch.bincount(ends, minlength=980) / len(ends), expected, rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("phases", [1, 2, 3, 4, 8, 50])
 def test_phases_end_where_a_sampler_of_as_many_steps_looks(phases):
     edges = phase_edges(MethodConfig(phases=phases), 1000)
@@ -386,6 +397,7 @@ def test_a_fractional_timestep_has_the_alphas_cumprod_that_samplers_use():
         ({"solver": "euler"}, "unknown solver 'euler'"),
         ({"kind": "segmented", "phases": 51}, "phases=51"),
         ({"kind": "dmd2", "phases": 0}, "phases=0"),
+        ({"kind": "tcd", "clean_share": 1.5}, r"clean_share=1\.5 must be 0 to 1"),
     ],
 )
 def test_a_wrong_setting_is_named(change, words):

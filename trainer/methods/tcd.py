@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcm_core.errors import InputError
 from lcm_core.solver import ddim_jump
 from trainer.config import MethodConfig
 from trainer.methods.shared import (
@@ -26,9 +27,16 @@ from trainer.methods.shared import (
 
 
 def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
-    """Two neighbours on the grid, and an end even over the timesteps from 0 to the lower one."""
+    """Two neighbours on the grid, and an end: even over the timesteps from 0 to the lower one, or just 0.
+
+    Raises:
+        InputError: `clean_share` is no share.
+    """
+    if not 0 <= config.clean_share <= 1:
+        raise InputError(f"clean_share={config.clean_share:g} must be 0 to 1")
     t, s = draw_timesteps(size, config, alphas_cumprod, generator)
-    return Points(t, s, (torch.rand(s.shape, generator=generator, dtype=torch.float64) * (s + 1)).long())
+    end = (torch.rand(s.shape, generator=generator, dtype=torch.float64) * (s + 1)).long()
+    return Points(t, s, end * (torch.rand(s.shape, generator=generator) >= config.clean_share))
 
 
 def loss(
