@@ -104,7 +104,8 @@ def run_trial(trial: Trial, table: Table, exam: Exam, args: argparse.Namespace) 
 
     def use(model: Model) -> None:
         rows.extend(score(trial.name, model, exam, STEPS, guidance_scale=guidance))
-        save_pictures(args.work / "samples" / f"{trial.name} {trial.student}", model, guidance)
+        if trial.part == "methods":
+            save_pictures(args.work / "samples" / f"{trial.name} {trial.student}", model, guidance)
 
     samples, seconds = train(trial, args, use)
     table.add(labels, describe_cost(args, samples, seconds), rows)
