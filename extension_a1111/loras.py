@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from lcm_core.checkpoint import GAMMA_KEY, KIND_KEY, STEPS_KEY
-from lcm_core.errors import InputError
+from lcm_core.stated import Stated, read_stated
 from lcm_core.weights import check_file
 
 Kind = Literal["lcm", "tcd"]
@@ -20,16 +18,12 @@ _TITLES = ("modelspec.title", "ss_output_name")
 _WORDS: dict[str, Kind] = {"lcm": "lcm", "tcd": "tcd", "hyper": "tcd"}
 
 
-@dataclass(frozen=True)
-class Accelerated:
+class Accelerated(NamedTuple):
     """A LoRA or checkpoint for few steps."""
 
     name: str
-    kind: Kind
-    steps: int | None = None
-    """For which it was made, where its file says so."""
-    gamma: float | None = None
-    """TCD's share of fresh noise, alike."""
+    stated: Stated
+    """How it wants to be sampled; from its name alone only with which sampler."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +52,13 @@ def read_accelerated(name: str, file: Path | None) -> Accelerated | None:
     None for an ordinary one.
 
     Raises:
-        InputError: the file is broken, or states what is no number.
+        InputError: the file is broken, or states what cannot be.
     """
     titles = [name]
     if file is not None and file.suffix == ".safetensors":
         metadata = check_file(file).get("__metadata__", {})
-        if metadata.get(KIND_KEY) in _WORDS:
-            return _stated(name, file, metadata)
+        if (stated := read_stated(metadata, file.name)) is not None:
+            return Accelerated(name, stated)
         titles += [file.stem, *(metadata.get(key, "") for key in _TITLES)]
     kind = kind_of_name(*titles)
-    return None if kind is None else Accelerated(name, kind)
-
-
-def _stated(name: str, file: Path, metadata: Mapping[str, str]) -> Accelerated:
-    try:
-        steps = int(metadata[STEPS_KEY]) if STEPS_KEY in metadata else None
-        gamma = float(metadata[GAMMA_KEY]) if GAMMA_KEY in metadata else None
-    except ValueError as error:
-        raise InputError(f"{file}: {STEPS_KEY} and {GAMMA_KEY} must be numbers: {error}") from error
-    return Accelerated(name, _WORDS[metadata[KIND_KEY]], steps, gamma)
+    return None if kind is None else Accelerated(name, Stated(kind))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from extension_a1111.loras import Accelerated, Kind
+from extension_a1111.loras import Accelerated
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
+from lcm_core.stated import Stated
 
 MOST_STEPS = 8
 """More steps than this do not help an LCM (arXiv 2310.04378 Table 1)."""
-_SAMPLERS: dict[Kind, str] = {"lcm": LCM_SAMPLER, "tcd": TCD_SAMPLER}
+_SAMPLERS = {"lcm": LCM_SAMPLER, "tcd": TCD_SAMPLER}
 _LORA_GUIDANCE = (1.0, 2.0)
 _FULL_GUIDANCE = (2.0, 14.0)  # what full LCMs are trained with (arXiv 2310.04378 Sec. 5)
 
@@ -58,7 +59,7 @@ def recommend(
     """
     model = next((found for found in models if found is not None), None)
     if full_lcm is not None:
-        model = model or Accelerated(full_lcm, "lcm")
+        model = model or Accelerated(full_lcm, Stated("lcm"))
         span = (stated_guidance / 2, stated_guidance * 2) if stated_guidance else _FULL_GUIDANCE
         kept, reason = (
             _within(guidance_scale, span, stated_guidance or wishes.full_guidance),
@@ -71,8 +72,9 @@ def recommend(
         )
     else:
         return None
-    wanted = steps if 1 <= steps <= MOST_STEPS else model.steps or wishes.steps
-    return Recommendation(_SAMPLERS[model.kind], wanted, kept, reason, model.gamma)
+    stated = model.stated
+    wanted = steps if 1 <= steps <= MOST_STEPS else stated.steps or wishes.steps
+    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, reason, stated.gamma)
 
 
 def _within(value: float, span: tuple[float, float], otherwise: float) -> float:

@@ -214,10 +214,14 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: boo
         InputError: other layers, or another rank.
     """
     own = lora_state_dict(model, ema)
-    odd = [key for key in own.keys() | state.keys() if key not in own or key not in state]
-    odd += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if odd:
+    if odd := own.keys() ^ state.keys():
         raise InputError(f"these LoRA weights do not belong to this network's adapters (they differ in '{min(odd)}')")
+    if odd := {key for key in own if own[key].shape != state[key].shape}:
+        first = min(odd)
+        raise InputError(
+            f"these LoRA weights do not belong to this network's adapters ('{first}' is {tuple(state[first].shape)} "
+            f"instead of {tuple(own[first].shape)}); give the rank that they were made with"
+        )
     for key, tensor in own.items():
         if not key.endswith(".alpha"):
             alpha = f"{key.partition('.')[0]}.alpha"

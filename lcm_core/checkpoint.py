@@ -38,12 +38,6 @@ __all__ = [
     "write_safetensors",
 ]
 
-KIND_KEY = "lcm_suite.kind"
-"""Safetensors metadata: which sampler a distilled model or LoRA was made for, lcm or tcd."""
-STEPS_KEY = "lcm_suite.steps"
-"""Alike: how many steps it is best at."""
-GAMMA_KEY = "lcm_suite.gamma"
-"""Alike: for tcd, the share of fresh noise in each step."""
 CONFIG_KEY = "lcm_suite.config"
 """Safetensors metadata: JSON of each network's configuration, for what shapes cannot tell (heads, groups, scaling)."""
 TOKENIZER_KEY = "lcm_suite.tokenizer"

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from lcm_core.checkpoint import GAMMA_KEY, KIND_KEY, STEPS_KEY, ModelInfo, read_info, read_tokenizer_files
+from lcm_core.checkpoint import ModelInfo, read_info, read_tokenizer_files
 from lcm_core.errors import InputError
 from lcm_core.fast import optimise_unet, optimise_vae
 from lcm_core.lora import merge, read_lora
 from lcm_core.lora_keys import Part
 from lcm_core.networks import choose_device
 from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.stated import Stated, read_stated
 from lcm_core.text import TextEncoder, load_text
 from lcm_core.unet import UNet, load_unet
 from lcm_core.vae import VAE, load_vae
@@ -83,6 +84,12 @@ class Model:
         """The name, and which of its networks runs."""
         unet = self.origin.get("unet")
         return f"{self.name} ({unet})" if unet else self.name
+
+    def follow(self, stated: Stated) -> None:
+        """Take over what a file states of how to sample."""
+        self.sampler = stated.sampler
+        self.steps = self.steps if stated.steps is None else stated.steps
+        self.gamma = self.gamma if stated.gamma is None else stated.gamma
 
     def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
         """Conditioning of prompts for a picture of this size."""
@@ -290,11 +297,11 @@ def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:
         if source.chosen == "teacher":
             model.sampler = "dpmpp_2m"
     for path in (source.root, *loras):
-        stated = read_metadata(path) if path.is_file() else {}
-        if stated.get(KIND_KEY) == "tcd" or _scheduler_class(path) == "TCDScheduler":
-            model.sampler = "tcd"
-        model.gamma = float(stated.get(GAMMA_KEY, model.gamma))
-        model.steps = int(stated.get(STEPS_KEY, model.steps))
+        stated = read_stated(read_metadata(path), str(path)) if path.is_file() else None
+        if stated is None and _scheduler_class(path) == "TCDScheduler":
+            stated = Stated("tcd")
+        if stated is not None:
+            model.follow(stated)
 
 
 def _scheduler_class(root: Path) -> str:

@@ -13,10 +13,11 @@ from comfy_api.latest import io
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig, MethodConfig
 from trainer.distill import Latents
+from trainer.method import sampling_of
 
 from . import inputs
 from .host import say, schema
-from .hostmodel import inspect_model
+from .hostmodel import attach_stated, inspect_model
 from .lora import lora_file
 from .run import Run
 from .student import encode_prompts, from_folder, from_latents
@@ -159,6 +160,7 @@ class LCMDistiller(io.ComfyNode):
             state = run.train(how, loop)
         say(cls, f"{target.name}: {run.summary()}")
         model, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
+        attach_stated(model, sampling_of(how))
         return io.NodeOutput(model, state, target.name, run.previews(), run.loss_picture())
 
 

@@ -42,7 +42,7 @@ class LCMStepsGrid(io.ComfyNode):
                 io.String.Input(
                     "guidance_scales", default="0", tooltip="Guidance scales to compare: the rows. 0: the model's own."
                 ),
-                inputs.sampler(),
+                inputs.model_sampler(),
                 inputs.strength(),
                 inputs.negative(),
                 inputs.gamma(),

@@ -16,10 +16,11 @@ from lcm_core.consistency import consistency_function, to_x0
 from lcm_core.errors import InputError
 from lcm_core.guidance import guidance_bias
 from lcm_core.schedule import NoiseSchedule, abar_from_sigma, get_timesteps_lcm
+from lcm_core.stated import Stated
 
 PAPER_GUIDANCE = 8.0
 """Of the tables in arXiv 2310.04378: what a full LCM takes when its file does not say."""
-_ATTACHMENT = "lcm_suite.guidance"
+_GUIDANCE, _STATED = "lcm_suite.guidance", "lcm_suite.stated"  # what travels with a MODEL through all its clones
 _BIAS = "diffusion_model.time_embed.0.bias"
 
 
@@ -77,7 +78,7 @@ class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampli
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """How a full LCM takes guidance; travels with the MODEL through all its clones.
+    """How a full LCM takes guidance.
 
     The host's U-Net has no place for `cond_proj`, but for one guidance scale it is a shift of the first time layer's
     bias; see `lcm_core.guidance.guidance_bias`.
@@ -102,6 +103,8 @@ class Facts:
     schedule: NoiseSchedule
     guidance: Guidance | None
     lora_layers: int
+    stated: Stated | None = None
+    """How its file wants to be sampled, where that was loaded by a node of ours."""
 
     @property
     def guidance_scale(self) -> float:
@@ -110,6 +113,9 @@ class Facts:
 
     def describe(self) -> str:
         """A sentence for the user."""
+        return self._describe() + ("" if self.stated is None else f"; made for {self.stated}")
+
+    def _describe(self) -> str:
         kind = f"{self.family}, {self.prediction_type.replace('_', '-')}"
         if self.schedule.zero_terminal_snr:
             kind += ", zero terminal SNR"
@@ -133,6 +139,7 @@ def inspect_model(model: Any) -> Facts:
         schedule=schedule,
         guidance=get_guidance(model),
         lora_layers=sum(key != _BIAS for key in model.patches),
+        stated=getattr(model, "attachments", {}).get(_STATED),
     )
 
 
@@ -145,12 +152,18 @@ def with_sampling(model: Any, facts: Facts, original_steps: int = 50) -> Any:
 
 def get_guidance(model: Any) -> Guidance | None:
     """How the MODEL takes guidance, if it is a full LCM that was loaded with its `cond_proj`."""
-    return getattr(model, "attachments", {}).get(_ATTACHMENT)
+    return getattr(model, "attachments", {}).get(_GUIDANCE)
 
 
 def attach_guidance(model: Any, guidance: Guidance) -> None:
     """Make a MODEL known as a full LCM."""
-    model.set_attachments(_ATTACHMENT, guidance)
+    model.set_attachments(_GUIDANCE, guidance)
+
+
+def attach_stated(model: Any, stated: Stated | None) -> None:
+    """Let a MODEL know how its file, or that of its LoRA, wants to be sampled; None leaves what it knew."""
+    if stated is not None:
+        model.set_attachments(_STATED, stated)
 
 
 def with_guidance(model: Any, guidance_scale: float) -> Any:

@@ -10,9 +10,10 @@ from comfy_api.latest import io
 from lcm_core.errors import InputError
 from lcm_core.interpolation import EASINGS, MODES
 
-from .painting import SAMPLERS
+from .painting import AUTO, SAMPLERS
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+_SAMPLERS = "lcm for LCM models and LCM-LoRAs. tcd for models and LoRAs that were distilled with tcd or segmented."
 Number = TypeVar("Number", int, float)
 
 
@@ -95,11 +96,17 @@ def guidance_scale() -> Any:
 
 def sampler() -> Any:
     """Which sampler."""
+    return io.Combo.Input("sampler", options=SAMPLERS, default="lcm", tooltip=_SAMPLERS)
+
+
+def model_sampler() -> Any:
+    """Which sampler, with the model's own as default."""
     return io.Combo.Input(
         "sampler",
-        options=SAMPLERS,
-        default="lcm",
-        tooltip="lcm for LCM models and LCM-LoRAs. tcd for TCD-LoRAs; it also makes finer detail with LCM-LoRAs.",
+        options=[AUTO, *SAMPLERS],
+        default=AUTO,
+        tooltip="auto: what the model's file states, with its gamma, if LCM Checkpoint Loader, LCM LoRA Convert or LCM "
+        f"Distiller put it in; else lcm. {_SAMPLERS}",
     )
 
 

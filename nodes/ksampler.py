@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .host import say, schema
-from .painting import Painter, choose_settings, noise_of, read_latent, reporter
+from .painting import AUTO, Painter, choose_settings, noise_of, read_latent, reporter
 
 
 class LCMKSampler(io.ComfyNode):
@@ -30,7 +30,7 @@ class LCMKSampler(io.ComfyNode):
                 inputs.seed(),
                 inputs.steps(),
                 inputs.guidance_scale(),
-                inputs.sampler(),
+                inputs.model_sampler(),
                 inputs.strength(),
                 inputs.negative(),
                 inputs.gamma(),
@@ -49,7 +49,7 @@ class LCMKSampler(io.ComfyNode):
         seed: int = 0,
         steps: int = 4,
         guidance_scale: float = 0.0,
-        sampler: str = "lcm",
+        sampler: str = AUTO,
         strength: float = 1.0,
         negative: Any = None,
         gamma: float = 0.3,
@@ -69,6 +69,6 @@ class LCMKSampler(io.ComfyNode):
         )
         latent = read_latent(model, latent_image)
         painter = Painter(model, settings, positive, negative)
-        say(cls, f"{facts.describe()}; guidance {settings.guidance_scale:g}")
+        say(cls, f"{facts.describe()}; guidance {settings.guidance_scale:g}, {settings.sampler}")
         samples = painter.paint(latent, noise_of(latent, seed), reporter(model, painter.steps)(0))
         return io.NodeOutput(latent | {"samples": samples})

@@ -15,10 +15,11 @@ from lcm_core.checkpoint import read_component, save_single_file
 from lcm_core.errors import InputError
 from lcm_core.exports import GUIDANCE_KEY
 from lcm_core.loading import find_source
+from lcm_core.stated import read_stated
 from lcm_core.weights import check_file
 
 from .host import say, schema
-from .hostmodel import PAPER_GUIDANCE, Guidance, attach_guidance, inspect_model
+from .hostmodel import PAPER_GUIDANCE, Guidance, attach_guidance, attach_stated, inspect_model
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _COND_PROJ = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
@@ -86,6 +87,7 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     model.cached_patcher_init = (load_checkpoint, (path,), 0)  # how newer hosts load a MODEL once more
     if guidance is not None:
         attach_guidance(model, guidance)
+    attach_stated(model, read_stated(metadata or {}, Path(path).name))
     return loaded
 
 

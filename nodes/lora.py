@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.lora import Lora, read_lora, save_lora
+from lcm_core.stated import Stated, read_stated
 from lcm_core.weights import read_metadata
 
 from .host import say, schema
+from .hostmodel import attach_stated
 
 _MARK = "lcm_suite.saved_by"
 """Metadata of our own files; others are never overwritten."""
@@ -78,7 +80,8 @@ class LCMLoraConvert(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         """Read it once; every use is of the same tensors."""
-        lora = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        lora, stated = read_lora(path), _read_stated(path)
         layers = {part: len(found) for part, found in lora.layers.items()}
         info = ", ".join(f"{count} layers of {part.replace('_', ' ')}" for part, count in layers.items())
         if model is not None:
@@ -86,8 +89,10 @@ class LCMLoraConvert(io.ComfyNode):
         state = to_kohya(lora)
         if model is not None or clip is not None:
             model, clip = comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
+        if model is not None:
+            attach_stated(model, stated)
         if save_as.strip():
-            save_lora_file(target := lora_file(save_as.strip()), state)
+            save_lora_file(target := lora_file(save_as.strip()), state, stated=stated)
             lora_name = target.name
             info += f"; saved as {lora_name}"
         say(cls, info)
@@ -148,6 +153,12 @@ def lora_file(name: str) -> Path:
     return file
 
 
-def save_lora_file(file: Path, state: Mapping[str, Tensor], family: str | None = None) -> None:
-    """Write a LoRA in kohya's layout, marked as ours."""
-    save_lora(file, state, family, {_MARK: "LCM Suite"})
+def save_lora_file(
+    file: Path, state: Mapping[str, Tensor], family: str | None = None, stated: Stated | None = None
+) -> None:
+    """Write a LoRA in kohya's layout, marked as ours, with how it wants to be sampled."""
+    save_lora(file, state, family, {_MARK: "LCM Suite", **({} if stated is None else stated.metadata())})
+
+
+def _read_stated(path: str) -> Stated | None:
+    return read_stated(read_metadata(path), Path(path).name) if path.endswith((".safetensors", ".sft")) else None

@@ -25,6 +25,7 @@ from lcm_core.sampling import (
 )
 from lcm_core.schedule import get_sigmas_lcm
 from lcm_core.settings import FEW_STEP_SAMPLERS, Settings
+from lcm_core.stated import Stated
 
 from .hostmodel import Facts, LcmSampling, inspect_model, schedule_of, with_guidance, with_sampling
 
@@ -35,6 +36,8 @@ Noise = tuple[Tensor, NoiseSampler]
 Report = Callable[[int, Tensor, Tensor, int], object]
 """The host's callback: `report(step, x0, x, total_steps)`."""
 SAMPLERS = list(FEW_STEP_SAMPLERS)
+AUTO = "auto"
+"""In the place of a sampler: what the model's file states, with its gamma; lcm where it states nothing."""
 _SIZE_HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
@@ -111,8 +114,14 @@ class Painter:
 
 
 def choose_settings(model: Any, guidance_scale: float, **settings: Any) -> tuple[Settings, Facts]:
-    """Settings in which a guidance scale of 0 means the model's own, and what was found out about the model."""
+    """Settings in which a guidance scale of 0 and the sampler `AUTO` mean the model's own, and what was found out about
+    the model."""
     facts = inspect_model(model)
+    if settings.get("sampler", AUTO) == AUTO:
+        stated = facts.stated or Stated("lcm")
+        settings["sampler"] = stated.sampler
+        if stated.gamma is not None:
+            settings["gamma"] = stated.gamma
     return Settings(guidance_scale=guidance_scale or facts.guidance_scale, **settings), facts
 
 

@@ -17,14 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_core.consistency import ConsistencyDenoiser
+from lcm_core.consistency import ConsistencyDenoiser, Denoiser
 from lcm_core.errors import InputError
 from lcm_core.files import atomic_write
-from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, seeded_noise_sampler
+from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
 from lcm_core.schedule import get_sigmas_lcm
+from lcm_core.stated import Stated
 from lcm_core.weights import read_json, write_json
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
 from trainer.distill import Latents, distill
+from trainer.method import sampling_of
 from trainer.students import Student, lora_student
 
 from .hostmodel import Facts
@@ -33,7 +35,6 @@ from .lossplot import draw_loss
 from .student import TARGET_MODULES, as_network, copy_unet, fingerprint, lora_of, name_layers
 
 _FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}
-_PREVIEW_STEPS = 4
 _TELL_SECONDS = 2.0
 _CAPTION_DROPOUT = 0.1
 
@@ -76,6 +77,7 @@ class Run:
         self._check_same(fingerprint(unet), method)
         names = name_layers(unet)
         torch.manual_seed(loop.seed)  # of the adapters' first weights
+        stated = sampling_of(method)
         config = StudentConfig(rank=self.rank, target_modules=TARGET_MODULES)
         student = lora_student(unet, as_network(unet), config, loop.ema_decay > 0)
         self.losses = self._logged()
@@ -86,7 +88,7 @@ class Run:
             self.learnt = True
             picture = None
             if (step + 1) % self.preview_every == 0 or step + 1 == loop.steps:
-                picture = ("JPEG", self._preview(student, step + 1, loop.steps), None)
+                picture = ("JPEG", self._preview(student, stated, step + 1, loop.steps), None)
             bar.update_absolute(step + 1, loop.steps, picture)
             self._tell(step, loop)
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -105,11 +107,11 @@ class Run:
             )
         except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION) as error:
             if self.learnt:
-                self._save(student, names)
+                self._save(student, names, stated)
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 raise InputError(_out_of_memory(loop, self.rank)) from error
             raise
-        return self._save(student, names)
+        return self._save(student, names, stated)
 
     def summary(self) -> str:
         """What was done, in a line."""
@@ -151,14 +153,14 @@ class Run:
         self.tell(f"step {step + 1} of {loop.steps}, loss {mean:.4g}")
         self.told = now
 
-    def _save(self, student: Student, names: dict[str, str]) -> dict[str, Tensor]:
+    def _save(self, student: Student, names: dict[str, str], stated: Stated) -> dict[str, Tensor]:
         state = lora_of(student, names)
-        save_lora_file(self.target, state, _FAMILIES[self.facts.family])
+        save_lora_file(self.target, state, _FAMILIES[self.facts.family], stated)
         return state
 
-    def _preview(self, student: Student, step: int, steps: int) -> Image.Image:
+    def _preview(self, student: Student, stated: Stated, step: int, steps: int) -> Image.Image:
         """The same prompt and noise every time, beside the loss plot; kept in a file."""
-        picture = self._paint(student)
+        picture = self._paint(student, stated)
         with atomic_write(self.home / "previews" / f"step-{step:06d}.png") as temporary:
             picture.save(temporary)
         plot = draw_loss(self.losses, steps)
@@ -169,16 +171,22 @@ class Run:
         return sheet
 
     @torch.no_grad()
-    def _paint(self, student: Student) -> Image.Image:
+    def _paint(self, student: Student, stated: Stated) -> Image.Image:
         network, shape = student.networks.target, self.data.latents.shape[1:]
         first = {name: value[:1] for name, value in self.data.conditioning.items()}
-        model = ConsistencyDenoiser(
-            lambda x, t: network(x, t, first, None), self.facts.schedule, self.facts.prediction_type
-        )
+        schedule, is_tcd = self.facts.schedule, stated.sampler == "tcd"
+        kind = Denoiser if is_tcd else ConsistencyDenoiser
+        model = kind(lambda x, t: network(x, t, first, None), schedule, self.facts.prediction_type)
         device = next(student.unet.parameters()).device
-        sigmas = get_sigmas_lcm(self.facts.schedule, _PREVIEW_STEPS)
+        sigmas = get_sigmas_lcm(schedule, stated.steps)
         x = initial_latents(initial_noise([0], shape, device), float(sigmas[0]))
-        x = sample_lcm(model, x, sigmas, disable=True, noise_sampler=seeded_noise_sampler([0], shape, device))
+        noise = seeded_noise_sampler([0], shape, device)
+        if is_tcd:
+            x = sample_tcd(
+                model, x, sigmas, disable=True, noise_sampler=noise, gamma=stated.gamma or 0.0, schedule=schedule
+            )
+        else:
+            x = sample_lcm(model, x, sigmas, disable=True, noise_sampler=noise)
         return self._decode(x)
 
     def _decode(self, x: Tensor) -> Image.Image:

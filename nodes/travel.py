@@ -15,7 +15,7 @@ from lcm_core.interpolation import Frame, interpolate, plan_frames, travel_noise
 
 from . import inputs
 from .host import schema
-from .painting import Conditioning, Latent, Noise, Painter, choose_settings, noise_of, read_latent, reporter
+from .painting import AUTO, Conditioning, Latent, Noise, Painter, choose_settings, noise_of, read_latent, reporter
 
 MOST = 4
 Item = TypeVar("Item")
@@ -47,7 +47,7 @@ class LCMTravel(io.ComfyNode):
                 inputs.frames(),
                 inputs.steps(),
                 inputs.guidance_scale(),
-                inputs.sampler(),
+                inputs.model_sampler(),
                 inputs.strength(),
                 inputs.mode(),
                 inputs.easing(),
@@ -74,7 +74,7 @@ class LCMTravel(io.ComfyNode):
         easing: str = "linear",
         loop: bool = False,
         negative: Conditioning | None = None,
-        sampler: str = "lcm",
+        sampler: str = AUTO,
         strength: float = 1.0,
         gamma: float = 0.3,
         original_steps: int = 50,

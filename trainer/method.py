@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
+from lcm_core.stated import Stated
 from trainer.config import MethodConfig
 from trainer.data.cache import Batch
 from trainer.methods import dmd2, finetune, lcd, segmented, tcd
@@ -27,6 +28,7 @@ class Method(NamedTuple):
     """Whether a second network learns beside the student."""
 
 
+TRAJECTORY_METHODS = ("tcd", "segmented")
 METHODS = {
     "lcd": Method(lcd.draw, lcd.loss),
     "finetune": Method(lcd.draw, finetune.loss, needs_teacher=False),
@@ -45,6 +47,13 @@ def get_method(config: MethodConfig) -> Method:
     if config.kind not in METHODS:
         raise InputError(f"unknown method {config.kind!r}; choose {', '.join(METHODS)}")
     return METHODS[config.kind]
+
+
+def sampling_of(config: MethodConfig) -> Stated:
+    """How a student wants to be sampled. One of phases goes from edge to edge, without fresh noise."""
+    if config.kind not in TRAJECTORY_METHODS:
+        return Stated("lcm", 4)
+    return Stated("tcd", config.phases, 0.0) if config.kind == "segmented" else Stated("tcd", 4, 0.3)
 
 
 def make_sample(

@@ -12,9 +12,6 @@ import torch
 
 from lcm_core.adapters import lora_state_dict
 from lcm_core.checkpoint import (
-    GAMMA_KEY,
-    KIND_KEY,
-    STEPS_KEY,
     Component,
     ModelInfo,
     list_components,
@@ -26,14 +23,14 @@ from lcm_core.files import atomic_write, new_folder
 from lcm_core.loading import Source
 from lcm_core.lora import save_lora
 from lcm_core.weights import read_json, write_json
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, MethodConfig
+from trainer.method import sampling_of
 from trainer.options import to_dict
 from trainer.students import Student, plain_config
 from trainer.tables import to_markdown
 
 DISTILL_KEY = "lcm_suite.distill"
 """Safetensors metadata: JSON of the settings that the weights were trained with."""
-TRAJECTORY_METHODS = ("tcd", "segmented")
 _CLIP_WORDS = 49408  # a tokenizer of another size is the model's own and must travel with it
 _STORED = torch.float16
 _SCHEDULERS = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}
@@ -45,18 +42,6 @@ def run_name(config: DistillConfig) -> str:
     return config.name or Path(config.output).resolve().name
 
 
-def sampler_of(config: DistillConfig) -> str:
-    """The sampler that a student was trained for."""
-    return "tcd" if config.method.kind in TRAJECTORY_METHODS else "lcm"
-
-
-def sampling_of(config: DistillConfig) -> tuple[int, float | None]:
-    """Steps, and TCD's share of fresh noise (None for lcm). A student of phases goes from edge to edge without any."""
-    if sampler_of(config) == "lcm":
-        return 4, None
-    return (config.method.phases, 0.0) if config.method.kind == "segmented" else (4, 0.3)
-
-
 def write_weights(config: DistillConfig, student: Student, source: Source, info: ModelInfo) -> list[Path]:
     """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file.
 
@@ -64,9 +49,8 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         InputError: the folder cannot be written, or the disk is full.
     """
     folder, name = Path(config.output), run_name(config)
-    steps, gamma = sampling_of(config)
-    about = {KIND_KEY: sampler_of(config), STEPS_KEY: str(steps)} | ({} if gamma is None else {GAMMA_KEY: f"{gamma:g}"})
-    metadata = {**about, DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
+    stated = sampling_of(config.method)
+    metadata = {**stated.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:
         file = folder / f"{name}_lora.safetensors"
         tensors = lora_state_dict(student.unet, ema=student.final == "ema", dtype=_STORED)
@@ -74,7 +58,7 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         return [file]
     components = read_parts(source) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
-    _write_folder(folder / "diffusers", components, info, source, sampler_of(config))
+    _write_folder(folder / "diffusers", components, info, source, stated.sampler)
     return [folder / f"{name}.safetensors", folder / "diffusers"]
 
 
@@ -142,7 +126,8 @@ def comfyui_workflow(config: DistillConfig, info: ModelInfo, resolution: int) ->
         "latent": _node("EmptyLatentImage", **size),
     }
     texts = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
-    sampling = _tcd_nodes(config, model, texts) if sampler_of(config) == "tcd" else _lcm_nodes(info, model, texts)
+    is_tcd = sampling_of(config.method).sampler == "tcd"
+    sampling = _tcd_nodes(config.method, model, texts) if is_tcd else _lcm_nodes(info, model, texts)
     return {
         **graph,
         **sampling,
@@ -161,14 +146,14 @@ def _lcm_nodes(info: ModelInfo, model: list[Any], texts: Mapping[str, Any]) -> d
     }
 
 
-def _tcd_nodes(config: DistillConfig, model: list[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
+def _tcd_nodes(config: MethodConfig, model: list[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
     """TCD's sampler is this suite's own."""
-    (steps, gamma), original_steps = sampling_of(config), config.method.original_steps
-    grid = {"steps": steps, "strength": 1.0, "original_steps": original_steps, "timesteps": ""}
+    stated, original_steps = sampling_of(config), config.original_steps
+    grid = {"steps": stated.steps, "strength": 1.0, "original_steps": original_steps, "timesteps": ""}
     places = {"model": ["sampling", 0], "sampler": ["method", 0], "sigmas": ["steps", 0]}
     return {
         "sampling": _node("LCMApply", model=model, guidance_scale=0.0, original_steps=original_steps),
-        "method": _node("LCMSampler", sampler="tcd", gamma=gamma),
+        "method": _node("LCMSampler", sampler="tcd", gamma=stated.gamma),
         "steps": _node("LCMScheduler", model=["sampling", 0], **grid),
         "sampler": _node("SamplerCustom", **places, **texts, add_noise=True, noise_seed=0, cfg=1.0),
     }
@@ -202,7 +187,7 @@ def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[st
     return (
         f"# {name}\n\nPaints in 1 to 8 steps: a {what}, distilled from `{config.teacher}` ({info.family}, "
         f"{info.prediction_type}) by the method `{method.kind}` on {data}.\n\n## Use\n\n"
-        f"{sampling_of(config)[0]} steps, sampler {sampler_of(config)}, guidance scale {scale}.\n\n"
+        f"Sampler {sampling_of(method)}, guidance scale {scale}.\n\n"
         f"{_usage(config, name, is_lora)}{score}\n"
         f"## Training\n\n{training.steps:,} steps of {training.batch_size}, learning rate {training.learning_rate:g}, "
         f"solver {method.solver}, loss {method.loss}, w {method.w_min:g} to {method.w_max:g}. Everything is in "
@@ -211,9 +196,9 @@ def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[st
 
 
 def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
-    steps, gamma = sampling_of(config)
-    scheduler = _SCHEDULERS[sampler_of(config)]
-    how = f"num_inference_steps={steps}" + ("" if gamma is None else f", eta={gamma:g}")
+    stated = sampling_of(config.method)
+    scheduler = _SCHEDULERS[stated.sampler]
+    how = f"num_inference_steps={stated.steps}" + ("" if stated.gamma is None else f", eta={stated.gamma:g}")
     if is_lora:
         file = f"{name}_lora.safetensors"
         python = (
@@ -223,7 +208,7 @@ def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
             f'pipe.load_lora_weights("{file}")\n'
             f'pipe("a lighthouse", {how}, guidance_scale=1).images[0].save("picture.png")\n'
         )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file} --steps {steps}'
+        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}'
         web = f"ComfyUI: `workflow_comfyui.json`, with the file in `models/loras`. A1111: `<lora:{file[:-12]}:1>`."
     else:
         python = (
@@ -232,7 +217,7 @@ def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
             f'pipe("a lighthouse", {how}, guidance_scale={1 + config.method.w_min:g})'
             '.images[0].save("picture.png")\n'
         )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors --steps {steps}'
+        shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors'
         web = "ComfyUI and A1111 know no guidance input: `python -m lcm_core export` puts one value into the weights."
     return f"```\n{shell}\n```\n\n```python\n{python}```\n\n{web}\n"
 

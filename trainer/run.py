@@ -137,6 +137,7 @@ def begin(config: DistillConfig) -> Setup:
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
     setup = Setup(config, source, info, noise_schedule(info), team)
     check_method(config.method, setup.schedule, info.prediction_type)
+    check_start(config)
     team.rows(config.training.batch_size, config.training.accumulation)
     if team.is_main:
         file = setup.folder / "config.json"
@@ -178,6 +179,21 @@ def check(config: DistillConfig) -> None:
         raise InputError(f"unknown student {student.kind!r}; choose lora or full")
     if 0 < config.report.samples < 8:
         raise InputError(f"samples {config.report.samples} is too few for scores; use 8 or more, or 0 for no table")
+
+
+def check_start(config: DistillConfig) -> None:
+    """Refuse a start that is not there.
+
+    Raises:
+        InputError: says what was looked for.
+    """
+    start = config.student.start
+    if not start:
+        return
+    if config.student.kind == "full":
+        find_source(start)
+    elif not Path(start).is_file():
+        raise InputError(f"start {start} is not there; give the .safetensors file of an earlier LoRA, or leave it out")
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], file: Path) -> None:

@@ -19,7 +19,8 @@ from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
 from trainer.data.teacher import Teacher
 from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
-from trainer.outputs import run_name, sampler_of, sampling_of
+from trainer.method import sampling_of
+from trainer.outputs import run_name
 from trainer.preview import STEPS, preview_grid, save_samples
 from trainer.processes import Processes
 from trainer.students import Student
@@ -52,9 +53,7 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
         model.sampler = "euler"
     else:
         method = setup.config.method
-        model.sampler = sampler_of(setup.config)
-        model.steps, gamma = sampling_of(setup.config)
-        model.gamma = model.gamma if gamma is None else gamma
+        model.follow(sampling_of(method))
         # a LoRA has its guidance inside, a full student is asked for the middle of what it learnt
         model.guidance_scale = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
     which: Which = "off" if role == "teacher" else student.final

@@ -14,6 +14,7 @@ from extension_a1111.embedding import read_guidance
 from extension_a1111.loras import Accelerated, find_loras, kind_of_name, read_accelerated
 from extension_a1111.recommend import Recommendation, Wishes, recommend
 from lcm_core.errors import InputError
+from lcm_core.stated import Stated
 
 EMOJI = Path(__file__).parents[2] / "lcm_core" / "models" / "emoji"
 LORA = EMOJI / "lora" / "lcm_lora.safetensors"
@@ -50,7 +51,7 @@ def test_what_the_file_states_counts_more_than_names(tmp_path: Path) -> None:
         file = tmp_path / f"{kind}.safetensors"
         stated = {"lcm_suite.kind": kind, "lcm_suite.steps": "2", "lcm_suite.gamma": "0", "modelspec.title": "lcm tcd"}
         save_file({"a": torch.zeros(1)}, file, metadata=stated)
-        assert read_accelerated("my own lcm style", file) == Accelerated("my own lcm style", kind, 2, 0.0)
+        assert read_accelerated("my own lcm style", file) == Accelerated("my own lcm style", Stated(kind, 2, 0.0))
     save_file({"a": torch.zeros(1)}, file, metadata={**stated, "lcm_suite.steps": "few"})
     with pytest.raises(InputError, match=r"tcd\.safetensors.*lcm_suite\.steps.*must be numbers.*few"):
         read_accelerated("broken", file)
@@ -60,7 +61,7 @@ def test_kind_by_metadata(tmp_path: Path) -> None:
     """`pytorch_lora_weights.safetensors` is how LCM-LoRAs are handed out; its header may say more."""
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.title": "LCM-LoRA SD 1.5"})
-    assert read_accelerated("speed", file) == Accelerated("speed", "lcm")
+    assert read_accelerated("speed", file) == Accelerated("speed", Stated("lcm"))
     save_file({"x": torch.zeros(1)}, file)
     assert read_accelerated("speed", file) is None
     assert read_accelerated("speed", None) is None
@@ -111,8 +112,8 @@ def test_width_of_a_network() -> None:
     assert network_width(torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": packed})})) is None
 
 
-LCM, TCD = Accelerated("lcm", "lcm"), Accelerated("hyper", "tcd")
-PHASED = Accelerated("phased", "tcd", steps=2, gamma=0.0)
+LCM, TCD = Accelerated("lcm", Stated("lcm")), Accelerated("hyper", Stated("tcd"))
+PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_recommendation(steps, cfg, models, full, wanted) -> None:  # type: igno
 
 def test_wishes_are_followed_and_said() -> None:
     wishes = Wishes(steps=6, lora_guidance=1.8, full_guidance=5)
-    got = recommend(20, 7, [Accelerated("my-lcm", "lcm")], None, wishes)
+    got = recommend(20, 7, [Accelerated("my-lcm", Stated("lcm"))], None, wishes)
     assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps")
     assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
     phased = recommend(20, 7, [PHASED], None, wishes)
@@ -150,7 +151,7 @@ def test_a_full_lcm_that_states_its_guidance(cfg: float, wanted: float, tmp_path
     save_file({"x": torch.zeros(1)}, file, metadata={"lcm_suite.guidance_scale": "2.0"})
     stated = read_guidance(file)
     assert stated == 2.0
-    got = recommend(4, cfg, [Accelerated("emoji_lcm", "lcm")], "emoji_lcm", Wishes(), stated)
+    got = recommend(4, cfg, [Accelerated("emoji_lcm", Stated("lcm"))], "emoji_lcm", Wishes(), stated)
     assert got is not None
     assert got.guidance_scale == wanted
     save_file({"x": torch.zeros(1)}, file)

@@ -176,6 +176,36 @@ def try_travel(suite: Suite) -> dict[str, Any]:
     }
 
 
+def try_stated(suite: Suite) -> dict[str, Any]:
+    """A checkpoint, a LoRA and a new student whose files state how they want to be sampled."""
+    phased, _, vae, info = suite.load("phased.safetensors")
+    plain = suite.load("cfg.safetensors")[0]
+    with_lora, _, saved = suite.run("LCMLoraConvert", model=plain, lora_name="phased.safetensors", save_as="phased too")
+    again = suite.run("LCMLoraConvert", model=plain, lora_name=saved)[0]
+    wanted = {"sampler": "tcd", "gamma": 0.0}
+    student, previews = learn_tcd(suite, plain, vae)
+    own = {"seed": 0, "guidance_scale": 1.0}
+    return {
+        "info": info,
+        "lora info": [suite.run("LCMApply", model=model)[1] for model in (with_lora, again)],
+        "auto": [apart(suite.paint(model), suite.paint(model, **wanted)) for model in (phased, with_lora, again)],
+        "lcm": apart(suite.paint(phased), suite.paint(phased, sampler="lcm")),
+        "nothing stated": apart(suite.paint(plain), suite.paint(plain, sampler="lcm")),
+        "student": suite.run("LCMApply", model=student)[1],
+        "preview": apart(previews[-1:], vae.decode(suite.paint(student, **own))),
+        "preview by lcm": apart(previews[-1:], vae.decode(suite.paint(student, sampler="lcm", **own))),
+    }
+
+
+def learn_tcd(suite: Suite, model: Any, vae: Any) -> tuple[Any, Any]:
+    """A student of two steps by tcd, and its previews."""
+    inputs = {"latents": {"samples": suite.tensors["training"]}, "vae": vae, "method": "tcd", "output_name": "curve"}
+    prompts = {name: suite.prompts[name] for name in ("positive", "negative")}
+    options = {"steps": 2, "batch_size": 2, "rank": 4, "w": 1.0, "preview_every": 2}
+    student, _, _, previews, _ = suite.run("LCMDistiller", model=model, **inputs, **prompts, **options)
+    return student, previews
+
+
 def try_bad_input(suite: Suite) -> dict[str, str]:
     """What the nodes say to input that cannot work."""
     full, plain = suite.load("full.safetensors")[0], suite.load("cfg.safetensors")[0]
@@ -269,7 +299,7 @@ def main() -> None:
     if (FOLDER / "cases.json").exists():
         findings: dict[str, Any] = paint_cases(suite)
     else:
-        trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller)
+        trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller, try_stated)
         findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
     (FOLDER / "findings.json").write_text(json.dumps(findings))
 

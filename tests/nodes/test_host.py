@@ -19,7 +19,9 @@ from lcm_core.adapters import add_lora, lora_state_dict
 from lcm_core.checkpoint import read_component, save_single_file
 from lcm_core.loading import Model, find_source, load_model
 from lcm_core.settings import Settings
+from lcm_core.stated import Stated
 from lcm_core.unet import load_unet
+from lcm_core.weights import read_safetensors, write_safetensors
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 pytestmark = [
@@ -172,6 +174,11 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Any:
     width = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
     save_file(peft_lora(width), loras / "peft.safetensors")
     save_file(peft_lora(1280), loras / "wide.safetensors")
+    stated = Stated("tcd", 2, 0.0).metadata()
+    save_file(peft_lora(width), loras / "phased.safetensors", stated)
+    cfg = folder / "models" / "checkpoints" / "cfg.safetensors"
+    tensors, metadata = read_safetensors(cfg)
+    write_safetensors(cfg.with_name("phased.safetensors"), tensors, {**metadata, **stated})
     (folder / "models" / "checkpoints" / "broken.safetensors").write_bytes(b"PK\x03\x04 not what it says")
     return run_host(folder)
 
@@ -238,6 +245,19 @@ def test_travel_ends_on_the_single_pictures(findings: Any) -> None:
 def test_bad_input_is_explained(findings: Any, case: str, said: str) -> None:
     """One line that names what was given and what to do; nothing else fails because of it."""
     assert said in findings["bad_input"][case]
+
+
+def test_auto_follows_what_files_state(findings: Any) -> None:
+    """Sampler and gamma, of a checkpoint, of a LoRA, of a LoRA that was saved again, and of a new student, which the
+    previews show like that too; lcm where nothing is stated."""
+    found = findings["stated"]
+    assert found["info"].endswith("; made for tcd, 2 steps, gamma 0")
+    assert all(info.endswith("; made for tcd, 2 steps, gamma 0") for info in found["lora info"])
+    assert found["auto"] == [0.0, 0.0, 0.0]
+    assert found["lcm"] > 0.01
+    assert found["nothing stated"] == 0
+    assert found["student"].endswith("; made for tcd, 4 steps, gamma 0.3")
+    assert found["preview"] <= 0.02 < found["preview by lcm"]
 
 
 def test_a_lora_in_pefts_layout_is_applied_and_converted(findings: Any) -> None:

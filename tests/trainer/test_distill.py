@@ -81,6 +81,21 @@ def test_what_cannot_be_used_is_named_in_one_line(teachers, photos, tmp_path, ca
     assert not (tmp_path / "out" / "run" / "state.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--start", "no/such_lora.safetensors"], "start no/such_lora.safetensors is not there"),
+        (["--student", "full", "--start", "no/such/model.safetensors"], "no/such/model.safetensors"),
+        (["--method", "segmented", "--phases", "99"], "phases=99"),
+        (["--original-steps", "2000"], "original_steps=2000"),
+    ],
+)
+def test_what_could_be_known_is_refused_before_pictures_are_encoded(teachers, photos, tmp_path, capsys, words, message):
+    assert main(_command(teachers(), photos, tmp_path / "out", *words)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cache").exists()
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_the_file(teachers, photos, tmp_path, capsys):
     words = ["--learning-rate", "1", "--warmup-steps", "1", "--loss", "l2", "--huber-c", "1", "--noise-offset", "1e30"]
     assert main(_command(teachers(), photos, tmp_path, *words)) == 2

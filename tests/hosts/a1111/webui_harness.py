@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcm_core.checkpoint import GAMMA_KEY, KIND_KEY, STEPS_KEY
+from lcm_core.stated import Stated
 from lcm_core.weights import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[3]
@@ -202,8 +202,7 @@ def to_base64(picture: Image.Image) -> str:
 def save_phased_lora(file: Path) -> None:
     """The embedded LoRA as if it were a student of two phases, to be sampled with TCD and gamma 0."""
     tensors, metadata = read_safetensors(EMOJI / "lora" / "lcm_lora.safetensors")
-    stated = {KIND_KEY: "tcd", STEPS_KEY: "2", GAMMA_KEY: "0"}
-    write_safetensors(file, tensors, {**metadata, **stated})
+    write_safetensors(file, tensors, {**metadata, **Stated("tcd", 2, 0.0).metadata()})
 
 
 def copy_with_prediction(folder: Path) -> Path:
