@@ -93,7 +93,7 @@ def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True, layout="constrained")
     curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         if line["part"] in PLOTTED:
@@ -122,7 +122,7 @@ def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
             scale.set_major_formatter("{x:g}")
             scale.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     with atomic_write(file) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
