@@ -62,16 +62,19 @@ def test_no_gradient_reaches_the_feature_network_and_none_comes_from_it():
 def test_a_trial_is_trained_scored_and_never_again(quality, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "NOISES", {"coloured": quality.coloured})
     kinds, again = ("as trained", "coloured"), []
-    rows = _run(quality, tmp_path, monkeypatch, "--parts", "methods", "noise")
+    rows = _run(quality, tmp_path, monkeypatch, "--parts", "floor", "methods", "noise")
     found = [(row["part"], row["name"], row["student"], row["steps"]) for row in rows]
     students = [("methods", name, "lora", steps) for name in ("lcd", "dmd2") for steps in ("1", "4")]
     assert set(found) == {
         *students,
+        *(("floor", name, "real", "0") for name in ("drawings", "through the VAE")),
         *(("noise", kind, "teacher", "4") for kind in kinds),
         *(("noise", kind, student, steps) for kind in kinds for student in ("full", "lora") for steps in ("1", "4")),
     }
     assert len(found) == len(set(found))
-    by_name = {row["name"]: row for row in rows if row["part"] == "methods"}
+    by_name = {row["name"]: row for row in rows if row["part"] in ("floor", "methods")}
+    assert float(by_name["drawings"]["alignment"]) == 1.0  # each is nearest to itself
+    assert float(by_name["drawings"]["fd"]) < float(by_name["through the VAE"]["fd"])
     assert int(by_name["dmd2"]["samples_seen"]) == 4  # as lcd, and then as itself
     assert float(by_name["dmd2"]["fd"]) > 0
     assert "| dmd2 | lora |" in capsys.readouterr().out
@@ -82,7 +85,7 @@ def test_a_trial_is_trained_scored_and_never_again(quality, tmp_path, monkeypatc
         "pictures.png",
     }
     monkeypatch.setattr(quality, "train", lambda trial, *_: again.append(trial))
-    assert _run(quality, tmp_path, monkeypatch, "--parts", "methods", "noise") == rows
+    assert _run(quality, tmp_path, monkeypatch, "--parts", "floor", "methods", "noise") == rows
     assert not again
 
 
