@@ -43,6 +43,8 @@ from trainer.machine import describe_machine
 from trainer.preview import paint_previews
 
 PARTS = ("floor", "solvers", "embedded", "methods", "skip", "guidance", "variety", "noise")
+EMBEDDED_PARTS = {"solvers", "embedded", "guidance", "noise"}
+"""Those that measure the embedded models."""
 STEPS = (1, 2, 4, 8)
 SOLVERS = {"euler": "DDIM", "dpm_2m": "DPM", "dpmpp_2m": "DPM++"}
 PROMPTS = ("pizza, noto style", "red heart, fluent style", "octopus, twemoji style", "grinning face, noto style")
@@ -199,7 +201,8 @@ def main() -> None:
         exam = benchmark_exam(benchmark)
         if "floor" in args.parts and not table.has("floor", "drawings", "real", 0, "1"):
             run_floor(table, exam, benchmark, args)
-        run_embedded(table, exam, args)
+        if not EMBEDDED_PARTS.isdisjoint(args.parts):
+            run_embedded(table, exam, args)
         for trial in list_trials(args.parts, args.seeds):
             run_trial(trial, table, exam, args)
     show(table.rows, args.output, args.work / "samples", PROMPTS)
