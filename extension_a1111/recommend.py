@@ -52,7 +52,7 @@ def recommend(
 
     Args:
         steps, guidance_scale: as they stand; kept where they are in the model's range.
-        models: the prompt's LoRAs and the checkpoint, with None for ordinary ones; the first that is none counts.
+        models: the prompt's LoRAs and the checkpoint, with None for ordinary ones; the first other counts.
         full_lcm: name of the checkpoint, if it takes guidance as w-embedding.
         wishes: what to set where neither that nor the model's file says anything.
         stated_guidance: what a full LCM's file says of itself; up to twice and down to half of it is kept.
