@@ -32,24 +32,26 @@ def apply(p: Any, args: Sequence[Any], axes: Mapping[str, Any]) -> None:
     options = read_options(args, axes)
     if options.auto:
         _set(p, advised)
-        if advised.gamma is not None and options.gamma == Options.gamma:  # nobody asked for another one
-            p.lcm_suite = functools.partial(read_options, args, {"gamma": advised.gamma, **axes})
+        p.lcm_suite = functools.partial(read_options, args, {**_stated(advised, options), **axes})
     elif p.sampler_name not in _KNOWN and (p.steps, p.cfg_scale) != (advised.steps, advised.guidance_scale):
         p.comment(f"LCM Suite: {advised} would suit it; the button in the accordion 'LCM Suite' sets them.")
 
 
 def offer(
-    prompt: str, sampler_name: str, steps: int, cfg_scale: float, gamma: float
-) -> tuple[str, int, float, float, str]:
+    prompt: str, sampler_name: str, steps: int, cfg_scale: float, gamma: float, original_steps: int
+) -> tuple[str, int, float, float, int, str]:
     """New values for the page, and what to say about them; the old ones where no LCM is in use."""
+    old = sampler_name, steps, cfg_scale, gamma, original_steps
     try:
         advised = _advise(host.chosen_checkpoint(), prompt, int(steps), float(cfg_scale))
     except ValueError as error:
-        return sampler_name, steps, cfg_scale, gamma, html.escape(str(error))
+        return *old, html.escape(str(error))
     if advised is None:
-        return sampler_name, steps, cfg_scale, gamma, NOTHING
+        return *old, NOTHING
     gamma = gamma if advised.gamma is None else advised.gamma
-    return advised.sampler, advised.steps, advised.guidance_scale, gamma, html.escape(f"{advised}.")
+    original_steps = original_steps if advised.original_steps is None else advised.original_steps
+    said = html.escape(f"{advised}.")
+    return advised.sampler, advised.steps, advised.guidance_scale, gamma, original_steps, said
 
 
 def check_guidance_embedding(p: Any) -> None:
@@ -71,6 +73,17 @@ def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Rec
     stated = read_guidance(file) if file is not None else None
     models = [*loras, read_accelerated(name, file)]
     return recommend(steps, cfg_scale, models, full_lcm, _wishes(), stated)
+
+
+def _stated(advised: Recommendation, options: Options) -> dict[str, float]:
+    """What the model's file states, as far as nobody asked for something else."""
+    said = {"gamma": advised.gamma, "original_steps": advised.original_steps}
+    usual = Options()
+    return {
+        name: value
+        for name, value in said.items()
+        if value is not None and getattr(options, name) == getattr(usual, name)
+    }
 
 
 def _set(p: Any, advised: Recommendation) -> None:

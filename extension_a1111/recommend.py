@@ -27,17 +27,19 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Sampler, steps and CFG scale for one picture, TCD's gamma where the model's file states one, and the reason."""
+    """Sampler, steps and CFG scale for one picture, the reason, and what the model's file states beyond them."""
 
     sampler: str
     steps: int
     guidance_scale: float
     reason: str
     gamma: float | None = None
+    original_steps: int | None = None
 
     def __str__(self) -> str:
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
-        return f"{self.reason}: {self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}{gamma}"
+        grid = "" if self.original_steps is None else f", {self.original_steps} original steps"
+        return f"{self.reason}: {self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}{gamma}{grid}"
 
 
 def recommend(
@@ -74,7 +76,7 @@ def recommend(
         return None
     stated = model.stated
     wanted = steps if 1 <= steps <= MOST_STEPS else stated.steps or wishes.steps
-    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, reason, stated.gamma)
+    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, reason, stated.gamma, stated.original_steps)
 
 
 def _within(value: float, span: tuple[float, float], otherwise: float) -> float:

@@ -17,7 +17,7 @@ from lcm_core.lora import merge, read_lora
 from lcm_core.lora_keys import Part
 from lcm_core.networks import choose_device
 from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
-from lcm_core.stated import Stated, read_stated
+from lcm_core.stated import FOLDER_KEY, Stated, read_stated
 from lcm_core.text import TextEncoder, load_text
 from lcm_core.unet import UNet, load_unet
 from lcm_core.vae import VAE, load_vae
@@ -30,6 +30,7 @@ MODELS = Path(__file__).parent / "models"
 """Models that are shipped with the package; each folder has a model.json."""
 CARD = "model.json"
 SHIPPED_UNETS = ("lcm", "teacher")
+_FEW_STEP_SCHEDULERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
 _PAPER_GUIDANCE = 8.0  # of the tables in arXiv 2310.04378
 _SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
 _CARD_NAMES = {"schedule": "beta_schedule"}
@@ -90,6 +91,7 @@ class Model:
         self.sampler = stated.sampler
         self.steps = self.steps if stated.steps is None else stated.steps
         self.gamma = self.gamma if stated.gamma is None else stated.gamma
+        self.original_steps = self.original_steps if stated.original_steps is None else stated.original_steps
 
     def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
         """Conditioning of prompts for a picture of this size."""
@@ -293,17 +295,22 @@ def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:
     if model.guidance_embedding_dim is not None:
         model.guidance_scale = model.teacher_guidance_scale = source.card.get("guidance_scale", _PAPER_GUIDANCE)
     elif not loras:
-        model.is_distilled = _scheduler_class(source.root) in ("LCMScheduler", "TCDScheduler")
+        model.is_distilled = _read_scheduler(source.root) is not None
         if source.chosen == "teacher":
             model.sampler = "dpmpp_2m"
     for path in (source.root, *loras):
-        stated = read_stated(read_metadata(path), str(path)) if path.is_file() else None
-        if stated is None and _scheduler_class(path) == "TCDScheduler":
-            stated = Stated("tcd")
+        stated = read_stated(read_metadata(path), str(path)) if path.is_file() else _read_scheduler(path)
         if stated is not None:
             model.follow(stated)
 
 
-def _scheduler_class(root: Path) -> str:
+def _read_scheduler(root: Path) -> Stated | None:
+    """What a diffusers folder states; None where it names no few-step scheduler."""
     file = root / "scheduler" / "scheduler_config.json"
-    return str(read_json(file).get("_class_name", "")) if file.is_file() else ""
+    content = read_json(file) if file.is_file() else {}
+    sampler = _FEW_STEP_SCHEDULERS.get(content.get("_class_name", ""))
+    if sampler is None:
+        return None
+    return read_stated(content.get(FOLDER_KEY, {}), str(root)) or Stated(
+        sampler, original_steps=content.get("original_inference_steps")
+    )

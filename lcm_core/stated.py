@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lcm_core.errors import InputError
 from lcm_core.settings import FEW_STEP_SAMPLERS
 
+FOLDER_KEY = "_lcm_suite"
+"""In scheduler_config.json of a diffusers folder: the same. diffusers passes over names that begin so."""
+Number = TypeVar("Number", int, float)
 KIND_KEY = "lcm_suite.kind"
 """Safetensors metadata: which sampler a distilled model or LoRA was made for, lcm or tcd."""
 STEPS_KEY = "lcm_suite.steps"
 """Alike: how many steps it is best at."""
 GAMMA_KEY = "lcm_suite.gamma"
 """Alike: for tcd, the share of fresh noise in each step."""
+ORIGINAL_STEPS_KEY = "lcm_suite.original_steps"
+"""Alike: how many timesteps the distillation knew, where that is not the usual number; the steps lie on them."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,22 @@ class Stated:
     """One of `FEW_STEP_SAMPLERS`."""
     steps: int | None = None
     gamma: float | None = None
+    original_steps: int | None = None
 
     def __str__(self) -> str:
         steps = "" if self.steps is None else f", {self.steps} steps"
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
-        return f"{self.sampler}{steps}{gamma}"
+        grid = "" if self.original_steps is None else f", {self.original_steps} original steps"
+        return f"{self.sampler}{steps}{gamma}{grid}"
 
     def metadata(self) -> dict[str, str]:
         """What to write into a file."""
-        said = {KIND_KEY: self.sampler, STEPS_KEY: self.steps, GAMMA_KEY: self.gamma}
+        said = {
+            KIND_KEY: self.sampler,
+            STEPS_KEY: self.steps,
+            GAMMA_KEY: self.gamma,
+            ORIGINAL_STEPS_KEY: self.original_steps,
+        }
         return {key: str(value) for key, value in said.items() if value is not None}
 
 
@@ -44,16 +57,28 @@ def read_stated(metadata: Mapping[str, str], name: str) -> Stated | None:
         name: the file's, for the message.
 
     Raises:
-        InputError: steps or gamma are no numbers, or out of range.
+        InputError: a number is none, or out of range.
     """
     sampler = metadata.get(KIND_KEY)
     if sampler not in FEW_STEP_SAMPLERS:
         return None
+    return Stated(
+        sampler,
+        steps=_number(metadata, STEPS_KEY, int, 1, 1000, name),
+        gamma=_number(metadata, GAMMA_KEY, float, 0, 1, name),
+        original_steps=_number(metadata, ORIGINAL_STEPS_KEY, int, 1, 1000, name),
+    )
+
+
+def _number(
+    metadata: Mapping[str, str], key: str, kind: Callable[[str], Number], lowest: float, highest: float, name: str
+) -> Number | None:
+    if key not in metadata:
+        return None
     try:
-        steps = int(metadata[STEPS_KEY]) if STEPS_KEY in metadata else None
-        gamma = float(metadata[GAMMA_KEY]) if GAMMA_KEY in metadata else None
+        value = kind(metadata[key])
     except ValueError as error:
-        raise InputError(f"{name}: {STEPS_KEY} and {GAMMA_KEY} must be numbers: {error}") from error
-    if (steps is not None and steps < 1) or not 0 <= (gamma or 0.0) <= 1:
-        raise InputError(f"{name} states {steps} steps and gamma {gamma}; they must be 1 or more, and 0 to 1")
-    return Stated(sampler, steps, gamma)
+        raise InputError(f"{name}: {key} must be a number: {error}") from error
+    if not lowest <= value <= highest:
+        raise InputError(f"{name} states {key} {value:g}, which is out of range; it must be {lowest:g} to {highest:g}")
+    return value

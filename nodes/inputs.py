@@ -105,8 +105,8 @@ def model_sampler() -> Any:
         "sampler",
         options=[AUTO, *SAMPLERS],
         default=AUTO,
-        tooltip="auto: what the model's file states, with its gamma, if LCM Checkpoint Loader, LCM LoRA Convert or LCM "
-        f"Distiller put it in; else lcm. {_SAMPLERS}",
+        tooltip="auto: what the model's file states, with gamma and original steps, if LCM Checkpoint Loader, LCM LoRA "
+        f"Convert or LCM Distiller put it in; else lcm. {_SAMPLERS}",
     )
 
 

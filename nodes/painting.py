@@ -37,7 +37,8 @@ Report = Callable[[int, Tensor, Tensor, int], object]
 """The host's callback: `report(step, x0, x, total_steps)`."""
 SAMPLERS = list(FEW_STEP_SAMPLERS)
 AUTO = "auto"
-"""In the place of a sampler: what the model's file states, with its gamma; lcm where it states nothing."""
+"""In the place of a sampler: what the model's file states, with all that belongs to it; lcm where it says nothing."""
+_FOLLOWED = ("gamma", "original_steps")
 _SIZE_HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
@@ -120,8 +121,7 @@ def choose_settings(model: Any, guidance_scale: float, **settings: Any) -> tuple
     if settings.get("sampler", AUTO) == AUTO:
         stated = facts.stated or Stated("lcm")
         settings["sampler"] = stated.sampler
-        if stated.gamma is not None:
-            settings["gamma"] = stated.gamma
+        settings |= {name: value for name in _FOLLOWED if (value := getattr(stated, name)) is not None}
     return Settings(guidance_scale=guidance_scale or facts.guidance_scale, **settings), facts
 
 

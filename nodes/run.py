@@ -22,6 +22,7 @@ from lcm_core.errors import InputError
 from lcm_core.files import atomic_write
 from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
 from lcm_core.schedule import get_sigmas_lcm
+from lcm_core.settings import Settings
 from lcm_core.stated import Stated
 from lcm_core.weights import read_json, write_json
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
@@ -178,7 +179,7 @@ class Run:
         kind = Denoiser if is_tcd else ConsistencyDenoiser
         model = kind(lambda x, t: network(x, t, first, None), schedule, self.facts.prediction_type)
         device = next(student.unet.parameters()).device
-        sigmas = get_sigmas_lcm(schedule, stated.steps)
+        sigmas = get_sigmas_lcm(schedule, stated.steps, stated.original_steps or Settings.original_steps)
         x = initial_latents(initial_noise([0], shape, device), float(sigmas[0]))
         noise = seeded_noise_sampler([0], shape, device)
         if is_tcd:

@@ -18,8 +18,11 @@ from lcm_core.commands.common import plural
 from lcm_core.errors import InputError
 from lcm_core.image import load_image
 from lcm_core.loading import Model
+from lcm_core.painting import Inputs, noise_source, paint
 from lcm_core.pipeline import Pipeline
-from trainer.emoji.evaluate import Benchmark, paint_captions
+from lcm_core.sampling import NoiseSampler
+from lcm_core.settings import Settings
+from trainer.emoji.benchmark import Benchmark
 from trainer.emoji.features import extract
 from trainer.judges import CaptionScore, Features
 from trainer.metrics import frechet_distance, recall, retrieval_accuracy
@@ -189,7 +192,7 @@ def evaluate_rows(
         steps: numbers of steps.
         processes: those that share the pictures; None for this one alone.
         progress: show a bar.
-        **options: `sampler` and `guidance_scale`; what is left out or None, the model decides.
+        **options: `sampler`, `guidance_scale` and others of `Settings`; what is left out or None, the model decides.
 
     Raises:
         InputError: a setting that this model cannot use, or broken pictures.
@@ -202,8 +205,7 @@ def _score(
 ) -> dict[str, Any]:
     settings = Pipeline(model).resolve(num_inference_steps=steps, **options)
     start = time.monotonic()
-    paint = (settings.sampler, steps, settings.guidance_scale)
-    features, fits = _paint(model, exam, team, paint, f"{name}, {plural(steps, 'step')}", progress)
+    features, fits = _paint(model, exam, team, settings, f"{name}, {plural(steps, 'step')}", progress)
     seconds = time.monotonic() - start
     row: dict[str, Any] = {
         "model": name,
@@ -224,7 +226,7 @@ def grade(exam: Exam, features: Tensor) -> dict[str, float]:
 
 
 def _paint(
-    model: Model, exam: Exam, team: Processes, paint: tuple[str, int, float], label: str, progress: bool
+    model: Model, exam: Exam, team: Processes, settings: Settings, label: str, progress: bool
 ) -> tuple[Tensor, Tensor]:
     """Features (M, D) and caption scores (M,) of all pictures; the latter are zeros where nobody asked."""
     from tqdm import tqdm
@@ -235,7 +237,7 @@ def _paint(
         for start in range(0, len(seeds), BATCH_SIZE):
             part = list(seeds[start : start + BATCH_SIZE])
             captions = [exam.captions[seed] for seed in part]
-            pictures = paint_captions(model, captions, part, *paint, exam.change_noise)
+            pictures = paint_captions(model, captions, part, settings, exam.change_noise)
             features.append(exam.features(pictures))
             fits.append(
                 torch.zeros(len(part)) if exam.caption_score is None else exam.caption_score(pictures, captions)
@@ -243,6 +245,29 @@ def _paint(
             bar.update(len(part))
     total = len(exam.captions)
     return collect(team, torch.cat(features), total), collect(team, torch.cat(fits), total)
+
+
+def paint_captions(
+    model: Model,
+    captions: list[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    change_noise: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Pictures (B, 3, H, W) uint8 on the CPU, by the same way that users' pictures take.
+
+    `change_noise` puts other noise in the place of the first, (B, C, h, w).
+    """
+    size = settings.width, settings.height
+    cond, uncond = model.encode(captions, *size), model.encode([""] * len(captions), *size)
+    plain = noise_source(seeds, model.device)
+
+    def noise(shape: Sequence[int]) -> tuple[Tensor, NoiseSampler]:
+        first, later = plain(shape)
+        return (first if change_noise is None else change_noise(first)), later
+
+    pixels = paint(model, Inputs(cond, uncond, noise), settings)
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
 def check_samples(samples: int, team: Processes) -> None:

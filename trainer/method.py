@@ -50,10 +50,13 @@ def get_method(config: MethodConfig) -> Method:
 
 
 def sampling_of(config: MethodConfig) -> Stated:
-    """How a student wants to be sampled. One of phases goes from edge to edge, without fresh noise."""
+    """How a student wants to be sampled: one of phases from edge to edge, without fresh noise. The usual grid needs no
+    mention."""
+    grid = None if config.original_steps == MethodConfig.original_steps else config.original_steps
     if config.kind not in TRAJECTORY_METHODS:
-        return Stated("lcm", 4)
-    return Stated("tcd", config.phases, 0.0) if config.kind == "segmented" else Stated("tcd", 4, 0.3)
+        return Stated("lcm", 4, original_steps=grid)
+    steps, gamma = (config.phases, 0.0) if config.kind == "segmented" else (4, 0.3)
+    return Stated("tcd", steps, gamma, grid)
 
 
 def make_sample(

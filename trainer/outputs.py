@@ -22,6 +22,7 @@ from lcm_core.checkpoint import (
 from lcm_core.files import atomic_write, new_folder
 from lcm_core.loading import Source
 from lcm_core.lora import save_lora
+from lcm_core.stated import FOLDER_KEY, Stated
 from lcm_core.weights import read_json, write_json
 from trainer.config import DistillConfig, MethodConfig
 from trainer.method import sampling_of
@@ -58,7 +59,7 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         return [file]
     components = read_parts(source) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
-    _write_folder(folder / "diffusers", components, info, source, stated.sampler)
+    _write_folder(folder / "diffusers", components, info, source, stated)
     return [folder / f"{name}.safetensors", folder / "diffusers"]
 
 
@@ -76,26 +77,29 @@ def _unet_component(student: Student) -> Component:
 
 
 def _write_folder(
-    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, sampler: str
+    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, stated: Stated
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of this run, before more steps were asked for
     with new_folder(folder) as temporary:
         save_diffusers(temporary, components, info)
-        _name_scheduler(temporary, _SCHEDULERS[sampler])
+        _name_scheduler(temporary, stated)
         for name, files in source.read_tokenizers().items():
             (temporary / name).mkdir()
             for file, text in files.items():
                 (temporary / name / file).write_text(text, encoding="utf-8")
 
 
-def _name_scheduler(folder: Path, scheduler: str) -> None:
+def _name_scheduler(folder: Path, stated: Stated) -> None:
     """Say how this model is sampled, which diffusers' and our own pipelines then do by themselves."""
+    scheduler = _SCHEDULERS[stated.sampler]
+    grid = stated.original_steps or MethodConfig.original_steps
     for file in (folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"):
         content = read_json(file)
         if "scheduler" in content:
             content["scheduler"] = ["diffusers", scheduler]
         else:
-            content |= {"_class_name": scheduler, "original_inference_steps": 50, "timestep_scaling": 10.0}
+            content |= {"_class_name": scheduler, "original_inference_steps": grid, "timestep_scaling": 10.0}
+            content[FOLDER_KEY] = stated.metadata()
         write_json(file, content)
 
 
@@ -199,12 +203,13 @@ def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
     stated = sampling_of(config.method)
     scheduler = _SCHEDULERS[stated.sampler]
     how = f"num_inference_steps={stated.steps}" + ("" if stated.gamma is None else f", eta={stated.gamma:g}")
+    grid = "" if stated.original_steps is None else f", original_inference_steps={stated.original_steps}"
     if is_lora:
         file = f"{name}_lora.safetensors"
         python = (
             f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
-            f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
+            f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{grid})\n"
             f'pipe.load_lora_weights("{file}")\n'
             f'pipe("a lighthouse", {how}, guidance_scale=1).images[0].save("picture.png")\n'
         )

@@ -47,7 +47,6 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
         prediction_type=setup.info.prediction_type,
         resolution=int(card.get("resolution") or network.config.sample_size * vae.scale),
         teacher_guidance_scale=float(card.get("teacher_guidance_scale", 7.5)),
-        original_steps=setup.config.method.original_steps,
     )
     if role == "teacher":
         model.sampler = "euler"
@@ -89,7 +88,7 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[str]) -> tuple[li
 
 def _exam(setup: Setup) -> Exam | None:
     """The embedded model is measured on its benchmark, another against the pictures that it learnt from."""
-    from trainer.emoji.evaluate import load_benchmark
+    from trainer.emoji.benchmark import load_benchmark
     from trainer.emoji.features import extract
 
     config, samples = setup.config, setup.config.report.samples

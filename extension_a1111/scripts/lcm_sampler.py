@@ -22,7 +22,7 @@ class LcmSuite(scripts.Script):
     def __init__(self) -> None:
         super().__init__()
         self.page: dict[str, Any] = {}  # the host's own components, by the end of their ids
-        self.offer: tuple[Any, Any, Any] | None = None
+        self.offer: tuple[Any, Any, Any, Any] | None = None
 
     def title(self) -> str:
         return LCM_SAMPLER
@@ -54,7 +54,7 @@ class LcmSuite(scripts.Script):
                 )
         self.infotext_fields = [(gamma, GAMMA_FIELD), (original_steps, ORIGINAL_STEPS_FIELD)]
         self.paste_field_names = [GAMMA_FIELD, ORIGINAL_STEPS_FIELD]
-        self.offer = (button, gamma, said)
+        self.offer = (button, gamma, original_steps, said)
         self._connect()
         return [auto, gamma, original_steps]
 
@@ -77,9 +77,9 @@ class LcmSuite(scripts.Script):
     def _connect(self) -> None:
         if self.offer is None or not all(name in self.page for name in _WANTED):
             return
-        (button, gamma, said), self.offer = self.offer, None
+        (button, gamma, original_steps, said), self.offer = self.offer, None
         prompt, *settings = (self.page[name] for name in _WANTED)
-        settings.append(gamma)
+        settings += [gamma, original_steps]
         # Without the queue, so that the button answers while a picture is being made.
         button.click(advice.offer, inputs=[prompt, *settings], outputs=[*settings, said], queue=False)
 

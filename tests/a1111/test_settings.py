@@ -53,8 +53,12 @@ def test_what_the_file_states_counts_more_than_names(tmp_path: Path) -> None:
         save_file({"a": torch.zeros(1)}, file, metadata=stated)
         assert read_accelerated("my own lcm style", file) == Accelerated("my own lcm style", Stated(kind, 2, 0.0))
     save_file({"a": torch.zeros(1)}, file, metadata={**stated, "lcm_suite.steps": "few"})
-    with pytest.raises(InputError, match=r"tcd\.safetensors.*lcm_suite\.steps.*must be numbers.*few"):
+    with pytest.raises(InputError, match=r"tcd\.safetensors.*lcm_suite\.steps.*must be a number.*few"):
         read_accelerated("broken", file)
+    for key, value in (("steps", "0"), ("gamma", "1.5"), ("original_steps", "2000")):
+        save_file({"a": torch.zeros(1)}, file, metadata={**stated, f"lcm_suite.{key}": value})
+        with pytest.raises(InputError, match=rf"tcd\.safetensors.*lcm_suite\.{key} {value}, which is out of range"):
+            read_accelerated("broken", file)
 
 
 def test_kind_by_metadata(tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_width_of_a_network() -> None:
 
 
 LCM, TCD = Accelerated("lcm", Stated("lcm")), Accelerated("hyper", Stated("tcd"))
-PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0))
+PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0, original_steps=10))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,7 @@ PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0))
 def test_recommendation(steps, cfg, models, full, wanted) -> None:  # type: ignore[no-untyped-def]
     got = recommend(steps, cfg, models, full, Wishes())
     assert (got and (got.sampler, got.steps, got.guidance_scale, got.gamma)) == wanted
+    assert (got and got.original_steps) == (10 if PHASED in models else None)
 
 
 def test_wishes_are_followed_and_said() -> None:
@@ -142,7 +147,7 @@ def test_wishes_are_followed_and_said() -> None:
     assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps")
     assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
     phased = recommend(20, 7, [PHASED], None, wishes)
-    assert str(phased) == "phased is made for few steps: TCD Suite, 2 steps, CFG 1.8, gamma 0"
+    assert str(phased) == "phased is made for few steps: TCD Suite, 2 steps, CFG 1.8, gamma 0, 10 original steps"
 
 
 @pytest.mark.parametrize(("cfg", "wanted"), [(7, 2.0), (3, 3), (1, 1), (0.5, 2.0)])

@@ -182,13 +182,14 @@ def try_stated(suite: Suite) -> dict[str, Any]:
     plain = suite.load("cfg.safetensors")[0]
     with_lora, _, saved = suite.run("LCMLoraConvert", model=plain, lora_name="phased.safetensors", save_as="phased too")
     again = suite.run("LCMLoraConvert", model=plain, lora_name=saved)[0]
-    wanted = {"sampler": "tcd", "gamma": 0.0}
+    wanted = {"sampler": "tcd", "gamma": 0.0, "original_steps": 10}
     student, previews = learn_tcd(suite, plain, vae)
     own = {"seed": 0, "guidance_scale": 1.0}
     return {
         "info": info,
         "lora info": [suite.run("LCMApply", model=model)[1] for model in (with_lora, again)],
         "auto": [apart(suite.paint(model), suite.paint(model, **wanted)) for model in (phased, with_lora, again)],
+        "other grid": apart(suite.paint(phased), suite.paint(phased, **wanted | {"original_steps": 50})),
         "lcm": apart(suite.paint(phased), suite.paint(phased, sampler="lcm")),
         "nothing stated": apart(suite.paint(plain), suite.paint(plain, sampler="lcm")),
         "student": suite.run("LCMApply", model=student)[1],

@@ -174,7 +174,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Any:
     width = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
     save_file(peft_lora(width), loras / "peft.safetensors")
     save_file(peft_lora(1280), loras / "wide.safetensors")
-    stated = Stated("tcd", 2, 0.0).metadata()
+    stated = Stated("tcd", 2, 0.0, 10).metadata()
     save_file(peft_lora(width), loras / "phased.safetensors", stated)
     cfg = folder / "models" / "checkpoints" / "cfg.safetensors"
     tensors, metadata = read_safetensors(cfg)
@@ -248,13 +248,14 @@ def test_bad_input_is_explained(findings: Any, case: str, said: str) -> None:
 
 
 def test_auto_follows_what_files_state(findings: Any) -> None:
-    """Sampler and gamma, of a checkpoint, of a LoRA, of a LoRA that was saved again, and of a new student, which the
-    previews show like that too; lcm where nothing is stated."""
+    """Sampler, gamma and original steps, of a checkpoint, of a LoRA, of one that was saved again, and of a new student,
+    which the previews show like that too; lcm where nothing is stated."""
     found = findings["stated"]
-    assert found["info"].endswith("; made for tcd, 2 steps, gamma 0")
-    assert all(info.endswith("; made for tcd, 2 steps, gamma 0") for info in found["lora info"])
+    said = "; made for tcd, 2 steps, gamma 0, 10 original steps"
+    assert found["info"].endswith(said)
+    assert all(info.endswith(said) for info in found["lora info"])
     assert found["auto"] == [0.0, 0.0, 0.0]
-    assert found["lcm"] > 0.01
+    assert min(found["lcm"], found["other grid"]) > 0.01
     assert found["nothing stated"] == 0
     assert found["student"].endswith("; made for tcd, 4 steps, gamma 0.3")
     assert found["preview"] <= 0.02 < found["preview by lcm"]

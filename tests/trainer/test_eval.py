@@ -6,18 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lcm_core.errors import InputError
 from lcm_core.loading import load_model
+from lcm_core.pipeline import Pipeline
 from lcm_core.weights import write_safetensors
 from trainer import judges
 from trainer.commands import eval as command
+from trainer.emoji.benchmark import Benchmark
 from trainer.emoji.data import Drawing
-from trainer.emoji.evaluate import Benchmark
-from trainer.emoji.features import FeatureNetwork
+from trainer.emoji.features import FeatureNetwork, extract
 from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
 from trainer.metrics import frechet_distance
 from trainer.processes import Processes
@@ -40,13 +42,36 @@ def benchmark():
     return Benchmark(entries, real, network, samples=12)
 
 
-def test_rows_are_what_the_benchmark_itself_measures(benchmark):
+def test_rows_are_scores_of_the_pictures_that_a_user_gets(benchmark):
     model = load_model("emoji", "cpu", unet="lcm")
     (row,) = evaluate_rows("mine", model, benchmark_exam(benchmark), [1], guidance_scale=2.0)
-    expected = benchmark.score("mine", model, "lcm", 1, 2.0)
-    for name in ("fd", "recall", "alignment", "held_out_alignment", "seen_alignment"):
-        assert row[name] == pytest.approx(getattr(expected, name), rel=1e-4), name
+    captions = [benchmark.entries[i].plain_caption for i in benchmark.chosen.tolist()]
+    images = Pipeline(model)(captions, num_inference_steps=1, guidance_scale=2.0, seed=range(len(captions))).images
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    features = extract(benchmark.features, pixels)
+    cosine = torch.cosine_similarity(features.double()[:, None], benchmark.real.double()[None], dim=2)
+    shown = benchmark.codes[cosine.argmax(1)]
+    right = (shown == benchmark.codes[benchmark.chosen]).double()
+    expected = {
+        "fd": frechet_distance(benchmark.real, features),
+        "alignment": right.mean().item(),
+        "held_out_alignment": right[benchmark.held_out].mean().item(),
+        "seen_alignment": right[~benchmark.held_out].mean().item(),
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3)
     assert (row["model"], row["sampler"], row["steps"], row["guidance_scale"]) == ("mine", "lcm", 1, 2.0)
+
+
+@pytest.mark.parametrize(("option", "value"), [("gamma", 1.0), ("original_steps", 10)])
+def test_what_is_measured_is_painted_with_the_settings_that_were_given(option, value):
+    seen = []
+    exam = Exam(["pizza"] * 4, lambda pictures: seen.append(pictures) or torch.randn(len(pictures), 4), torch.eye(4))
+    model = load_model("emoji", "cpu", unet="lcm")
+    options = {"sampler": "tcd", "gamma": 0.0, "original_steps": 50}
+    evaluate_rows("mine", model, exam, [3], **options)
+    evaluate_rows("mine", model, exam, [3], **options | {option: value})
+    plain, changed = seen
+    assert not torch.equal(plain, changed)
 
 
 def test_a_perfect_and_a_broken_model_are_told_apart():
@@ -110,6 +135,7 @@ import json, sys, torch
 from PIL import Image
 from lcm_core.errors import InputError
 from lcm_core.loading import load_model
+from lcm_core.pipeline import Pipeline
 from trainer.evaluate import Exam, evaluate_rows, from_main, read_pictures
 from trainer.processes import join_processes
 
@@ -228,9 +254,9 @@ def run_eval(benchmark, monkeypatch):
     """`trainer eval ...` with the small benchmark. Returns the exit code's message, empty if all went well."""
     import argparse
 
-    import trainer.emoji.evaluate
+    import trainer.emoji.benchmark
 
-    monkeypatch.setattr(trainer.emoji.evaluate, "load_benchmark", lambda samples: benchmark)
+    monkeypatch.setattr(trainer.emoji.benchmark, "load_benchmark", lambda samples: benchmark)
 
     def run(*words):
         parser = argparse.ArgumentParser()

@@ -31,7 +31,8 @@ def lora_run(request, teachers, photos, tmp_path_factory):
 def _paint(model, guidance_scale):
     """One picture in [0, 1] by `lcm_core`, with the sampler that the model's files ask for."""
     sampler = {"sampler": model.sampler, "num_inference_steps": STEPS, "guidance_scale": guidance_scale}
-    chosen = Settings(**sampler, gamma=0.0, width=64, height=64)  # diffusers' eta, 0 where it is not given
+    grid = {"original_steps": model.original_steps, "gamma": 0.0}  # diffusers' eta, 0 where it is not given
+    chosen = Settings(**sampler, **grid, width=64, height=64)
     cond = model.encode([PROMPT], 64, 64)
     with torch.no_grad():
         return paint(model, Inputs(cond, None, noise_source([SEED], model.device)), chosen).clamp(-1, 1) / 2 + 0.5
@@ -117,11 +118,13 @@ def test_the_workflow_uses_the_result_and_its_wires_meet(lora_run):
 @pytest.mark.parametrize(("method", "steps", "gamma"), [("tcd", 4, 0.3), ("segmented", 3, 0.0)])
 def test_a_trajectory_student_brings_its_own_sampler(teachers, photos, tmp_path, method, steps, gamma):
     """ComfyUI has no TCD sampler; with lcm such a student would lose what sets it apart."""
-    output = _distil(teachers(), photos, tmp_path, "--method", method, "--phases", 3, "--steps", 1)
+    words = ["--method", method, "--phases", 3, "--steps", 1, "--original-steps", 10]
+    output = _distil(teachers(), photos, tmp_path, *words)
     file = output / "mine_lora.safetensors"
     assert read_safetensors(file)[1]["lcm_suite.kind"] == "tcd"
     model = load_model(teachers(), "cpu", lora=[(file, 1.0)])
-    assert (model.sampler, model.steps, model.gamma) == ("tcd", steps, gamma)
+    assert (model.sampler, model.steps, model.gamma, model.original_steps) == ("tcd", steps, gamma, 10)
+    assert "original_inference_steps=10)" in (output / "README.md").read_text()
     graph = json.loads((output / "workflow_comfyui.json").read_text())
     by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
     assert by_kind["LCMSampler"] == {"sampler": "tcd", "gamma": gamma}
@@ -150,7 +153,7 @@ def test_distribution_matching_goes_on_from_an_earlier_student(teachers, photos,
 @pytest.fixture(scope="module", params=["lcd", "tcd"])
 def full_run(request, teachers, photos, tmp_path_factory):
     teacher = teachers("v_prediction", zero_snr=True)
-    words = ["--student", "full", "--method", request.param, "--solver", "dpmpp_2s"]
+    words = ["--student", "full", "--method", request.param, "--solver", "dpmpp_2s", "--original-steps", 20]
     return request.param, _distil(teacher, photos, tmp_path_factory.mktemp("full"), *words)
 
 
@@ -158,8 +161,10 @@ def test_the_full_student_paints_the_same_from_its_folder_its_file_and_in_diffus
     from diffusers import DiffusionPipeline
 
     method, output = full_run
-    from_file = _paint(load_model(output / "mine.safetensors", "cpu", "float32"), 4.0)
-    from_folder = _paint(load_model(output / "diffusers", "cpu", "float32"), 4.0)
+    models = [load_model(output / name, "cpu", "float32") for name in ("mine.safetensors", "diffusers")]
+    stated = [(model.sampler, model.steps, model.gamma, model.original_steps) for model in models]
+    assert stated == [("lcm" if method == "lcd" else "tcd", 4, 0.3, 20)] * 2
+    from_file, from_folder = (_paint(model, 4.0) for model in models)
     torch.testing.assert_close(from_file, from_folder, rtol=0, atol=1e-6)
     pipe = DiffusionPipeline.from_pretrained(output / "diffusers", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.emoji.benchmark import load_benchmark
 from trainer.emoji.data import SHIPPED, load_shipped, read_entries
-from trainer.emoji.evaluate import load_benchmark
 from trainer.emoji.features import load_features
 
 ROOT = Path(__file__).parents[2]

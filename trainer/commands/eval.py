@@ -98,7 +98,7 @@ def _exam(args: argparse.Namespace, model: Model, team: Processes) -> Exam:
     from functools import partial
 
     from trainer.data.sources import read_source
-    from trainer.emoji.evaluate import load_benchmark
+    from trainer.emoji.benchmark import load_benchmark
     from trainer.emoji.features import extract
     from trainer.evaluate import benchmark_exam, folder_exam, read_pictures
     from trainer.judges import load_clip, load_inception

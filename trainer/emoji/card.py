@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from trainer.emoji.data import GROUPS, PACKAGES, Drawings
-from trainer.emoji.evaluate import Row
+from trainer.emoji.ledger import Row
 from trainer.tables import to_markdown
 
 CREDITS = {

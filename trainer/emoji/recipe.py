@@ -24,10 +24,11 @@ from lcm_core.weights import read_json, read_safetensors, write_json, write_safe
 from trainer.config import LoopConfig, MethodConfig
 from trainer.emoji import Network
 from trainer.emoji.autoencoder import SCALING_FACTOR, encode_mean, train_vae
+from trainer.emoji.benchmark import load_benchmark
 from trainer.emoji.card import model_card
 from trainer.emoji.data import SHIPPED, Drawings, load_drawings, save_shipped
-from trainer.emoji.evaluate import Ledger, Row, load_benchmark
 from trainer.emoji.features import extract, load_features, save_features, train_features
+from trainer.emoji.ledger import Ledger, Row
 from trainer.emoji.student import distil_full, distil_lora
 from trainer.emoji.teacher import PREDICTION_TYPE, CaptionedLatents, train_teacher
 from trainer.emoji.words import build_tokenizer

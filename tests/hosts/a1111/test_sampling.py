@@ -28,8 +28,8 @@ def reference(model: Pipeline, **settings: object) -> Image.Image:
     return model(PROMPT, seed=1, width=64, height=64, **settings).images[0]  # type: ignore[arg-type]
 
 
-def diffusers_timesteps(steps: int, strength: float = 1.0) -> list[int]:
-    scheduler = LCMScheduler(original_inference_steps=50)
+def diffusers_timesteps(steps: int, strength: float = 1.0, original_steps: int = 50) -> list[int]:
+    scheduler = LCMScheduler(original_inference_steps=original_steps)
     scheduler.set_timesteps(steps, strength=strength)
     return scheduler.timesteps.tolist()
 
@@ -229,13 +229,14 @@ def test_auto_sets_what_a_lora_wants(webui: WebUI) -> None:
 
 
 def test_auto_sets_what_a_lora_states(webui: WebUI) -> None:
-    """Steps and gamma from the file, unless the request names a gamma of its own."""
+    """Steps, gamma and original steps from the file, unless the request names others."""
     webui.load("emoji_teacher")
     prompt = f"{PROMPT}<lora:phased:1>"
-    for gamma, wanted in ((0.3, 0), (0.7, 0.7)):
-        auto = {"LCM Suite": {"args": [True, gamma]}}
+    for gamma, original_steps, wanted, grid in ((0.3, 50, 0, 25), (0.7, 20, 0.7, 20)):
+        auto = {"LCM Suite": {"args": [True, gamma, original_steps]}}
         painted = webui.paint(prompt=prompt, sampler_name="Euler", steps=20, cfg_scale=7, alwayson_scripts=auto)
-        check(painted, "TCD Suite", diffusers_timesteps(2), 1)
+        check(painted, "TCD Suite", diffusers_timesteps(2, original_steps=grid), 1)
+        assert f"LCM original steps: {grid}" in painted.infotext
         assert f"TCD gamma: {wanted:g}," in painted.infotext.replace(".0,", ",")
 
 
@@ -251,14 +252,14 @@ def test_button_sets_what_suits_the_models(webui: WebUI) -> None:
 
     def press(checkpoint: str, prompt: str) -> list[object]:
         webui.load(checkpoint)
-        body = {"fn_index": fn_index, "session_hash": "test", "data": [prompt, "Euler", 20, 7, 0.3]}
+        body = {"fn_index": fn_index, "session_hash": "test", "data": [prompt, "Euler", 20, 7, 0.3, 50]}
         return webui.call("/run/predict", body)["data"]
 
     said = "emoji_lcm_lora is made for few steps: LCM Suite, 4 steps, CFG 1."
-    assert press("emoji_teacher", "pizza <lora:emoji_lcm_lora:1>") == ["LCM Suite", 4, 1, 0.3, said]
-    assert press("emoji_teacher", "pizza <lora:phased:1>")[:4] == ["TCD Suite", 2, 1, 0]
-    assert press("emoji_lcm", "pizza")[:4] == ["LCM Suite", 4, 2, 0.3]
-    assert press("emoji_teacher", "pizza")[:4] == ["Euler", 20, 7, 0.3]
+    assert press("emoji_teacher", "pizza <lora:emoji_lcm_lora:1>") == ["LCM Suite", 4, 1, 0.3, 50, said]
+    assert press("emoji_teacher", "pizza <lora:phased:1>")[:5] == ["TCD Suite", 2, 1, 0, 25]
+    assert press("emoji_lcm", "pizza")[:5] == ["LCM Suite", 4, 2, 0.3, 50]
+    assert press("emoji_teacher", "pizza")[:5] == ["Euler", 20, 7, 0.3, 50]
 
 
 def _elem_id(part: dict[str, dict[str, object]]) -> str:

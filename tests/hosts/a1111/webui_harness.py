@@ -200,9 +200,9 @@ def to_base64(picture: Image.Image) -> str:
 
 
 def save_phased_lora(file: Path) -> None:
-    """The embedded LoRA as if it were a student of two phases, to be sampled with TCD and gamma 0."""
+    """The embedded LoRA as if it were a student of two phases, to be sampled with TCD and gamma 0, on a grid of 25."""
     tensors, metadata = read_safetensors(EMOJI / "lora" / "lcm_lora.safetensors")
-    write_safetensors(file, tensors, {**metadata, **Stated("tcd", 2, 0.0).metadata()})
+    write_safetensors(file, tensors, {**metadata, **Stated("tcd", 2, 0.0, 25).metadata()})
 
 
 def copy_with_prediction(folder: Path) -> Path:
