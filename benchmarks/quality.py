@@ -13,6 +13,7 @@ another machine. Parts:
     solvers    the teacher itself, with each of its solvers
     embedded   the embedded LCM and LCM-LoRA, which were trained for longer than the runs below
     methods    each method as LoRA and as full model; dmd2 spends half of its time as lcd
+    coarse     tcd and segmented with skip k = 100 and 125; as full models also for five times as long
     skip       lcd with skip k = 1, 5, 10, 20, 50, after a quarter, half and all of the time
     guidance   lcd with w = 2, 4, 8, 12; with w = 8, as in the paper's tables, also tcd, segmented and the solvers
     variety    lcd with other noise schedules, and with augmented pictures beside plain ones
@@ -36,13 +37,13 @@ from torch.nn import functional
 
 from lcm_core.files import atomic_write
 from lcm_core.loading import Model, load_model
+from trainer.emoji.benchmark import Benchmark, load_benchmark
 from trainer.emoji.data import load_shipped
-from trainer.emoji.evaluate import Benchmark, load_benchmark
 from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, grade
 from trainer.machine import describe_machine
 from trainer.preview import paint_previews
 
-PARTS = ("floor", "solvers", "embedded", "methods", "skip", "guidance", "variety", "noise")
+PARTS = ("floor", "solvers", "embedded", "methods", "coarse", "skip", "guidance", "variety", "noise")
 EMBEDDED_PARTS = {"solvers", "embedded", "guidance", "noise"}
 """Those that measure the embedded models."""
 STEPS = (1, 2, 4, 8)

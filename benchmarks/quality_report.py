@@ -16,7 +16,7 @@ Row = dict[str, str]
 SCORES = ("fd", "recall", "alignment", "seen_alignment", "held_out_alignment", "images_per_second")
 DIGITS = {"fd": 2, "images_per_second": 1}
 PICTURE_STEPS = (1, 4)
-PLOTTED = ("solvers", "embedded", "methods")
+PLOTTED = ("solvers", "embedded", "methods", "coarse")
 
 
 def show(rows: Sequence[Row], output: Path, samples: Path, prompts: Sequence[str]) -> None:
@@ -94,21 +94,22 @@ def draw_plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True, layout="constrained")
-    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         if line["part"] in PLOTTED:
-            curves.setdefault((line["name"], line["student"]), []).append(line)
-    names = list(dict.fromkeys(name for name, _ in curves))
-    for (name, student), points in curves.items():
+            curves.setdefault((line["name"], line["student"], line["share"]), []).append(line)
+    names = list(dict.fromkeys(name for name, _, _ in curves))
+    for (name, student, share), points in curves.items():
         points.sort(key=lambda point: point["steps"])
         look = {"teacher": ":", "lora": "--", "full": "-"}[student]
-        style = {"color": f"C{names.index(name)}", "linestyle": look, "marker": "o", "markersize": 4}
+        style = {"color": plt.colormaps["tab20"](names.index(name)), "linestyle": look, "markersize": 5}
+        style["marker"], time = ("o", "") if share == "1" else ("*", f", {share} x time")
         distances = [point["fd"] for point in points]
         for axis, xs in (
             (axes[0], [point["steps"] for point in points]),
             (axes[1], [1000 / point["images_per_second"] for point in points]),
         ):
-            axis.plot(xs, distances, label=f"{name}, {student}", **style)
+            axis.plot(xs, distances, label=f"{name}, {student}{time}", **style)
     axes[0].set_xscale("log", base=2)
     axes[0].set(xlabel="steps", ylabel="FD (lower is better)")
     axes[0].xaxis.set_major_formatter("{x:g}")

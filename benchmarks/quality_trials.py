@@ -47,6 +47,13 @@ METHODS: dict[str, Settings] = {
 }
 DMD2_RATE = 0.2
 """dmd2's learning rate, as a share of the others'."""
+COARSE: dict[str, Settings] = {
+    "tcd, k = 100": {"kind": "tcd", "original_steps": 10, "grid_jitter": True},
+    "segmented, k = 125": {"kind": "segmented", "original_steps": 8},
+}
+"""Grids as coarse as a teacher can stand whose 8 steps are as good as its 25."""
+LONGER = 5.0
+"""How much longer full models on a coarse grid are trained once more."""
 VARIETY: dict[str, Settings] = {
     "lognormal timesteps": {"method": {"timestep_sampling": "lognormal"}},
     "jittered timesteps": {"method": {"grid_jitter": True}},
@@ -97,6 +104,9 @@ def list_trials(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Trial]:
                     settings = {**trial.settings, "training": rate}
                     trial = replace(trial, settings=settings, share=0.5, begins_with=half)
                 yield trial
+    for name, method in COARSE.items() if "coarse" in parts else ():
+        for student, share in (("lora", 1.0), ("full", 1.0), ("full", LONGER)):
+            yield Trial("coarse", name, student, seeds[0], {"method": method}, share)
     for skip in (1, 5, 10, 20, 50) if "skip" in parts else ():
         for share in (0.25, 0.5, 1.0):
             yield Trial("skip", f"k = {skip}", "lora", seeds[0], {"method": {"original_steps": 1000 // skip}}, share)
