@@ -49,9 +49,9 @@ def offer(
     if advised is None:
         return *old, NOTHING
     gamma = gamma if advised.gamma is None else advised.gamma
-    original_steps = original_steps if advised.original_steps is None else advised.original_steps
+    grid = advised.original_steps or Options.original_steps  # not what an earlier model left
     said = html.escape(f"{advised}.")
-    return advised.sampler, advised.steps, advised.guidance_scale, gamma, original_steps, said
+    return advised.sampler, advised.steps, advised.guidance_scale, gamma, grid, said
 
 
 def check_guidance_embedding(p: Any) -> None:
@@ -78,11 +78,10 @@ def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Rec
 def _stated(advised: Recommendation, options: Options) -> dict[str, float]:
     """What the model's file states, as far as nobody asked for something else."""
     said = {"gamma": advised.gamma, "original_steps": advised.original_steps}
-    usual = Options()
     return {
         name: value
         for name, value in said.items()
-        if value is not None and getattr(options, name) == getattr(usual, name)
+        if value is not None and getattr(options, name) == getattr(Options, name)
     }
 
 

@@ -9,8 +9,6 @@ from typing import TypeVar
 from lcm_core.errors import InputError
 from lcm_core.settings import FEW_STEP_SAMPLERS
 
-FOLDER_KEY = "_lcm_suite"
-"""In scheduler_config.json of a diffusers folder: the same. diffusers passes over names that begin so."""
 Number = TypeVar("Number", int, float)
 KIND_KEY = "lcm_suite.kind"
 """Safetensors metadata: which sampler a distilled model or LoRA was made for, lcm or tcd."""
@@ -20,6 +18,8 @@ GAMMA_KEY = "lcm_suite.gamma"
 """Alike: for tcd, the share of fresh noise in each step."""
 ORIGINAL_STEPS_KEY = "lcm_suite.original_steps"
 """Alike: how many timesteps the distillation knew, where that is not the usual number; the steps lie on them."""
+FOLDER_KEY = "_lcm_suite"
+"""In scheduler_config.json of a diffusers folder: all of these. diffusers passes over names that begin so."""
 
 
 @dataclass(frozen=True)
