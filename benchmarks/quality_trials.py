@@ -50,6 +50,7 @@ DMD2_RATE = 0.2
 COARSE: dict[str, Settings] = {
     "tcd, k = 100": {"kind": "tcd", "original_steps": 10, "grid_jitter": True},
     "segmented, k = 125": {"kind": "segmented", "original_steps": 8},
+    "segmented, k = 125, 2 phases": {"kind": "segmented", "original_steps": 8, "phases": 2},
 }
 """Grids as coarse as a teacher can stand whose 8 steps are as good as its 25."""
 LONGER = 5.0

@@ -1,6 +1,7 @@
 """What a run leaves, opened with the programs that it is for."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -170,6 +171,18 @@ def test_the_full_student_paints_the_same_from_its_folder_its_file_and_in_diffus
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.scheduler).__name__ == {"lcd": "LCMScheduler", "tcd": "TCDScheduler"}[method]
     torch.testing.assert_close(_paint_with_diffusers(pipe, 4.0), from_folder, rtol=0, atol=2e-3)
+
+
+def test_a_folder_from_elsewhere_is_sampled_as_its_scheduler_says(full_run, tmp_path):
+    """diffusers' own folders name a scheduler and its grid, and nothing else of ours."""
+    method, output = full_run
+    folder = shutil.copytree(output / "diffusers", tmp_path / "copy")
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text())
+    assert scheduler.pop("_lcm_suite")["lcm_suite.steps"] == "4"
+    file.write_text(json.dumps(scheduler | {"original_inference_steps": 40}))
+    model = load_model(folder, "cpu")
+    assert (model.sampler, model.original_steps) == ("lcm" if method == "lcd" else "tcd", 40)
 
 
 def test_the_single_file_keeps_the_guidance_input_and_the_marks(full_run):
