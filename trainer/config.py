@@ -19,7 +19,8 @@ class MethodConfig:
     """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
     segmented (each phase of the trajectory by itself) or dmd2 (distribution matching; begin with a student of lcd)."""
     original_steps: int = 50
-    """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps."""
+    """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps. Under tcd
+    and segmented, fewer are better where the teacher itself paints well in as few steps."""
     w_min: float = 2.0
     """Smallest guidance w = guidance_scale - 1 that the student learns."""
     w_max: float = 14.0
