@@ -48,8 +48,8 @@ def offer(
         return *old, html.escape(str(error))
     if advised is None:
         return *old, NOTHING
-    gamma = gamma if advised.gamma is None else advised.gamma
-    grid = advised.original_steps or Options.original_steps  # not what an earlier model left
+    gamma = gamma if advised.stated.gamma is None else advised.stated.gamma
+    grid = advised.stated.original_steps or Options.original_steps  # not what an earlier model left
     said = html.escape(f"{advised}.")
     return advised.sampler, advised.steps, advised.guidance_scale, gamma, grid, said
 
@@ -77,12 +77,8 @@ def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Rec
 
 def _stated(advised: Recommendation, options: Options) -> dict[str, float]:
     """What the model's file states, as far as nobody asked for something else."""
-    said = {"gamma": advised.gamma, "original_steps": advised.original_steps}
-    return {
-        name: value
-        for name, value in said.items()
-        if value is not None and getattr(options, name) == getattr(Options, name)
-    }
+    said = advised.stated.options
+    return {name: value for name, value in said.items() if getattr(options, name) == getattr(Options, name)}
 
 
 def _set(p: Any, advised: Recommendation) -> None:

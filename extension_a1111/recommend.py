@@ -27,19 +27,17 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Sampler, steps and CFG scale for one picture, the reason, and what the model's file states beyond them."""
+    """Sampler, steps and CFG scale for one picture, the reason, and what the model's file states."""
 
     sampler: str
     steps: int
     guidance_scale: float
     reason: str
-    gamma: float | None = None
-    original_steps: int | None = None
+    stated: Stated
 
     def __str__(self) -> str:
-        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
-        grid = "" if self.original_steps is None else f", {self.original_steps} original steps"
-        return f"{self.reason}: {self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}{gamma}{grid}"
+        said = f"{self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}{self.stated.remark}"
+        return f"{self.reason}: {said}"
 
 
 def recommend(
@@ -76,7 +74,7 @@ def recommend(
         return None
     stated = model.stated
     wanted = steps if 1 <= steps <= MOST_STEPS else stated.steps or wishes.steps
-    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, reason, stated.gamma, stated.original_steps)
+    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, reason, stated)
 
 
 def _within(value: float, span: tuple[float, float], otherwise: float) -> float:

@@ -90,8 +90,8 @@ class Model:
         """Take over what a file states of how to sample."""
         self.sampler = stated.sampler
         self.steps = self.steps if stated.steps is None else stated.steps
-        self.gamma = self.gamma if stated.gamma is None else stated.gamma
-        self.original_steps = self.original_steps if stated.original_steps is None else stated.original_steps
+        for name, value in stated.options.items():
+            setattr(self, name, value)
 
     def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
         """Conditioning of prompts for a picture of this size."""
@@ -311,6 +311,5 @@ def _read_scheduler(root: Path) -> Stated | None:
     sampler = _FEW_STEP_SCHEDULERS.get(content.get("_class_name", ""))
     if sampler is None:
         return None
-    return read_stated(content.get(FOLDER_KEY, {}), str(root)) or Stated(
-        sampler, original_steps=content.get("original_inference_steps")
-    )
+    usual = Stated(sampler, original_steps=content.get("original_inference_steps"))
+    return read_stated(usual.metadata() | content.get(FOLDER_KEY, {}), str(root))

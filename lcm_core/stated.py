@@ -32,11 +32,21 @@ class Stated:
     gamma: float | None = None
     original_steps: int | None = None
 
+    @property
+    def options(self) -> dict[str, float]:
+        """What is said beyond sampler and steps, by the names that `Settings` has for it."""
+        said = {"gamma": self.gamma, "original_steps": self.original_steps}
+        return {name: value for name, value in said.items() if value is not None}
+
+    @property
+    def remark(self) -> str:
+        """The same in words, behind a comma; empty where nothing is said."""
+        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
+        return gamma + ("" if self.original_steps is None else f", {self.original_steps} original steps")
+
     def __str__(self) -> str:
         steps = "" if self.steps is None else f", {self.steps} steps"
-        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
-        grid = "" if self.original_steps is None else f", {self.original_steps} original steps"
-        return f"{self.sampler}{steps}{gamma}{grid}"
+        return f"{self.sampler}{steps}{self.remark}"
 
     def metadata(self) -> dict[str, str]:
         """What to write into a file."""

@@ -38,7 +38,6 @@ Report = Callable[[int, Tensor, Tensor, int], object]
 SAMPLERS = list(FEW_STEP_SAMPLERS)
 AUTO = "auto"
 """In the place of a sampler: what the model's file states, with all that belongs to it; lcm where it says nothing."""
-_FOLLOWED = ("gamma", "original_steps")
 _SIZE_HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
@@ -120,8 +119,7 @@ def choose_settings(model: Any, guidance_scale: float, **settings: Any) -> tuple
     facts = inspect_model(model)
     if settings.get("sampler", AUTO) == AUTO:
         stated = facts.stated or Stated("lcm")
-        settings["sampler"] = stated.sampler
-        settings |= {name: value for name in _FOLLOWED if (value := getattr(stated, name)) is not None}
+        settings |= {"sampler": stated.sampler, **stated.options}
     return Settings(guidance_scale=guidance_scale or facts.guidance_scale, **settings), facts
 
 

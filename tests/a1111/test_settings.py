@@ -137,14 +137,14 @@ PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0, original_steps=
 )
 def test_recommendation(steps, cfg, models, full, wanted) -> None:  # type: ignore[no-untyped-def]
     got = recommend(steps, cfg, models, full, Wishes())
-    assert (got and (got.sampler, got.steps, got.guidance_scale, got.gamma)) == wanted
-    assert (got and got.original_steps) == (10 if PHASED in models else None)
+    assert (got and (got.sampler, got.steps, got.guidance_scale, got.stated.gamma)) == wanted
+    assert (got and got.stated.original_steps) == (10 if PHASED in models else None)
 
 
 def test_wishes_are_followed_and_said() -> None:
     wishes = Wishes(steps=6, lora_guidance=1.8, full_guidance=5)
     got = recommend(20, 7, [Accelerated("my-lcm", Stated("lcm"))], None, wishes)
-    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps")
+    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps", Stated("lcm"))
     assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
     phased = recommend(20, 7, [PHASED], None, wishes)
     assert str(phased) == "phased is made for few steps: TCD Suite, 2 steps, CFG 1.8, gamma 0, 10 original steps"

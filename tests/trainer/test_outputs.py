@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from lcm_core.errors import InputError
 from lcm_core.loading import load_model
 from lcm_core.painting import Inputs, noise_source, paint
 from lcm_core.settings import Settings
@@ -183,6 +184,9 @@ def test_a_folder_from_elsewhere_is_sampled_as_its_scheduler_says(full_run, tmp_
     file.write_text(json.dumps(scheduler | {"original_inference_steps": 40}))
     model = load_model(folder, "cpu")
     assert (model.sampler, model.original_steps) == ("lcm" if method == "lcd" else "tcd", 40)
+    file.write_text(json.dumps(scheduler | {"original_inference_steps": "many"}))
+    with pytest.raises(InputError, match=r"original_steps must be a number.*many"):
+        load_model(folder, "cpu")
 
 
 def test_the_single_file_keeps_the_guidance_input_and_the_marks(full_run):
