@@ -35,13 +35,13 @@ from quality_trials import PAPER_W, Settings, Trial, list_trials, train
 from torch import Tensor
 from torch.nn import functional
 
-from lcm_core.files import atomic_write
-from lcm_core.loading import Model, load_model
-from trainer.emoji.benchmark import Benchmark, load_benchmark
-from trainer.emoji.data import load_shipped
-from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, grade
+from lcm_core.files.atomic import atomic_write
+from lcm_core.pipeline.model import Model, load_model
+from trainer.evaluate.scores import Exam, benchmark_exam, evaluate_rows, grade
 from trainer.machine import describe_machine
-from trainer.preview import paint_previews
+from trainer.recipes.emoji.benchmark import Benchmark, load_benchmark
+from trainer.recipes.emoji.data import load_shipped
+from trainer.report.preview import paint_previews
 
 PARTS = ("floor", "solvers", "embedded", "methods", "coarse", "skip", "guidance", "variety", "noise")
 EMBEDDED_PARTS = {"solvers", "embedded", "guidance", "noise"}

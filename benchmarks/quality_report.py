@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from lcm_core.files import atomic_write
-from lcm_core.image import labelled_grid
+from lcm_core.files.atomic import atomic_write
+from lcm_core.pipeline.image import labelled_grid
 
 Row = dict[str, str]
 SCORES = ("fd", "recall", "alignment", "seen_alignment", "held_out_alignment", "images_per_second")

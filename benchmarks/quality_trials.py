@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from lcm_core.image import to_pil
-from lcm_core.loading import Model, load_model
-from lcm_core.weights import write_json
+from lcm_core.files.safetensors import write_json
+from lcm_core.pipeline.image import to_pil
+from lcm_core.pipeline.model import Model, load_model
 from trainer.config import DistillConfig
-from trainer.emoji.data import load_shipped
 from trainer.options import apply
 from trainer.outputs import write_weights
+from trainer.recipes.emoji.data import load_shipped
 from trainer.run import learn
-from trainer.show import painter
+from trainer.validation import painter
 
 Settings = dict[str, Any]
 BASE: dict[str, Settings] = {

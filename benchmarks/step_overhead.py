@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import ConsistencyDenoiser
-from lcm_core.guidance import guide
-from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, seeded_noise_sampler
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod, get_sigmas_lcm
+from lcm_core.diffusion.consistency import ConsistencyDenoiser
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, seeded_noise_sampler
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_sigmas_lcm
 
 SHAPE = (4, 64, 64)
 BAR_MS = 0.3

@@ -31,8 +31,8 @@ from cpu_sd15 import SIZES, silence_libraries
 from random_model import make_networks
 from torch import Tensor
 
-from lcm_core.adapters import TARGET_MODULES
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.networks.lora_layers import TARGET_MODULES
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
 from trainer.machine import describe_machine, peak_memory
 
@@ -198,9 +198,9 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
 
 def our_steps(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[int], Measured]:
     """The trainer itself, on latents and text embeddings as its cache gives them, timed from callback to callback."""
-    from lcm_core.unet import exact_output
+    from lcm_core.networks.unet import exact_output
     from trainer.distill import Latents, distill
-    from trainer.processes import Processes
+    from trainer.distributed import Processes
     from trainer.students import lora_student, prepare_unet, unet_network
 
     (unet,) = build(args, device, dtype, "unet")

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from lcm_core.errors import InputError
-from lcm_core.lora_keys import parse_key
-from lcm_core.weights import check_file
+from lcm_core.files.lora_keys import parse_key
+from lcm_core.files.safetensors import check_file
 
 _CONTEXT = "attn2.to_k.weight"
 

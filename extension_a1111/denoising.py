@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import apply_boundary
-from lcm_core.guidance import Model
-from lcm_core.schedule import NoiseSchedule, abar_from_sigma
+from lcm_core.diffusion.consistency import apply_boundary
+from lcm_core.diffusion.guidance import Model
+from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma
 
 
 def consistency(model: Model, schedule: NoiseSchedule) -> Model:

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lcm_core.diffusion.guidance import Model, guide
 from lcm_core.errors import InputError
-from lcm_core.exports import GUIDANCE_KEY
-from lcm_core.guidance import Model, guide
-from lcm_core.weights import check_file, read_metadata
+from lcm_core.export import GUIDANCE_KEY
+from lcm_core.files.safetensors import check_file, read_metadata
 
 COND_PROJ = "time_embed.cond_proj.weight"
 

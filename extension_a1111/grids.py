@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcm_core.schedule import NoiseSchedule, get_sigmas_lcm
+from lcm_core.diffusion.schedule import NoiseSchedule, get_sigmas_lcm
 
 
 def get_sigmas_padded(

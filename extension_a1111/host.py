@@ -15,7 +15,7 @@ from torch import nn
 from extension_a1111.architecture import check_network
 from extension_a1111.denoising import PositiveRows
 from extension_a1111.grids import get_sigmas_padded
-from lcm_core.schedule import NoiseSchedule, abar_from_sigma
+from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma
 
 try:  # 1.9 split schedules from samplers
     from modules import sd_schedulers

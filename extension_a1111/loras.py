@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lcm_core.stated import Stated, read_stated
-from lcm_core.weights import check_file
+from lcm_core.files.recommended import Stated, read_stated
+from lcm_core.files.safetensors import check_file
 
 Kind = Literal["lcm", "tcd"]
 """Which sampler an accelerated model was made for."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from extension_a1111.loras import Accelerated
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
-from lcm_core.stated import Stated
+from lcm_core.files.recommended import Stated
 
 MOST_STEPS = 8
 """More steps than this do not help an LCM (arXiv 2310.04378 Table 1)."""

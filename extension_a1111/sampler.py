@@ -17,8 +17,8 @@ from extension_a1111.embedding import GuidanceHook, no_embedding, read_cond_proj
 from extension_a1111.grids import get_sigmas_padded
 from extension_a1111.loras import find_loras
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, Options
-from lcm_core.guidance import Model
-from lcm_core.sampling import initial_latents, sample_lcm, sample_tcd
+from lcm_core.diffusion.guidance import Model
+from lcm_core.diffusion.samplers import initial_latents, sample_lcm, sample_tcd
 
 SCHEDULE = ("lcm_skip", "LCM Skip")
 

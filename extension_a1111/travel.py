@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lcm_core.diffusion.interpolation import interpolate
 from lcm_core.errors import InputError
-from lcm_core.interpolation import interpolate
 
 Schedule = list[tuple[int, Any]]
 """A prompt over the steps of a picture: (last step, conditioning), in order; a conditioning is (L, D) or a dict."""

@@ -1,4 +1,4 @@
-"""`python -m lcm_core`; see `lcm_core.cli`."""
+"""`python -m lcm_core`; see `lcm_core.cli.main`."""
 
 import sys
 

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig, MethodConfig
 from trainer.distill import Latents
-from trainer.method import sampling_of
+from trainer.methods.method import sampling_of
 
 from . import inputs
 from .host import say, schema

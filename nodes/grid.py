@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from lcm_core.errors import InputError
-from lcm_core.image import labelled_grid
+from lcm_core.pipeline.image import labelled_grid
 
 from . import inputs
 from .host import schema

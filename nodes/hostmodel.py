@@ -12,11 +12,11 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import consistency_function, to_x0
+from lcm_core.diffusion.consistency import consistency_function, to_x0
+from lcm_core.diffusion.guidance import guidance_bias
+from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma, get_timesteps_lcm
 from lcm_core.errors import InputError
-from lcm_core.guidance import guidance_bias
-from lcm_core.schedule import NoiseSchedule, abar_from_sigma, get_timesteps_lcm
-from lcm_core.stated import Stated
+from lcm_core.files.recommended import Stated
 
 PAPER_GUIDANCE = 8.0
 """Of the tables in arXiv 2310.04378: what a full LCM takes when its file does not say."""
@@ -81,7 +81,7 @@ class Guidance:
     """How a full LCM takes guidance.
 
     The host's U-Net has no place for `cond_proj`, but for one guidance scale it is a shift of the first time layer's
-    bias; see `lcm_core.guidance.guidance_bias`.
+    bias; see `lcm_core.diffusion.guidance.guidance_bias`.
     """
 
     cond_proj: Tensor  # (C, D)

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from comfy_api.latest import io
 
+from lcm_core.diffusion.interpolation import EASINGS, MODES
 from lcm_core.errors import InputError
-from lcm_core.interpolation import EASINGS, MODES
 
 from .painting import AUTO, SAMPLERS
 

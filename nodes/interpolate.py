@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from lcm_core.diffusion.interpolation import travel
 from lcm_core.errors import InputError
-from lcm_core.interpolation import travel
 
 from . import inputs
 from .host import schema

@@ -13,9 +13,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.lora import Lora, read_lora, save_lora
-from lcm_core.stated import Stated, read_stated
-from lcm_core.weights import read_metadata
+from lcm_core.files.lora import Lora, read_lora, save_lora
+from lcm_core.files.recommended import Stated, read_stated
+from lcm_core.files.safetensors import read_metadata
 
 from .host import say, schema
 from .hostmodel import attach_stated

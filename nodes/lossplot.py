@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.charts import Axis
+from trainer.report.charts import Axis
 
 WIDTH, HEIGHT = 512, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 28, 34

@@ -15,9 +15,9 @@ import torch
 from comfy import clip_model, sd1_clip, supported_models, supported_models_base
 from comfy.model_base import ModelType
 
-from lcm_core.guidance import guidance_bias
-from lcm_core.loading import CARD, MODELS
-from lcm_core.weights import read_json
+from lcm_core.diffusion.guidance import guidance_bias
+from lcm_core.files.safetensors import read_json
+from lcm_core.pipeline.model import CARD, MODELS
 
 FOLDER = MODELS / "emoji"
 _CARD = read_json(FOLDER / CARD)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lcm_core.errors import InputError
-from lcm_core.sampling import (
+from lcm_core.diffusion.samplers import (
     NoiseSampler,
     initial_latents,
     initial_noise,
@@ -23,9 +22,10 @@ from lcm_core.sampling import (
     sample_tcd,
     seeded_noise_sampler,
 )
-from lcm_core.schedule import get_sigmas_lcm
-from lcm_core.settings import FEW_STEP_SAMPLERS, Settings
-from lcm_core.stated import Stated
+from lcm_core.diffusion.schedule import get_sigmas_lcm
+from lcm_core.errors import InputError
+from lcm_core.files.recommended import Stated
+from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings
 
 from .hostmodel import Facts, LcmSampling, inspect_model, schedule_of, with_guidance, with_sampling
 

@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcm_core.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
+from lcm_core.diffusion.schedule import get_sigmas_lcm
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write
-from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
-from lcm_core.schedule import get_sigmas_lcm
-from lcm_core.settings import Settings
-from lcm_core.stated import Stated
-from lcm_core.weights import read_json, write_json
+from lcm_core.files.atomic import atomic_write
+from lcm_core.files.recommended import Stated
+from lcm_core.files.safetensors import read_json, write_json
+from lcm_core.pipeline.settings import Settings
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
 from trainer.distill import Latents, distill
-from trainer.method import sampling_of
+from trainer.methods.method import sampling_of
 from trainer.students import Student, lora_student
 
 from .hostmodel import Facts

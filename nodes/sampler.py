@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from lcm_core.schedule import get_sigmas_lcm
+from lcm_core.diffusion.schedule import get_sigmas_lcm
 
 from . import inputs
 from .host import schema

@@ -15,10 +15,10 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from lcm_core import adapters
 from lcm_core.errors import InputError
-from lcm_core.image import load_image
-from lcm_core.keymaps import UNetTopology, rename, unet_map
+from lcm_core.files.ldm_keys import UNetTopology, rename, unet_map
+from lcm_core.networks import lora_layers
+from lcm_core.pipeline.image import load_image
 from trainer.data.sources import read_source
 from trainer.distill import Latents
 from trainer.methods.shared import Network
@@ -32,7 +32,7 @@ _HOST_NAMES = {
     "upsamplers.0.conv": "conv",
     "time_emb_proj": "emb_layers.1",
 }
-TARGET_MODULES = tuple(_HOST_NAMES.get(name, name) for name in adapters.TARGET_MODULES)
+TARGET_MODULES = tuple(_HOST_NAMES.get(name, name) for name in lora_layers.TARGET_MODULES)
 """The layers of an LCM-LoRA under the names that the host gives them."""
 
 Tell = Callable[[str], None]
@@ -56,7 +56,9 @@ def copy_unet(model: Any) -> nn.Module:
     dtype = choose_precision(device, "auto", sum(weight.numel() for weight in unet.parameters()))
     unet.to(device, dtype).requires_grad_(False)
     unet.dtype = dtype  # the host's, which its forward casts to
-    if dtype != torch.float32:  # else the last rounding is the largest error of x0; see lcm_core.unet.exact_output
+    if (
+        dtype != torch.float32
+    ):  # else the last rounding is the largest error of x0; see lcm_core.networks.unet.exact_output
         unet.out.float()
         unet.out.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     return unet
@@ -84,7 +86,7 @@ def name_layers(unet: nn.Module) -> dict[str, str]:
 
 def lora_of(student: Student, names: dict[str, str]) -> dict[str, Tensor]:
     """What a student has learnt, in kohya's layout, half precision."""
-    state = adapters.lora_state_dict(student.unet, ema=student.final == "ema", dtype=torch.float16)
+    state = lora_layers.lora_state_dict(student.unet, ema=student.final == "ema", dtype=torch.float16)
     return {
         names[layer] + dot + rest: value for key, value in state.items() for layer, dot, rest in [key.partition(".")]
     }

@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional
 
+from lcm_core.diffusion.interpolation import Frame, interpolate, plan_frames, travel_noise_sampler
 from lcm_core.errors import InputError
-from lcm_core.interpolation import Frame, interpolate, plan_frames, travel_noise_sampler
 
 from . import inputs
 from .host import schema

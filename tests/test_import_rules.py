@@ -26,7 +26,7 @@ HOSTS = {
 TORCH_ONLY = ("errors", "files", "schedule", "consistency", "guidance", "solver", "sampling", "interpolation")
 LAYERS = (("schedule",), ("consistency", "guidance"), ("solver", "sampling"), ("pipeline",))
 """A module of one layer may import those of the layers before it, none of its own and none of those behind."""
-TOP = ("lcm_core.pipeline", "lcm_core.cli", "lcm_core.commands", "lcm_core.__main__")
+TOP = ("lcm_core.pipeline", "lcm_core.cli.main", "lcm_core.cli.main", "lcm_core.__main__")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def checkout() -> Tree:
 
 
 def resolve(tree: Tree, name: str) -> str | None:
-    """The file behind an imported name: `lcm_core.files.atomic_write` -> `lcm_core.files`; None for other packages."""
+    """The file behind an imported name: `lcm_core.files.atomic.atomic_write` -> `lcm_core.files.atomic`; None for other packages."""
     while name and name not in tree:
         name = name.rpartition(".")[0]
     return name or None
@@ -169,7 +169,7 @@ def torch_is_enough(tree: Tree) -> list[str]:
 
 def safetensors_is_enough(tree: Tree) -> list[str]:
     """Checkpoints and LoRA, with all that they load, need torch and safetensors alone, even inside functions."""
-    inside = closure(tree, ["lcm_core.checkpoint", "lcm_core.lora"], RUNTIME)
+    inside = closure(tree, ["lcm_core.files.checkpoint", "lcm_core.files.lora"], RUNTIME)
     return foreign(tree, inside, {"torch", "safetensors"}, RUNTIME | {"optional"})
 
 
@@ -230,74 +230,80 @@ def test_all_modules_of_the_rules_exist() -> None:
 BAD = [
     (rooms_are_apart, {"lcm_core/a.py": "import trainer.lcd"}, "imports trainer.lcd"),
     (rooms_are_apart, {"lcm_core/a.py": "def f():\n    from comfy import samplers"}, "a:2 (lcm_core) imports comfy"),
-    (rooms_are_apart, {"lcm_core/commands/a.py": "from ...trainer import lcd"}, "imports <outside>.trainer.lcd"),
+    (rooms_are_apart, {"lcm_core/cli/a.py": "from ...trainer import lcd"}, "imports <outside>.trainer.lcd"),
     (rooms_are_apart, {"trainer/a.py": "from nodes import Sample"}, "imports nodes.Sample"),
     (rooms_are_apart, {"trainer/a.py": "from ..lcm_core import schedule"}, "imports <outside>.lcm_core.schedule"),
     (rooms_are_apart, {"extension_a1111/a.py": "import importlib\nimportlib.import_module('nodes')"}, "imports nodes"),
-    (torch_is_enough, {"lcm_core/schedule.py": "import numpy as np"}, "schedule:1 imports numpy"),
-    (torch_is_enough, {"lcm_core/solver.py": "def f():\n    import einops"}, "solver:2 imports einops"),
-    (torch_is_enough, {"lcm_core/sampling.py": "from tqdm import trange"}, "imports tqdm.trange"),
+    (torch_is_enough, {"lcm_core/diffusion/schedule.py": "import numpy as np"}, "schedule:1 imports numpy"),
+    (torch_is_enough, {"lcm_core/diffusion/solver.py": "def f():\n    import einops"}, "solver:2 imports einops"),
+    (torch_is_enough, {"lcm_core/diffusion/samplers.py": "from tqdm import trange"}, "imports tqdm.trange"),
     (
         torch_is_enough,
-        {"lcm_core/files.py": "try:\n    import kornia\nexcept ImportError:\n    pass"},
+        {"lcm_core/files/atomic.py": "try:\n    import kornia\nexcept ImportError:\n    pass"},
         "files:2 imports kornia",
     ),
     (
         torch_is_enough,
-        {"lcm_core/guidance.py": "from lcm_core import unet", "lcm_core/unet.py": ""},
-        "lcm_core.unet is loaded by a torch-only module",
+        {"lcm_core/diffusion/guidance.py": "from lcm_core import unet", "lcm_core/networks/unet.py": ""},
+        "lcm_core.networks.unet is loaded by a torch-only module",
     ),
     (torch_is_enough, {"lcm_core/__init__.py": "import diffusers", "lcm_core/errors.py": ""}, "imports diffusers"),
     (
         safetensors_is_enough,
-        {"lcm_core/checkpoint.py": "from . import keys", "lcm_core/keys.py": "def f():\n    import diffusers"},
+        {"lcm_core/files/checkpoint.py": "from . import keys", "lcm_core/keys.py": "def f():\n    import diffusers"},
         "keys:2 imports diffusers",
     ),
-    (safetensors_is_enough, {"lcm_core/lora.py": "from peft import LoraConfig"}, "imports peft"),
+    (safetensors_is_enough, {"lcm_core/files/lora.py": "from peft import LoraConfig"}, "imports peft"),
     (
         imports_go_one_way,
-        {"lcm_core/schedule.py": "from .solver import f", "lcm_core/solver.py": ""},
-        "schedule:1 imports lcm_core.solver",
+        {"lcm_core/diffusion/schedule.py": "from .solver import f", "lcm_core/diffusion/solver.py": ""},
+        "schedule:1 imports lcm_core.diffusion.solver",
     ),
     (
         imports_go_one_way,
-        {"lcm_core/guidance.py": "import lcm_core.consistency", "lcm_core/consistency.py": ""},
-        "guidance:1 imports lcm_core.consistency",
+        {
+            "lcm_core/diffusion/guidance.py": "import lcm_core.diffusion.consistency",
+            "lcm_core/diffusion/consistency.py": "",
+        },
+        "guidance:1 imports lcm_core.diffusion.consistency",
     ),
     (
         imports_go_one_way,
-        {"lcm_core/image.py": "def f():\n    from lcm_core.pipeline import Pipeline", "lcm_core/pipeline.py": ""},
+        {
+            "lcm_core/pipeline/image.py": "def f():\n    from lcm_core.pipeline import Pipeline",
+            "lcm_core/pipeline.py": "",
+        },
         "image:2 imports lcm_core.pipeline",
     ),
     (
         imports_go_one_way,
-        {"lcm_core/pipeline.py": "from lcm_core.commands import info", "lcm_core/commands/info.py": ""},
-        "pipeline:1 imports lcm_core.commands.info",
+        {"lcm_core/pipeline.py": "from lcm_core.cli import info", "lcm_core/cli/info.py": ""},
+        "pipeline:1 imports lcm_core.cli.info",
     ),
     (
         no_circles,
         {"lcm_core/a.py": "from lcm_core.b import f", "lcm_core/b.py": "def f():\n    import lcm_core.a"},
         "lcm_core.a imports itself by way of lcm_core.b",
     ),
-    (importing_stays_light, {"lcm_core/image.py": "import PIL.Image"}, "image:1 imports PIL.Image"),
+    (importing_stays_light, {"lcm_core/pipeline/image.py": "import PIL.Image"}, "image:1 imports PIL.Image"),
     (
         importing_stays_light,
-        {"lcm_core/__main__.py": "import lcm_core.cli", "lcm_core/cli.py": "import torch"},
+        {"lcm_core/__main__.py": "import lcm_core.cli.main", "lcm_core/cli/main.py": "import torch"},
         "cli:1 imports torch; only the standard library may be",
     ),
 ]
 GOOD = {
     "lcm_core/__init__.py": "__version__ = '1'",
     "lcm_core/__main__.py": "from lcm_core.cli import main",
-    "lcm_core/cli.py": "from .commands import info\nimport argparse",
-    "lcm_core/commands/__init__.py": "",
-    "lcm_core/commands/info.py": "def run():\n    from ..pipeline import Pipeline",
-    "lcm_core/schedule.py": "import math\nimport torch\nfrom lcm_core.errors import InputError",
+    "lcm_core/cli/main.py": "from .commands import info\nimport argparse",
+    "lcm_core/cli/__init__.py": "",
+    "lcm_core/cli/info.py": "def run():\n    from ..pipeline import Pipeline",
+    "lcm_core/diffusion/schedule.py": "import math\nimport torch\nfrom lcm_core.errors import InputError",
     "lcm_core/errors.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy",
-    "lcm_core/sampling.py": "from .schedule import f\ntry:\n    import tqdm\nexcept ImportError:\n    tqdm = None",
-    "lcm_core/pipeline.py": "import lcm_core.sampling\ndef f():\n    import diffusers",
-    "lcm_core/lora.py": "from safetensors.torch import save_file",
-    "trainer/loop.py": "import numpy\nfrom lcm_core.schedule import f\nfrom . import lcd",
+    "lcm_core/diffusion/samplers.py": "from .schedule import f\ntry:\n    import tqdm\nexcept ImportError:\n    tqdm = None",
+    "lcm_core/pipeline.py": "import lcm_core.diffusion.samplers\ndef f():\n    import diffusers",
+    "lcm_core/files/lora.py": "from safetensors.torch import save_file",
+    "trainer/loop.py": "import numpy\nfrom lcm_core.diffusion.schedule import f\nfrom . import lcd",
     "trainer/lcd.py": "",
     "nodes/sample.py": "import comfy.samplers\nfrom lcm_core import sampling\nimport trainer.lcd",
 }

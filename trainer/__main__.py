@@ -1,4 +1,4 @@
-"""`python -m trainer`; see `trainer.cli`."""
+"""`python -m trainer`; see `trainer.cli.main`."""
 
 import sys
 

@@ -25,14 +25,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import PREDICTION_TYPES
+from lcm_core.diffusion.consistency import PREDICTION_TYPES
+from lcm_core.diffusion.schedule import NoiseSchedule
 from lcm_core.errors import InputError
-from lcm_core.schedule import NoiseSchedule
 from trainer.config import LoopConfig, MethodConfig
 from trainer.data.cache import Batch
+from trainer.distributed import Processes
 from trainer.loop import Callback, train
-from trainer.method import get_method, make_sample
-from trainer.processes import Processes
+from trainer.methods.method import get_method, make_sample
 from trainer.students import Student
 
 

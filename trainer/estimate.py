@@ -1,6 +1,6 @@
 """The plan of a run, for `--dry-run`: how much memory, disk and time it will take.
 
-Memory comes from a rehearsal of one step (`trainer.rehearsal`), disk from the shapes of what will be written, time from
+Memory comes from a rehearsal of one step (`trainer.memory`), disk from the shapes of what will be written, time from
 the steps that this run has already made; without any, it is said to be unknown.
 """
 
@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcm_core.checkpoint import Component, list_components, read_component
-from lcm_core.loading import Source
-from lcm_core.networks import choose_device
+from lcm_core.files.checkpoint import Component, list_components, read_component
+from lcm_core.networks.device import choose_device
+from lcm_core.pipeline.model import Source
 from trainer.config import DistillConfig
 from trainer.data.cache import EMOJI
 from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts, read_source
 from trainer.data.teacher import Teacher
-from trainer.emoji.data import load_shipped
-from trainer.method import Method, get_method
+from trainer.distributed import Processes, join_processes
+from trainer.memory import rehearsal
+from trainer.methods.method import Method, get_method
 from trainer.methods.shared import Networks
-from trainer.processes import Processes, join_processes
-from trainer.rehearsal import rehearsal
-from trainer.report_parts import duration, size
+from trainer.recipes.emoji.data import load_shipped
+from trainer.report.sections import duration, size
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
 
 LIBRARIES = 450_000_000

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig
+from trainer.distributed import Processes
 from trainer.machine import peak_memory
-from trainer.processes import Processes
 from trainer.progress import show_progress
 from trainer.state import Log, State, stop_requests
 

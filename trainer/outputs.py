@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lcm_core.adapters import lora_state_dict
-from lcm_core.checkpoint import (
+from lcm_core.files.atomic import atomic_write, new_folder
+from lcm_core.files.checkpoint import (
     Component,
     ModelInfo,
     list_components,
@@ -19,16 +19,16 @@ from lcm_core.checkpoint import (
     save_diffusers,
     save_single_file,
 )
-from lcm_core.files import atomic_write, new_folder
-from lcm_core.loading import Source
-from lcm_core.lora import save_lora
-from lcm_core.stated import FOLDER_KEY, Stated
-from lcm_core.weights import read_json, write_json
+from lcm_core.files.lora import save_lora
+from lcm_core.files.recommended import FOLDER_KEY, Stated
+from lcm_core.files.safetensors import read_json, write_json
+from lcm_core.networks.lora_layers import lora_state_dict
+from lcm_core.pipeline.model import Source
 from trainer.config import DistillConfig, MethodConfig
-from trainer.method import sampling_of
+from trainer.methods.method import sampling_of
 from trainer.options import to_dict
+from trainer.report.tables import to_markdown
 from trainer.students import Student, plain_config
-from trainer.tables import to_markdown
 
 DISTILL_KEY = "lcm_suite.distill"
 """Safetensors metadata: JSON of the settings that the weights were trained with."""

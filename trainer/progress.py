@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import LoopConfig
-from trainer.processes import Processes
+from trainer.distributed import Processes
 from trainer.state import Log
 
 

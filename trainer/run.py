@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from lcm_core.checkpoint import Component, ModelInfo, read_component
+from lcm_core.diffusion.schedule import NoiseSchedule
 from lcm_core.errors import InputError
-from lcm_core.loading import Source, find_source, noise_schedule
-from lcm_core.networks import choose_device
-from lcm_core.schedule import NoiseSchedule
-from lcm_core.unet import exact_output, load_unet
-from lcm_core.weights import read_safetensors, write_json
+from lcm_core.files.checkpoint import Component, ModelInfo, read_component
+from lcm_core.files.safetensors import read_safetensors, write_json
+from lcm_core.networks.device import choose_device
+from lcm_core.networks.unet import exact_output, load_unet
+from lcm_core.pipeline.model import Source, find_source, noise_schedule
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, prepare, write_skipped
 from trainer.data.teacher import find_teacher
 from trainer.distill import check_method, distill
+from trainer.distributed import Processes, join_processes
 from trainer.machine import describe_machine
-from trainer.method import get_method
+from trainer.methods.method import get_method
 from trainer.options import read_settings, to_dict
 from trainer.outputs import write_card, write_weights, write_workflow
-from trainer.processes import Processes, join_processes
-from trainer.report import write_report
-from trainer.show import painter, preview_prompts, save_preview, show_off
+from trainer.report.page import write_report
+from trainer.report.tables import to_markdown
 from trainer.students import (
     Student,
     choose_precision,
@@ -38,7 +38,7 @@ from trainer.students import (
     trained_parameters,
     unet_network,
 )
-from trainer.tables import to_markdown
+from trainer.validation import painter, preview_prompts, save_preview, show_off
 
 MAY_CHANGE = {
     "output",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write
-from lcm_core.weights import read_safetensors, write_safetensors
+from lcm_core.files.atomic import atomic_write
+from lcm_core.files.safetensors import read_safetensors, write_safetensors
 
 
 class Log(NamedTuple):

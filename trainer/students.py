@@ -14,12 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_core.adapters import TARGET_MODULES, LoraAdapters, Which, add_lora, checkpoint, load_lora_state_dict
-from lcm_core.checkpoint import Component
+from lcm_core.diffusion.guidance import guidance_embedding
 from lcm_core.errors import InputError
-from lcm_core.guidance import guidance_embedding
-from lcm_core.networks import choose_dtype
-from lcm_core.unet import UNet, exact_output, load_unet, set_attention
+from lcm_core.files.checkpoint import Component
+from lcm_core.networks.device import choose_dtype
+from lcm_core.networks.lora_layers import (
+    TARGET_MODULES,
+    LoraAdapters,
+    Which,
+    add_lora,
+    checkpoint,
+    load_lora_state_dict,
+)
+from lcm_core.networks.unet import UNet, exact_output, load_unet, set_attention
 from trainer.config import StudentConfig
 from trainer.methods.shared import Conditioning, Network, Networks
 

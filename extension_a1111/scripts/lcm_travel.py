@@ -15,8 +15,8 @@ from modules import extra_networks, processing, prompt_parser, rng, scripts, sha
 from PIL import Image
 
 from extension_a1111.travel import Point, describe, mix_schedules, read_points, travelling
-from lcm_core.animation import check_animation, save_animation
-from lcm_core.interpolation import EASINGS, MODES, Frame, plan_frames
+from lcm_core.diffusion.interpolation import EASINGS, MODES, Frame, plan_frames
+from lcm_core.pipeline.animation import check_animation, save_animation
 
 FORMATS = ["gif", "webp", *(["mp4"] if find_spec("av") else [])]
 _HELP = """One point a line: `a prompt`, `a prompt @ seed`, or `@ seed` for the main prompt with another seed.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from extension_a1111.denoising import PositiveRows, consistency, first_rows
 from extension_a1111.grids import get_sigmas_padded
-from lcm_core.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.samplers import sample_lcm
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.errors import InputError
-from lcm_core.sampling import sample_lcm
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
 
 SCHEDULE = NoiseSchedule(get_alphas_cumprod())
 

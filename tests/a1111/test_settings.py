@@ -14,7 +14,7 @@ from extension_a1111.embedding import read_guidance
 from extension_a1111.loras import Accelerated, find_loras, kind_of_name, read_accelerated
 from extension_a1111.recommend import Recommendation, Wishes, recommend
 from lcm_core.errors import InputError
-from lcm_core.stated import Stated
+from lcm_core.files.recommended import Stated
 
 EMOJI = Path(__file__).parents[2] / "lcm_core" / "models" / "emoji"
 LORA = EMOJI / "lora" / "lcm_lora.safetensors"

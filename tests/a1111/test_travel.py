@@ -19,7 +19,7 @@ from extension_a1111.travel import (
     travelling,
 )
 from lcm_core.errors import InputError
-from lcm_core.painting import Inputs, mix_inputs, noise_source
+from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source
 
 MAIN = "a pizza <lora:lcm:0.8>"
 

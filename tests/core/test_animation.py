@@ -9,8 +9,8 @@ import numpy
 import pytest
 from PIL import Image, ImageDraw
 
-from lcm_core.animation import save_animation
 from lcm_core.errors import InputError
+from lcm_core.pipeline.animation import save_animation
 
 
 def animation(count: int = 6, size: int = 64) -> list[Image.Image]:

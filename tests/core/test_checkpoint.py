@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcm_core import configs, layouts
-from lcm_core.checkpoint import (
+from lcm_core.errors import InputError
+from lcm_core.files import architecture, ldm_convert
+from lcm_core.files.checkpoint import (
     CONFIG_KEY,
     Component,
     ModelInfo,
@@ -28,7 +29,6 @@ from lcm_core.checkpoint import (
     save_single_file,
     write_safetensors,
 )
-from lcm_core.errors import InputError
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 PART_NAMES = {"sd1": 3, "sd2": 3, "sdxl": 4}
@@ -39,7 +39,7 @@ def component(module: Any) -> Component:
     tensors = {k: v.clone() for k, v in module.state_dict().items() if not k.endswith("position_ids")}
     if "hidden_act" in config:
         config["architectures"] = [type(module).__name__]
-        tensors = layouts.clip_to_diffusers(tensors)
+        tensors = ldm_convert.clip_to_diffusers(tensors)
     return Component(tensors, {**config, "_class_name": type(module).__name__})
 
 
@@ -129,8 +129,8 @@ def test_single_file_to_diffusers_and_back_keeps_every_bit(family: str) -> None:
         parts["text_encoder" if family == "sd2" else "text_encoder_2"]["logit_scale"] = torch.tensor(4.6)
     if family != "sd2":
         parts["text_encoder"]["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    single = layouts.diffusers_to_ldm(parts, family)
-    assert_identical(layouts.diffusers_to_ldm(layouts.ldm_to_diffusers(single), family), single)
+    single = ldm_convert.diffusers_to_ldm(parts, family)
+    assert_identical(ldm_convert.diffusers_to_ldm(ldm_convert.ldm_to_diffusers(single), family), single)
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_full_size_sd15_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     save_single_file(tmp_path / "sd15.safetensors", parts, ModelInfo("sd1"))
     for name, part in parts.items():
         assert_identical(read_component(tmp_path / "sd15.safetensors", name).tensors, part.tensors)
-    assert configs.unet_config(parts["unet"].tensors)["block_out_channels"] == [320, 640, 1280, 1280]
+    assert architecture.unet_config(parts["unet"].tensors)["block_out_channels"] == [320, 640, 1280, 1280]
 
 
 def noise(key: str, shape: torch.Size) -> Tensor:
@@ -167,7 +167,7 @@ def test_single_file_agrees_with_diffusers_own_converter(family: str) -> None:
 
     torch.manual_seed(0)
     unet, vae = component(tiny_unet(family, cond_proj=False)), component(tiny_vae())
-    single = layouts.diffusers_to_ldm({"unet": unet.tensors, "vae": vae.tensors}, family)
+    single = ldm_convert.diffusers_to_ldm({"unet": unet.tensors, "vae": vae.tensors}, family)
     assert_identical(convert_ldm_unet_checkpoint(dict(single), unet.config), unet.tensors)
     assert_identical(convert_ldm_vae_checkpoint(dict(single), vae.config), vae.tensors)
 
@@ -185,7 +185,7 @@ def test_diffusers_and_transformers_read_what_is_written(tmp_path: Path) -> None
     assert_identical(dict(vae.state_dict()), parts["vae"].tensors)
     text = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
     read = {k: v for k, v in text.state_dict().items() if not k.endswith("position_ids")}
-    assert_identical(layouts.clip_to_diffusers(read), parts["text_encoder"].tensors)
+    assert_identical(ldm_convert.clip_to_diffusers(read), parts["text_encoder"].tensors)
 
 
 def test_old_vae_names_and_convolutional_attention_are_read(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_old_vae_names_and_convolutional_attention_are_read(tmp_path: Path) -> N
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in old
     save_diffusers(tmp_path, {"vae": Component(old, vae.config)}, ModelInfo("sd1"))
     assert_identical(read_component(tmp_path, "vae").tensors, vae.tensors)
-    write_safetensors(tmp_path / "bare.safetensors", layouts.vae_to_ldm(old))
+    write_safetensors(tmp_path / "bare.safetensors", ldm_convert.vae_to_ldm(old))
     assert_identical(read_component(tmp_path / "bare.safetensors", "vae").tensors, vae.tensors)
 
 
@@ -210,7 +210,7 @@ def test_bare_unet_files_are_read_in_both_layouts(tmp_path: Path) -> None:
     """A U-Net alone, without any prefix, is how trainers and ComfyUI's diffusion_models folder store it."""
     unet = component(tiny_unet("sd1"))
     write_safetensors(tmp_path / "diffusers.safetensors", unet.tensors)
-    write_safetensors(tmp_path / "ldm.safetensors", layouts.unet_to_ldm(unet.tensors))
+    write_safetensors(tmp_path / "ldm.safetensors", ldm_convert.unet_to_ldm(unet.tensors))
     for name in ("diffusers", "ldm"):
         assert list_components(tmp_path / f"{name}.safetensors") == ["unet"]
         read = read_component(tmp_path / f"{name}.safetensors", "unet")
@@ -276,7 +276,7 @@ def test_prediction_type_of_foreign_files(
     key = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
     if key in unet:
         unet[key] = torch.linspace(-spread, spread, unet[key].numel()) * 3**0.5
-    state = layouts.diffusers_to_ldm({"unet": unet}, family) | {mark: torch.tensor([]) for mark in marks}
+    state = ldm_convert.diffusers_to_ldm({"unet": unet}, family) | {mark: torch.tensor([]) for mark in marks}
     write_safetensors(tmp_path / "one.safetensors", state, metadata)
     info = read_info(tmp_path / "one.safetensors")
     assert (info.prediction_type, info.zero_terminal_snr) == expected
@@ -297,7 +297,7 @@ def test_v_prediction_and_schedule_survive_both_formats(tmp_path: Path) -> None:
 
 def test_unused_weights_are_named(tmp_path: Path) -> None:
     """A control network inside a checkpoint that is dropped without a word would be a riddle for its user."""
-    state = layouts.diffusers_to_ldm({"unet": component(tiny_unet("sd1")).tensors}, "sd1")
+    state = ldm_convert.diffusers_to_ldm({"unet": component(tiny_unet("sd1")).tensors}, "sd1")
     write_safetensors(tmp_path / "one.safetensors", state | {"control_model.zero.weight": torch.zeros(2)})
     with pytest.warns(UserWarning, match="1 weights are not used.*control_model"):
         read_info(tmp_path / "one.safetensors")
@@ -373,13 +373,13 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     for read in (read_info, lambda path: read_component(path, "unet")):
         with pytest.raises(InputError, match=r"flux.safetensors.*double_blocks.*give"):
             read(tmp_path / "flux.safetensors")
-    state = layouts.diffusers_to_ldm({"unet": component(tiny_unet("sd1")).tensors}, "sd1")
+    state = ldm_convert.diffusers_to_ldm({"unet": component(tiny_unet("sd1")).tensors}, "sd1")
     with pytest.raises(InputError, match=r"unknown architecture.*input_blocks.1.2.mystery"):
         detect_architecture(state | {"model.diffusion_model.input_blocks.1.2.mystery.weight": torch.zeros(1)})
     parts = component(tiny_unet("sdxl")).tensors
     thinned = {k: v for k, v in parts.items() if ".attentions.1.transformer_blocks.2." not in k}
     with pytest.raises(InputError, match="differ in depth"):
-        configs.unet_config(thinned)
+        architecture.unet_config(thinned)
 
 
 def test_a_missing_network_says_what_is_there(tmp_path: Path) -> None:

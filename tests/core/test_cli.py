@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lcm_core
 from lcm_core.cli import main
-from lcm_core.image import save_image
+from lcm_core.pipeline.image import save_image
 
 COMMANDS = ("generate", "compare", "interpolate", "export", "info")
 CPU = ("--device", "cpu", "--dtype", "float32")
@@ -53,7 +53,7 @@ def test_help_loads_no_heavy_library() -> None:
     code = """
 import sys
 from lcm_core.cli import main
-from lcm_core.image import save_image
+from lcm_core.pipeline.image import save_image
 try:
     main(["generate", "--help"])
 except SystemExit:

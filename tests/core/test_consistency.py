@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import (
+from lcm_core.diffusion.consistency import (
     ConsistencyDenoiser,
     Denoiser,
     add_noise,
@@ -15,8 +15,8 @@ from lcm_core.consistency import (
     to_eps,
     to_x0,
 )
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.errors import InputError
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 ABAR = get_alphas_cumprod()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write, new_folder
+from lcm_core.files.atomic import atomic_write, new_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_full_disk_leaves_half_a_file(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write
+from lcm_core.files.atomic import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     with atomic_write(sys.argv[1]) as temporary:

@@ -13,11 +13,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lcm_core.checkpoint import Component, ModelInfo, read_info
 from lcm_core.cli import main
 from lcm_core.errors import InputError
-from lcm_core.exports import a1111
-from lcm_core.exports.webui import webui_yaml
+from lcm_core.export import a1111
+from lcm_core.export.webui import webui_yaml
+from lcm_core.files.checkpoint import Component, ModelInfo, read_info
 from lcm_core.pipeline import Pipeline
 
 

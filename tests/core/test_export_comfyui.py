@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcm_core.checkpoint import read_component, read_info, read_safetensors
 from lcm_core.cli import main
-from lcm_core.exports import GUIDANCE_KEY
-from lcm_core.guidance import guidance_bias
-from lcm_core.weights import read_metadata
+from lcm_core.diffusion.guidance import guidance_bias
+from lcm_core.export import GUIDANCE_KEY
+from lcm_core.files.checkpoint import read_component, read_info, read_safetensors
+from lcm_core.files.safetensors import read_metadata
 
 COND_PROJ = "model.diffusion_model.time_embed.cond_proj.weight"
 

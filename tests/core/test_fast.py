@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lcm_core.adapters import add_lora
 from lcm_core.errors import InputError
-from lcm_core.fast import Transformer, optimise_unet, optimise_vae
-from lcm_core.lora import merge, read_lora
-from lcm_core.packed import PackedConv2d, PackedLinear, attention, can_pack
+from lcm_core.files.lora import merge, read_lora
+from lcm_core.networks.cpu.optimise import Transformer, optimise_unet, optimise_vae
+from lcm_core.networks.cpu.packed import PackedConv2d, PackedLinear, attention, can_pack
+from lcm_core.networks.lora_layers import add_lora
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 48  # of the text embedding
@@ -118,7 +118,7 @@ def test_each_prompt_gets_its_own_text() -> None:
 
 def test_text_is_folded_once_per_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps with one prompt must not pay four times for its text, although every step brings a new tensor."""
-    from lcm_core.fast import CrossAttention
+    from lcm_core.networks.cpu.optimise import CrossAttention
 
     fast, inputs, folded = make_fast(make_unet()), make_inputs(1), []
     original = CrossAttention._fold

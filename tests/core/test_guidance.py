@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import ConsistencyDenoiser, Denoiser, to_x0
+from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser, to_x0
+from lcm_core.diffusion.guidance import guidance_embedding, guide
+from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma, get_alphas_cumprod
 from lcm_core.errors import InputError
-from lcm_core.guidance import guidance_embedding, guide
-from lcm_core.schedule import NoiseSchedule, abar_from_sigma, get_alphas_cumprod
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,14 @@ class Block:
 sys.meta_path.insert(0, Block())
 names = ["errors", "files", "schedule", "consistency", "guidance", "solver", "sampling", "interpolation"]
 for name in names:
-    if name != "interpolation" or pathlib.Path("lcm_core/interpolation.py").exists():
+    if name != "interpolation" or pathlib.Path("lcm_core/diffusion/interpolation.py").exists():
         importlib.import_module("lcm_core." + name)
 
 import torch
-from lcm_core.consistency import ConsistencyDenoiser
-from lcm_core.guidance import guide
-from lcm_core.sampling import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod, get_sigmas_lcm
+from lcm_core.diffusion.consistency import ConsistencyDenoiser
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_sigmas_lcm
 
 schedule = NoiseSchedule(get_alphas_cumprod())
 sigmas = get_sigmas_lcm(schedule, 4)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from lcm_core.errors import InputError
-from lcm_core.image import (
+from lcm_core.pipeline.image import (
     encode_image,
     labelled_grid,
     load_image,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from lcm_core.diffusion.interpolation import EASINGS, ease, lerp, plan_frames, slerp, travel, travel_noise_sampler
 from lcm_core.errors import InputError
-from lcm_core.interpolation import EASINGS, ease, lerp, plan_frames, slerp, travel, travel_noise_sampler
 
 
 def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_core import configs, keymaps, layouts
-from lcm_core.checkpoint import Component, detect_architecture, read_info
-from lcm_core.text import Encoder, _final_states, _load_encoder, _run
-from lcm_core.unet import load_unet
-from lcm_core.vae import load_vae
-from lcm_core.weights import write_safetensors
+from lcm_core.files import architecture, ldm_convert, ldm_keys
+from lcm_core.files.checkpoint import Component, detect_architecture, read_info
+from lcm_core.files.safetensors import write_safetensors
+from lcm_core.networks.text_encoder import Encoder, _final_states, _load_encoder, _run
+from lcm_core.networks.unet import load_unet
+from lcm_core.networks.vae import load_vae
 
 CPU = torch.device("cpu")
 FAMILIES = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -55,7 +55,7 @@ def full_state(name: str) -> dict[str, Tensor]:
 
 def tiny_component(name: str, part: str) -> Component:
     state = {key: fill(key, tuple(shape)) for key, shape in facts(name)["tiny"].items()}
-    tensors = layouts.ldm_to_diffusers(state)[part]
+    tensors = ldm_convert.ldm_to_diffusers(state)[part]
     return Component(tensors, {}, name)
 
 
@@ -84,12 +84,14 @@ def build(part: str, config: dict[str, Any]) -> torch.nn.Module:
 def test_every_original_key_is_consumed_and_every_network_is_filled(name: str) -> None:
     """A wrong key map would leave a weight of the original out, or a weight of diffusers' network empty."""
     state = full_state(name)
-    assert layouts.unknown_keys(state) == []
+    assert ldm_convert.unknown_keys(state) == []
     assert detect_architecture(state) == FAMILIES[name]
-    components = layouts.ldm_to_diffusers(state)
+    components = ldm_convert.ldm_to_diffusers(state)
     assert set(components) == {"unet", "vae", "text_encoder"} | ({"text_encoder_2"} if name == "sdxl" else set())
-    networks = (keymaps.UNET_PREFIX, keymaps.VAE_PREFIX, "cond_stage_model.", "conditioner.")
-    assert layouts.diffusers_to_ldm(components, FAMILIES[name]).keys() == {k for k in state if k.startswith(networks)}
+    networks = (ldm_keys.UNET_PREFIX, ldm_keys.VAE_PREFIX, "cond_stage_model.", "conditioner.")
+    assert ldm_convert.diffusers_to_ldm(components, FAMILIES[name]).keys() == {
+        k for k in state if k.startswith(networks)
+    }
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
@@ -97,15 +99,17 @@ def test_every_original_key_is_consumed_and_every_network_is_filled(name: str) -
 def test_the_inferred_configuration_has_the_original_s_weights(name: str, part: str) -> None:
     """A wrong configuration would ask for other weights or other shapes than the published files have."""
     state = full_state(name)
-    components = layouts.ldm_to_diffusers(state)
+    components = ldm_convert.ldm_to_diffusers(state)
     if part == "text_encoder_2" and part not in components and FAMILIES[name] != "sdxl":
         pytest.skip("only SDXL has a second text encoder")
     if part == "unet":
-        config = configs.unet_config(components[part])
+        config = architecture.unet_config(components[part])
     elif part == "vae":
-        config = configs.vae_config(components[part], FAMILIES[name])
+        config = architecture.vae_config(components[part], FAMILIES[name])
     else:
-        config = configs.text_config(components[part], layouts.is_openclip(state, part), part == "text_encoder_2")
+        config = architecture.text_config(
+            components[part], ldm_convert.is_openclip(state, part), part == "text_encoder_2"
+        )
     expected = {k.removeprefix("text_model."): v for k, v in shapes(build(part, config).state_dict()).items()}
     given = {k.removeprefix("text_model."): v for k, v in shapes(components[part]).items()}
     extra = given.keys() - expected.keys()
@@ -117,19 +121,19 @@ def test_the_inferred_configuration_has_the_original_s_weights(name: str, part: 
 
 def test_inferred_configurations_are_the_published_ones() -> None:
     """Heads, scaling factors and activations leave no trace in shapes: these are the published models' values."""
-    sd1, sd2, sdxl = (layouts.ldm_to_diffusers(full_state(name)) for name in FAMILIES)
-    assert configs.unet_config(sd1["unet"])["attention_head_dim"] == 8
-    assert configs.unet_config(sd2["unet"])["attention_head_dim"] == [5, 10, 20, 20]
-    config = configs.unet_config(sdxl["unet"])
+    sd1, sd2, sdxl = (ldm_convert.ldm_to_diffusers(full_state(name)) for name in FAMILIES)
+    assert architecture.unet_config(sd1["unet"])["attention_head_dim"] == 8
+    assert architecture.unet_config(sd2["unet"])["attention_head_dim"] == [5, 10, 20, 20]
+    config = architecture.unet_config(sdxl["unet"])
     assert config["attention_head_dim"] == [5, 10, 20]
     assert config["transformer_layers_per_block"][1:] == [2, 10]
     assert config["projection_class_embeddings_input_dim"] == 2816
-    assert configs.vae_config(sd2["vae"], "sd2")["scaling_factor"] == 0.18215
-    assert configs.vae_config(sdxl["vae"], "sdxl")["scaling_factor"] == 0.13025
-    assert configs.text_config(sd1["text_encoder"], openclip=False)["hidden_act"] == "quick_gelu"
-    text = configs.text_config(sd2["text_encoder"], openclip=True)
+    assert architecture.vae_config(sd2["vae"], "sd2")["scaling_factor"] == 0.18215
+    assert architecture.vae_config(sdxl["vae"], "sdxl")["scaling_factor"] == 0.13025
+    assert architecture.text_config(sd1["text_encoder"], openclip=False)["hidden_act"] == "quick_gelu"
+    text = architecture.text_config(sd2["text_encoder"], openclip=True)
     assert (text["hidden_act"], text["num_hidden_layers"], text["num_attention_heads"]) == ("gelu", 23, 16)
-    text = configs.text_config(sdxl["text_encoder_2"], openclip=True, projected=True)
+    text = architecture.text_config(sdxl["text_encoder_2"], openclip=True, projected=True)
     assert (text["num_hidden_layers"], text["num_attention_heads"], text["projection_dim"]) == (32, 20, 1280)
 
 
@@ -138,8 +142,8 @@ def test_clip_names_without_text_model_are_read_too() -> None:
     prefix = "cond_stage_model.transformer."
     state = {key.replace(prefix + "text_model.", prefix): value for key, value in full_state("sd15").items()}
     assert prefix + "final_layer_norm.weight" in state
-    named = layouts.ldm_to_diffusers(full_state("sd15"))["text_encoder"]
-    assert layouts.ldm_to_diffusers(state)["text_encoder"].keys() == named.keys()
+    named = ldm_convert.ldm_to_diffusers(full_state("sd15"))["text_encoder"]
+    assert ldm_convert.ldm_to_diffusers(state)["text_encoder"].keys() == named.keys()
 
 
 def test_the_other_prefix_of_sd2_is_read_too() -> None:
@@ -147,7 +151,8 @@ def test_the_other_prefix_of_sd2_is_read_too() -> None:
     state = full_state("sd21")
     newer = {k.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): v for k, v in state.items()}
     assert (
-        layouts.ldm_to_diffusers(newer)["text_encoder"].keys() == layouts.ldm_to_diffusers(state)["text_encoder"].keys()
+        ldm_convert.ldm_to_diffusers(newer)["text_encoder"].keys()
+        == ldm_convert.ldm_to_diffusers(state)["text_encoder"].keys()
     )
 
 
@@ -155,7 +160,7 @@ def test_the_other_prefix_of_sd2_is_read_too() -> None:
 def test_unet_computes_what_the_original_does(name: str) -> None:
     """Weights of equal shape swapped, wrong heads or another order of the sizes would change the output."""
     data, component = facts(name), tiny_component(name, "unet")
-    component.config = {**configs.unet_config(component.tensors), **data["config"]}
+    component.config = {**architecture.unet_config(component.tensors), **data["config"]}
     added = None
     if name == "sdxl":
         time_ids = torch.tensor(data["outputs"]["time_ids"])
@@ -171,7 +176,7 @@ def test_unet_computes_what_the_original_does(name: str) -> None:
 def test_vae_computes_what_the_original_does(name: str) -> None:
     """The decoder counts its levels the other way round, and attention changes its shape: either wrong shows here."""
     data, component = facts(name)["outputs"], tiny_component(name, "vae")
-    component.config = {**configs.vae_config(component.tensors), "scaling_factor": 1.0}
+    component.config = {**architecture.vae_config(component.tensors), "scaling_factor": 1.0}
     vae = load_vae(component, "cpu", "float32")
     encoded = vae.encode(fill("x:image", (1, 3, 32, 32)))
     assert_same(encoded, data["vae_encode"])
@@ -195,7 +200,7 @@ def test_openclip_text_encoder_computes_what_the_original_does(name: str) -> Non
 
     data, projected = facts(name), name == "sdxl"
     component = tiny_component(name, "text_encoder_2" if projected else "text_encoder")
-    component.config = configs.text_config(component.tensors, openclip=True, projected=projected)
+    component.config = architecture.text_config(component.tensors, openclip=True, projected=projected)
     if not projected:
         component.config["num_hidden_layers"] -= 1  # what the rule for the full-size encoder does
     encoder = Encoder(_load_encoder(component, CPU, torch.float32), _Rows(data["token_ids"]))  # type: ignore[arg-type]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lcm_core import keymaps
-from lcm_core.adapters import TARGET_MODULES, load_lora_state_dict
 from lcm_core.errors import InputError
-from lcm_core.lora import add_lora, lora_state_dict, merge, read_lora, remove_lora, save_lora, unmerge
-from lcm_core.lora_keys import parse_key
-from lcm_core.weights import read_safetensors, write_safetensors
+from lcm_core.files import ldm_keys
+from lcm_core.files.lora import add_lora, lora_state_dict, merge, read_lora, remove_lora, save_lora, unmerge
+from lcm_core.files.lora_keys import parse_key
+from lcm_core.files.safetensors import read_safetensors, write_safetensors
+from lcm_core.networks.lora_layers import TARGET_MODULES, load_lora_state_dict
 
 LAYOUTS = ("kohya", "kohya ldm", "diffusers", "diffusers old", "peft", "peft state")
 
@@ -71,9 +71,9 @@ def kohya_tensors(peft_model: Any, alpha: float) -> dict[str, Tensor]:
 def ldm_names(tensors: dict[str, Tensor], unet: nn.Module) -> dict[str, Tensor]:
     """kohya's trainer for SDXL names modules as the ldm layout does."""
     paths = [name for name, _ in unet.named_modules()]
-    topology = keymaps.UNetTopology.from_diffusers(f"{path}." for path in paths)
-    back = keymaps.inverted(keymaps.unet_map(topology))
-    flat = {path.replace(".", "_"): str(keymaps.rename(path, back)).replace(".", "_") for path in paths if path}
+    topology = ldm_keys.UNetTopology.from_diffusers(f"{path}." for path in paths)
+    back = ldm_keys.inverted(ldm_keys.unet_map(topology))
+    flat = {path.replace(".", "_"): str(ldm_keys.rename(path, back)).replace(".", "_") for path in paths if path}
     renamed = {}
     for key, value in tensors.items():
         module, _, leaf = key.removeprefix("lora_unet_").partition(".")

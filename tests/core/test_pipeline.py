@@ -11,10 +11,10 @@ from PIL import Image
 from torch.nn import functional
 from torch.testing import assert_close
 
+from lcm_core.diffusion.samplers import initial_noise
 from lcm_core.errors import InputError
-from lcm_core.image import load_image
 from lcm_core.pipeline import Keyframe, Pipeline
-from lcm_core.sampling import initial_noise
+from lcm_core.pipeline.image import load_image
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lcm_core.consistency import ConsistencyDenoiser, Denoiser
-from lcm_core.errors import InputError
-from lcm_core.guidance import guide
-from lcm_core.sampling import (
+from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.samplers import (
     initial_latents,
     initial_noise,
     inpaint,
@@ -24,7 +23,7 @@ from lcm_core.sampling import (
     sample_tcd,
     seeded_noise_sampler,
 )
-from lcm_core.schedule import (
+from lcm_core.diffusion.schedule import (
     NoiseSchedule,
     get_alphas_cumprod,
     get_sigmas_lcm,
@@ -32,6 +31,7 @@ from lcm_core.schedule import (
     get_sigmas_linspace,
     get_sigmas_trailing,
 )
+from lcm_core.errors import InputError
 
 SHAPE = (4, 8, 8)
 SEED = 11

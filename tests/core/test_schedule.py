@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_core.errors import InputError
-from lcm_core.schedule import (
+from lcm_core.diffusion.schedule import (
     ZERO_SNR_ABAR,
     NoiseSchedule,
     abar_from_sigma,
@@ -24,6 +23,7 @@ from lcm_core.schedule import (
     get_timesteps_lcm,
     rescale_zero_terminal_snr,
 )
+from lcm_core.errors import InputError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.solver import SOLVERS, ddim_jump, solver_jump
 from lcm_core.errors import InputError
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
-from lcm_core.solver import SOLVERS, ddim_jump, solver_jump
 
 ABAR = get_alphas_cumprod()
 SCHEDULE = NoiseSchedule(ABAR)

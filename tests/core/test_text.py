@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from lcm_core import layouts
-from lcm_core.checkpoint import Component, ModelInfo, read_component, save_single_file
 from lcm_core.errors import InputError
-from lcm_core.text import load_text
-from lcm_core.tokens import Tokenizer, _byte_letters, find_tokenizer
+from lcm_core.files import ldm_convert
+from lcm_core.files.checkpoint import Component, ModelInfo, read_component, save_single_file
+from lcm_core.networks.text_encoder import load_text
+from lcm_core.networks.tokenizer import Tokenizer, _byte_letters, find_tokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
@@ -236,7 +236,7 @@ def test_an_openclip_single_file_pads_with_zero(tmp_path: Path) -> None:
         )
     )
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
-    component = Component(layouts.clip_to_diffusers(state), model.config.to_dict())
+    component = Component(ldm_convert.clip_to_diffusers(state), model.config.to_dict())
     save_single_file(tmp_path / "one.safetensors", {"text_encoder": component}, ModelInfo("sd2"))
     text = load_text(tmp_path / "one.safetensors", "cpu", tokenizer=tmp_path / "model")
     assert text.encoders[0].tokenizer("cat")[-1] == 0

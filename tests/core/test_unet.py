@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_core.checkpoint import Component, read_component
 from lcm_core.errors import InputError
-from lcm_core.networks import choose_memory_format
-from lcm_core.unet import UNet, choose_device, choose_dtype, exact_output, load_unet, set_attention
-from lcm_core.weights import write_safetensors
+from lcm_core.files.checkpoint import Component, read_component
+from lcm_core.files.safetensors import write_safetensors
+from lcm_core.networks.device import choose_memory_format
+from lcm_core.networks.unet import UNet, choose_device, choose_dtype, exact_output, load_unet, set_attention
 
 
 def save_unet(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lcm_core.errors import InputError
-from lcm_core.vae import OVERLAP, VAE, load_vae
-from lcm_core.weights import write_safetensors
+from lcm_core.files.safetensors import write_safetensors
+from lcm_core.networks.vae import OVERLAP, VAE, load_vae
 
 
 def save_kl(folder: Path, **settings: Any) -> Any:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_core import painting
-from lcm_core.adapters import add_lora, lora_state_dict
-from lcm_core.checkpoint import read_component, save_single_file
-from lcm_core.loading import Model, find_source, load_model
-from lcm_core.settings import Settings
-from lcm_core.stated import Stated
-from lcm_core.unet import load_unet
-from lcm_core.weights import read_safetensors, write_safetensors
+from lcm_core.files.checkpoint import read_component, save_single_file
+from lcm_core.files.recommended import Stated
+from lcm_core.files.safetensors import read_safetensors, write_safetensors
+from lcm_core.networks.lora_layers import add_lora, lora_state_dict
+from lcm_core.networks.unet import load_unet
+from lcm_core.pipeline import generate
+from lcm_core.pipeline.model import Model, find_source, load_model
+from lcm_core.pipeline.settings import Settings
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 pytestmark = [
@@ -89,12 +89,12 @@ def encode(model: Model, name: str) -> dict[str, Any]:
     return model.encode([PROMPTS[name]], 8 * SIZE, 8 * SIZE)
 
 
-def inputs_of(model: Model, seed: int, scale: float, prompt: str = "positive", image: Any = None) -> painting.Inputs:
+def inputs_of(model: Model, seed: int, scale: float, prompt: str = "positive", image: Any = None) -> generate.Inputs:
     """What lcm_core paints from."""
     guided = model.guidance_embedding_dim is None and scale != 1
-    noise = painting.noise_source([seed], torch.device("cpu"))
+    noise = generate.noise_source([seed], torch.device("cpu"))
     x0 = None if image is None else image * model.vae.scaling_factor
-    return painting.Inputs(encode(model, prompt), encode(model, "negative") if guided else None, noise, x0=x0)
+    return generate.Inputs(encode(model, prompt), encode(model, "negative") if guided else None, noise, x0=x0)
 
 
 def settings_of(case: dict[str, Any]) -> Settings:
@@ -150,7 +150,7 @@ def test_the_ksampler_paints_as_lcm_core_does(tmp_path: Path, prediction: str) -
     for number, (name, case) in enumerate(cases.items()):
         model, settings = models[name.split()[0]], settings_of(case)
         x0 = image if "latent" in case else None
-        expected = painting.paint(model, inputs_of(model, SEED, settings.guidance_scale, image=x0), settings)
+        expected = generate.paint(model, inputs_of(model, SEED, settings.guidance_scale, image=x0), settings)
         scale = model.vae.scaling_factor  # the bar is for the sampler's own latents, of unit size
         if prediction != find_source("emoji").info.prediction_type:  # misread, a network gives latents of another size
             scale = min(scale, 1 / float(expected.std()))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_core.interpolation import slerp, travel
+from lcm_core.diffusion.interpolation import slerp, travel
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "ko", "zh", "ja")

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
 from trainer.distill import Latents, distill
-from trainer.processes import join_processes
+from trainer.distributed import join_processes
 from trainer.students import lora_student
 
 

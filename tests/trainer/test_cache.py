@@ -17,18 +17,18 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 
 from lcm_core.errors import InputError
-from lcm_core.image import to_pil
-from lcm_core.loading import MODELS, load_model
+from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline import Pipeline
-from lcm_core.weights import read_safetensors
+from lcm_core.pipeline.image import to_pil
+from lcm_core.pipeline.model import MODELS, load_model
 from trainer.cli import main
 from trainer.data.cache import Pick, prepare
 from trainer.data.encode import text_maker
 from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts
 from trainer.data.teacher import Teacher
-from trainer.emoji.data import Drawing, load_shipped, save_shipped
-from trainer.processes import Processes
+from trainer.distributed import Processes
+from trainer.recipes.emoji.data import Drawing, load_shipped, save_shipped
 
 EMOJI = MODELS / "emoji"
 SIZES = [(96, 64), (64, 96), (80, 80), (200, 64), (40, 40), (64, 64)]
@@ -293,7 +293,7 @@ def test_the_shipped_drawings_need_no_vae(tmp_path, monkeypatch):
     latents, drawing = torch.randn(3, 4, 8, 8).half().float(), ("1f355", "pizza", (), "food", "noto")
     entries = [Drawing(*drawing, held_out=i == 1) for i in range(4)]
     save_shipped(tmp_path, entries, latents, torch.zeros(4, 2))
-    monkeypatch.setattr("trainer.emoji.data.load_shipped", lambda: load_shipped(tmp_path))
+    monkeypatch.setattr("trainer.recipes.emoji.data.load_shipped", lambda: load_shipped(tmp_path))
     cache = prepare(DataConfig(path="emoji"), "emoji", tmp_path / "cache", "cpu")
     torch.testing.assert_close(rows(cache).latents, latents, rtol=0, atol=0)
     assert cache.captions == ["", "pizza, noto style"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_core.weights import check_file
+from lcm_core.files.safetensors import check_file
 
 SCRIPT = """
 import os, random, signal, sys, time
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import diffusers.models.autoencoders.autoencoder_kl  # loaded once, before the forks
 import transformers
-from lcm_core.weights import check_file
+from lcm_core.files.safetensors import check_file
 from trainer.data.cache import prepare
 from trainer.data.settings import DataConfig
 

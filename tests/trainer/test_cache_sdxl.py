@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from lcm_core.loading import MODELS
-from lcm_core.text import load_text
+from lcm_core.networks.text_encoder import load_text
+from lcm_core.pipeline.model import MODELS
 from trainer.data.cache import Pick, prepare
 from trainer.data.settings import DataConfig
 

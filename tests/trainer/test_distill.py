@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_core.weights import read_safetensors
+from lcm_core.files.safetensors import read_safetensors
 from trainer.cli import main
 
 ROOT = Path(__file__).parents[2]

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lcm_core.adapters import lora_state_dict
-from lcm_core.checkpoint import read_component
-from lcm_core.lora import save_lora
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.files.checkpoint import read_component
+from lcm_core.files.lora import save_lora
+from lcm_core.networks.lora_layers import lora_state_dict
 from trainer.config import DistillConfig, LoopConfig, MethodConfig, StudentConfig
 from trainer.data.cache import prepare
 from trainer.data.settings import DataConfig
 from trainer.distill import Latents, distill
+from trainer.distributed import Processes
 from trainer.estimate import LIBRARIES, make_plan, time_left, to_text
-from trainer.processes import Processes
-from trainer.rehearsal import rehearsal
+from trainer.memory import rehearsal
 from trainer.students import full_student, lora_student, prepare_unet, unet_network
 
 from .conftest import WIDTH, build_unet

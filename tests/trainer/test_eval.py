@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 from lcm_core.errors import InputError
-from lcm_core.loading import load_model
+from lcm_core.files.safetensors import write_safetensors
 from lcm_core.pipeline import Pipeline
-from lcm_core.weights import write_safetensors
-from trainer import judges
-from trainer.commands import eval as command
-from trainer.emoji.benchmark import Benchmark
-from trainer.emoji.data import Drawing
-from trainer.emoji.features import FeatureNetwork, extract
-from trainer.evaluate import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
-from trainer.metrics import frechet_distance, recall
-from trainer.processes import Processes
+from lcm_core.pipeline.model import load_model
+from trainer.cli import eval as command
+from trainer.distributed import Processes
+from trainer.evaluate import pretrained
+from trainer.evaluate.metrics import frechet_distance, recall
+from trainer.evaluate.scores import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
+from trainer.recipes.emoji.benchmark import Benchmark
+from trainer.recipes.emoji.data import Drawing
+from trainer.recipes.emoji.features import FeatureNetwork, extract
 
 ALONE = Processes()
 
@@ -135,9 +135,9 @@ def _worker_source():
 import json, sys, torch
 from PIL import Image
 from lcm_core.errors import InputError
-from lcm_core.loading import load_model
-from trainer.evaluate import Exam, evaluate_rows, from_main, read_pictures
-from trainer.processes import join_processes
+from lcm_core.pipeline.model import load_model
+from trainer.evaluate.scores import Exam, evaluate_rows, from_main, read_pictures
+from trainer.distributed import join_processes
 
 class Item:
     def __init__(self, number):
@@ -203,7 +203,7 @@ def test_clip_score_is_the_cosine_that_the_model_itself_gives(clip_folder):
         cosine = float((output.image_embeds * output.text_embeds).sum())  # both have length 1
         expected.append(100 * max(cosine, 0))
     assert any(value > 0 for value in expected)
-    found = judges.load_clip(clip_folder, torch.device("cpu"))(pictures, captions)
+    found = pretrained.load_clip(clip_folder, torch.device("cpu"))(pictures, captions)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -219,7 +219,7 @@ def test_inception_fid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
         patch.setattr(torch, "load", lambda *args, **kwargs: None)
         network = kind("inception", ["2048"], "none")
     write_safetensors(tmp_path / "inception.safetensors", network.state_dict())
-    features = judges.load_inception(tmp_path / "inception.safetensors", torch.device("cpu"))
+    features = pretrained.load_inception(tmp_path / "inception.safetensors", torch.device("cpu"))
     pictures = torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8)
     statistics = [reference.fid_features_to_statistics(network(part)[0]) for part in pictures]
     (expected,) = reference.fid_statistics_to_metric(*statistics, verbose=False).values()
@@ -229,24 +229,24 @@ def test_inception_fid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
 def test_missing_weights_and_packages_are_named_in_one_line(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     with pytest.raises(InputError, match=r"config\.json does not exist"):
-        judges.load_clip(tmp_path / "nowhere", cpu)
+        pretrained.load_clip(tmp_path / "nowhere", cpu)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="'bert'"):
-        judges.load_clip(tmp_path, cpu)
+        pretrained.load_clip(tmp_path, cpu)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(InputError, match="no complete CLIP model") as error:
-        judges.load_clip(tmp_path, cpu)
+        pretrained.load_clip(tmp_path, cpu)
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(InputError, match="pip install torch-fidelity"):
-        judges.load_inception(tmp_path / "x.safetensors", cpu)
+        pretrained.load_inception(tmp_path / "x.safetensors", cpu)
 
 
 def test_a_pickle_of_inception_weights_is_refused(tmp_path):
     pytest.importorskip("torch_fidelity")
     torch.save({"a": torch.zeros(1)}, tmp_path / "inception.pth")
     with pytest.raises(InputError, match="pickle"):
-        judges.load_inception(tmp_path / "inception.pth", torch.device("cpu"))
+        pretrained.load_inception(tmp_path / "inception.pth", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -254,9 +254,9 @@ def run_eval(benchmark, monkeypatch):
     """`trainer eval ...` with the small benchmark. Returns the exit code's message, empty if all went well."""
     import argparse
 
-    import trainer.emoji.benchmark
+    import trainer.recipes.emoji.benchmark
 
-    monkeypatch.setattr(trainer.emoji.benchmark, "load_benchmark", lambda samples: benchmark)
+    monkeypatch.setattr(trainer.recipes.emoji.benchmark, "load_benchmark", lambda samples: benchmark)
 
     def run(*words):
         parser = argparse.ArgumentParser()

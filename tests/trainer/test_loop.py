@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lcm_core.errors import InputError
-from lcm_core.weights import read_safetensors
+from lcm_core.files.safetensors import read_safetensors
 from trainer.loop import LoopConfig, learning_rate_at, step_generator, train
 
 CONFIG = LoopConfig(steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=3, save_every=0.0, seed=5)

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
 from lcm_core.errors import InputError
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
 from trainer.config import MethodConfig
 from trainer.data.cache import Batch
-from trainer.method import get_method, make_sample
 from trainer.methods.dmd2 import matching_loss
+from trainer.methods.method import get_method, make_sample
 from trainer.methods.segmented import phase_edges
 from trainer.methods.shared import Networks, at, draw_noise, draw_timesteps, pair, snr_weight, teacher_jump
 

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from lcm_core.errors import InputError
-from trainer.metrics import frechet_distance, recall, retrieval_accuracy
+from trainer.evaluate.metrics import frechet_distance, recall, retrieval_accuracy
 
 
 def test_frechet_distance_equals_the_matrix_square_root_formula():

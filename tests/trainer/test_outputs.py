@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lcm_core.errors import InputError
-from lcm_core.loading import load_model
-from lcm_core.painting import Inputs, noise_source, paint
-from lcm_core.settings import Settings
-from lcm_core.weights import read_safetensors
+from lcm_core.files.safetensors import read_safetensors
+from lcm_core.pipeline.generate import Inputs, noise_source, paint
+from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.settings import Settings
 from trainer.cli import main
 
 PROMPT, SEED, STEPS = "picture number 3", 7, 3

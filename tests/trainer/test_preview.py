@@ -4,11 +4,11 @@ import numpy
 import torch
 from PIL import Image
 
-from lcm_core.image import read_settings
-from lcm_core.loading import load_model
 from lcm_core.pipeline import Pipeline
-from lcm_core.settings import from_dict
-from trainer.preview import paint_previews, preview_grid, read_samples, save_samples
+from lcm_core.pipeline.image import read_settings
+from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.settings import from_dict
+from trainer.report.preview import paint_previews, preview_grid, read_samples, save_samples
 
 PROMPTS, SEEDS = ["red apple, noto style", "a cat, fluent style"], [4, 9]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.emoji.benchmark import load_benchmark
-from trainer.emoji.data import SHIPPED, load_shipped, read_entries
-from trainer.emoji.features import load_features
+from trainer.recipes.emoji.benchmark import load_benchmark
+from trainer.recipes.emoji.data import SHIPPED, load_shipped, read_entries
+from trainer.recipes.emoji.features import load_features
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_core.weights import read_safetensors
+from lcm_core.files.safetensors import read_safetensors
 from trainer.cli import main
-from trainer.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
-from trainer.emoji.data import NAMES_PACKAGE, PACKAGES, is_held_out, load_drawings
-from trainer.emoji.words import build_tokenizer, tokenize
+from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
+from trainer.recipes.emoji.data import NAMES_PACKAGE, PACKAGES, is_held_out, load_drawings
+from trainer.recipes.emoji.words import build_tokenizer, tokenize
 
 COLOURS = ["red", "green", "blue", "black", "orange", "purple"]
 

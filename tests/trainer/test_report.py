@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from lcm_core.errors import InputError
-from lcm_core.image import save_image
-from trainer.charts import Axis, Series, line_chart, log_ticks, round_ticks, smooth, thin
-from trainer.report import write_report
-from trainer.report_parts import duration, flatten, size
-from trainer.tables import best_of, to_markdown
+from lcm_core.pipeline.image import save_image
+from trainer.report.charts import Axis, Series, line_chart, log_ticks, round_ticks, smooth, thin
+from trainer.report.page import write_report
+from trainer.report.sections import duration, flatten, size
+from trainer.report.tables import best_of, to_markdown
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 ROWS = [

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from lcm_core.adapters import lora_state_dict, remove_lora
-from lcm_core.checkpoint import Component
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.errors import InputError
-from lcm_core.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.files.checkpoint import Component
+from lcm_core.networks.lora_layers import lora_state_dict, remove_lora
 from trainer.config import LoopConfig, MethodConfig, StudentConfig
 from trainer.data.cache import Batch
 from trainer.distill import Latents, distill
-from trainer.method import get_method, make_sample
+from trainer.methods.method import get_method, make_sample
 from trainer.methods.shared import Sample
 from trainer.students import choose_precision, full_student, lora_student, prepare_unet, unet_network
 
@@ -216,7 +216,7 @@ def test_checkpointing_does_not_change_the_gradients(kind):
 
 def test_a_bfloat16_teacher_answers_in_float32():
     """A rounded output would put bfloat16's steps into every target."""
-    from lcm_core.unet import load_unet
+    from lcm_core.networks.unet import load_unet
 
     unet = _unet()
     component = Component(unet.state_dict(), {**unet.config, "_class_name": "UNet2DConditionModel"})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.image import load_image
+from lcm_core.pipeline.image import load_image
 from trainer.data.buckets import Size, Window, choose_bucket, fit_window
 from trainer.data.settings import DataConfig
 

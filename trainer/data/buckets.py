@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lcm_core.errors import InputError
-from lcm_core.settings import check_size
+from lcm_core.pipeline.settings import check_size
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

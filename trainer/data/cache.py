@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write
-from lcm_core.networks import choose_device
-from lcm_core.weights import PathLike, read_safetensors
+from lcm_core.files.atomic import atomic_write
+from lcm_core.files.safetensors import PathLike, read_safetensors
+from lcm_core.networks.device import choose_device
 from trainer.data.encode import HIDDEN, LATENTS, NUMBERS, POOLED, SKIPPED, TIME_IDS, Data, Images, text_maker
 from trainer.data.hashing import FileHashes, hash_json
 from trainer.data.items import Skipped
@@ -32,7 +32,7 @@ from trainer.data.paint import Prompts, Shipped
 from trainer.data.settings import DataConfig
 from trainer.data.shards import Shards, fill
 from trainer.data.teacher import Teacher
-from trainer.processes import Processes
+from trainer.distributed import Processes
 
 FORMAT = 1
 """Part of every hash; to be raised when the contents of shards change their meaning."""
@@ -47,7 +47,7 @@ class Batch:
 
     Attributes:
         latents: (B, C, h, w), scaled as the U-Net wants.
-        conditioning: as `lcm_core.loading.Model.encode` gives it: `encoder_hidden_states` (B, L, D); for SDXL also
+        conditioning: as `lcm_core.pipeline.model.Model.encode` gives it: `encoder_hidden_states` (B, L, D); for SDXL also
             `added_cond_kwargs` with `text_embeds` (B, P) and `time_ids` (B, 6) of each picture's size and crop.
         null_conditioning: the same for the empty prompt.
     """

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.text import load_text
-from lcm_core.vae import load_vae
+from lcm_core.networks.text_encoder import load_text
+from lcm_core.networks.vae import load_vae
 from trainer.data.augment import load_kornia, make_variant
 from trainer.data.buckets import Window, make_buckets
 from trainer.data.hashing import FileHashes, hash_json

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcm_core.errors import InputError
-from lcm_core.files import atomic_write
+from lcm_core.files.atomic import atomic_write
 
 _BLOCK = 1 << 20  # bytes read at once
 _LENGTH = 32  # hexadecimal digits that are kept: 128 bits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
-from lcm_core.image import IMAGE_SUFFIXES, open_image
+from lcm_core.pipeline.image import IMAGE_SUFFIXES, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import Denoiser
+from lcm_core.diffusion.consistency import Denoiser
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_dpmpp_2m
+from lcm_core.diffusion.schedule import get_sigmas_trailing
 from lcm_core.errors import InputError
-from lcm_core.guidance import guide
-from lcm_core.loading import load_model
-from lcm_core.sampling import initial_latents, initial_noise, sample_dpmpp_2m
-from lcm_core.schedule import get_sigmas_trailing
-from lcm_core.settings import check_size
+from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.settings import check_size
 from trainer.data.encode import Rows
 from trainer.data.hashing import hash_json, hash_tensors
 from trainer.data.items import Skipped
@@ -84,7 +84,7 @@ class Shipped:
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        from trainer.emoji.data import load_shipped
+        from trainer.recipes.emoji.data import load_shipped
 
         self.teacher = teacher
         self.latents, self.captions = load_shipped()

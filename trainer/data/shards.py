@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcm_core.errors import InputError
-from lcm_core.weights import check_file, write_json, write_safetensors
+from lcm_core.files.safetensors import check_file, write_json, write_safetensors
 from trainer.data.hashing import hash_json
-from trainer.processes import Processes
+from trainer.distributed import Processes
 
 Maker = Callable[[range], dict[str, Tensor]]
 """From the numbers of pictures (or captions) to the tensors of their shard."""

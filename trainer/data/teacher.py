@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from lcm_core.checkpoint import Component, list_components, read_component
-from lcm_core.loading import CARD, Source, find_model, find_source
-from lcm_core.tokens import find_tokenizer
-from lcm_core.weights import PathLike
+from lcm_core.files.checkpoint import Component, list_components, read_component
+from lcm_core.files.safetensors import PathLike
+from lcm_core.networks.tokenizer import find_tokenizer
+from lcm_core.pipeline.model import CARD, Source, find_model, find_source
 from trainer.data.hashing import hash_json, hash_tensors
 
 

@@ -1,1 +1,1 @@
-"""Ways to distil, one file each; `trainer.method` chooses among them."""
+"""Ways to distil, one file each; `trainer.methods.method` chooses among them."""

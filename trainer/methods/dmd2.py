@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import add_noise, prediction_target, to_x0
-from lcm_core.schedule import get_timesteps_lcm
+from lcm_core.diffusion.consistency import add_noise, prediction_target, to_x0
+from lcm_core.diffusion.schedule import get_timesteps_lcm
 from trainer.config import MethodConfig
 from trainer.methods.shared import (
     Networks,

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcm_core.consistency import add_noise, apply_boundary, to_eps, to_x0
+from lcm_core.diffusion.consistency import add_noise, apply_boundary, to_eps, to_x0
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.solver import solver_jump
 from lcm_core.errors import InputError
-from lcm_core.guidance import guide
-from lcm_core.solver import solver_jump
 from trainer.config import MethodConfig
 from trainer.methods.distances import adaptive_c, distance
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcm_core.diffusion.solver import ddim_jump
 from lcm_core.errors import InputError
-from lcm_core.solver import ddim_jump
 from trainer.config import MethodConfig
 from trainer.methods.shared import (
     Network,

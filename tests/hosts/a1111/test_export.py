@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 from webui_harness import EMOJI, WebUI, difference
 
-from lcm_core.checkpoint import Component, ModelInfo
-from lcm_core.consistency import Denoiser
-from lcm_core.exports.webui import webui_yaml
-from lcm_core.guidance import guide
-from lcm_core.loading import load_model
-from lcm_core.sampling import initial_noise, sample_euler
+from lcm_core.diffusion.consistency import Denoiser
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.samplers import initial_noise, sample_euler
+from lcm_core.export.webui import webui_yaml
+from lcm_core.files.checkpoint import Component, ModelInfo
+from lcm_core.pipeline.model import load_model
 
 pytestmark = pytest.mark.host
 PROMPT = "a slice of pizza, noto style"

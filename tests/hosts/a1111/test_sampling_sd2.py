@@ -17,8 +17,8 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 from webui_harness import EMOJI, WebUI, difference
 
-from lcm_core.checkpoint import Component, ModelInfo, read_component, save_single_file
-from lcm_core.exports.webui import webui_yaml
+from lcm_core.export.webui import webui_yaml
+from lcm_core.files.checkpoint import Component, ModelInfo, read_component, save_single_file
 from lcm_core.pipeline import Pipeline
 
 pytestmark = pytest.mark.host

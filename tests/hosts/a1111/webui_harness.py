@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcm_core.stated import Stated
-from lcm_core.weights import read_safetensors, write_safetensors
+from lcm_core.files.recommended import Stated
+from lcm_core.files.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[3]
 PROBE = Path(__file__).with_name("probe_extension")

@@ -67,7 +67,7 @@ def test_stock_nodes_paint_the_picture_of_the_pipeline(
 def test_the_other_prediction_type_is_followed(server: Server, tmp_path: Path) -> None:
     """Wrong when the prediction type is not read from the file. The picture means nothing, but must be the same."""
     from lcm_core.cli import main
-    from lcm_core.loading import MODELS
+    from lcm_core.pipeline.model import MODELS
 
     other = tmp_path / "other"
     other.mkdir()
@@ -90,12 +90,12 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     import torch
     from diffusers import T2IAdapter
 
-    from lcm_core.consistency import Denoiser
-    from lcm_core.image import load_image, to_pil
-    from lcm_core.loading import MODELS
-    from lcm_core.sampling import initial_latents, initial_noise
-    from lcm_core.schedule import get_sigmas_lcm
-    from lcm_core.weights import read_safetensors
+    from lcm_core.diffusion.consistency import Denoiser
+    from lcm_core.diffusion.samplers import initial_latents, initial_noise
+    from lcm_core.diffusion.schedule import get_sigmas_lcm
+    from lcm_core.files.safetensors import read_safetensors
+    from lcm_core.pipeline.image import load_image, to_pil
+    from lcm_core.pipeline.model import MODELS
 
     sketch = server.base / "input" / SKETCH
     g = Graph()
@@ -135,7 +135,7 @@ def test_encoding_and_decoding_is_that_of_lcm_core(server: Server) -> None:
     """Wrong when the small VAE's encoder is not the one that was trained."""
     import torch
 
-    from lcm_core.image import load_image, to_pil
+    from lcm_core.pipeline.image import load_image, to_pil
 
     sketch = server.base / "input" / "lcm_suite_sketch.png"
     g = Graph()

@@ -139,7 +139,7 @@ def test_a_lora_of_another_family_is_refused(server: Server) -> None:
     """Wrong when a LoRA that fits nothing is applied to nothing without a word."""
     import torch
 
-    from lcm_core.lora import save_lora
+    from lcm_core.files.lora import save_lora
 
     key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     wide = {f"{key}.lora_down.weight": torch.ones(4, 1280), f"{key}.lora_up.weight": torch.ones(1280, 4)}

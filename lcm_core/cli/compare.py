@@ -1,0 +1,97 @@
+"""`compare`: one labelled grid, the teacher at its steps beside the LCM at its own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.cli.common import (
+    MODEL_OPTIONS,
+    Progress,
+    add_command,
+    add_model_options,
+    check_output,
+    load_pipeline,
+    parse_size,
+    plural,
+)
+from lcm_core.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lcm_core.pipeline import Pipeline
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = add_command(
+        commands,
+        "compare",
+        "Paint one grid: the teacher at 25 and 4 steps beside the LCM at 1, 2, 4 and 8.",
+        'compare "a slice of pizza, noto style" "a red apple, noto style" --out grid.png',
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("prompts", nargs="+", metavar="prompt", help="one row for each prompt")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="picture to write (default compare.png)")
+    parser.add_argument("--seed", type=int, default=0, help="of every picture (default 0)")
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="of every picture (default: the model's)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="of the LCM (default 1 2 4 8)")
+    parser.add_argument("--teacher-steps", type=int, nargs="+", default=[25, 4], help="default 25 4")
+    parser.add_argument("--guidance", type=float, help="of the LCM (default: the model's)")
+    parser.add_argument("--teacher-guidance", type=float, help="of the teacher (default: the model's)")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="the teacher's model (default: the same model's, without its LoRA)"
+    )
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Paint all pictures of the teacher, then all of the LCM (one model in memory at a time), and lay them out."""
+    from lcm_core.pipeline.image import IMAGE_SUFFIXES, labelled_grid, save_image
+
+    if args.out.suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)}")
+    check_output(args.out)
+    lcm = {name: getattr(args, name) for name in MODEL_OPTIONS}
+    columns = [f"teacher, {plural(steps, 'step')}" for steps in args.teacher_steps]
+    columns += [f"LCM, {plural(steps, 'step')}" for steps in args.steps]
+    teacher_columns = _columns(args, _teacher(args, lcm), "teacher", args.teacher_steps, args.teacher_guidance)
+    lcm_columns = _columns(args, lcm, "LCM", args.steps, args.guidance)
+    rows = list(zip(*teacher_columns, *lcm_columns, strict=True))
+    settings = {"command": "compare", "prompts": args.prompts, "seed": args.seed, "columns": columns}
+    save_image(labelled_grid(rows, columns, args.prompts), args.out, settings)
+    print(f"{args.out}: {len(rows)} x {len(columns)} pictures, seed {args.seed}")
+
+
+def _teacher(args: argparse.Namespace, lcm: dict[str, Any]) -> dict[str, Any]:
+    """Model options of the teacher."""
+    if args.teacher is not None:
+        return {**lcm, "model": args.teacher, "lora": None, "unet": None}
+    if args.lora:
+        return {**lcm, "lora": None}
+    from lcm_core.pipeline.model import CARD, find_model
+
+    if (find_model(args.model or "emoji") / CARD).is_file():
+        return {**lcm, "unet": "teacher"}
+    raise InputError(f"no teacher is known for {args.model}; give --teacher MODEL, or the LCM as --lora of its teacher")
+
+
+def _columns(
+    args: argparse.Namespace, options: dict[str, Any], label: str, steps: list[int], guidance: float | None
+) -> list[list[Image]]:
+    """For each number of steps, one picture for each prompt."""
+    pipe, _ = load_pipeline(options)
+    sampler = "lcm" if label == "LCM" else "dpmpp_2m"
+    width, height = args.size or (None, None)
+    common = {"width": width, "height": height, "guidance_scale": guidance, "sampler": sampler, "seed": args.seed}
+    pictures = [pipe.resolve(None, num_inference_steps=number, **common) for number in steps]
+    with Progress(sum(steps) * len(args.prompts), label) as progress:
+        return [_column(pipe, settings, args.prompts, progress) for settings in pictures]
+
+
+def _column(pipe: Pipeline, settings: Any, prompts: list[str], progress: Progress) -> list[Image]:
+    from dataclasses import replace
+
+    return list(pipe.paint([replace(settings, prompt=prompt) for prompt in prompts], callback=progress.step))

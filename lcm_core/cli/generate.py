@@ -1,0 +1,149 @@
+"""`generate`: pictures from a prompt, an input image, or the settings inside an earlier picture."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.cli.common import (
+    MODEL_OPTIONS,
+    Progress,
+    add_command,
+    add_model_options,
+    add_settings_options,
+    check_output,
+    load_pipeline,
+    note,
+    plural,
+    settings_options,
+)
+from lcm_core.errors import InputError
+
+if TYPE_CHECKING:
+    from lcm_core.pipeline import Pipeline
+    from lcm_core.pipeline.settings import Settings
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = add_command(
+        commands, "generate", "Paint pictures.", 'generate "a slice of pizza, noto style" --steps 4 --out pizza.png'
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("prompt", nargs="?", help="what to paint, in quotes")
+    parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (plain models, guidance above 1)")
+    parser.add_argument("--steps", type=int, help="calls of the network (default 4)")
+    parser.add_argument("--seed", type=int, help="first seed (default 0)")
+    parser.add_argument("--count", type=int, default=1, help="pictures, with rising seeds (default 1)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once: quicker on a GPU, other last bits")
+    parser.add_argument("--out", type=Path, help="file (.png, .jpg, .webp) or folder (default: named by the prompt)")
+    parser.add_argument("--image", metavar="PATH", help="start from this picture")
+    parser.add_argument("--mask", metavar="PATH", help="repaint only where this picture is white")
+    parser.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help="take all settings from a picture")
+    add_settings_options(parser)
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Paint, and write each picture as soon as it is done."""
+    stored = _stored(args.source) if args.source else {}
+    options = {**stored, **{name: value for name, value in _given(args).items() if value is not None}}
+    if options.get("prompt") is None:
+        raise InputError('no prompt was given; write one in quotes ("" for anything), or use --from PICTURE')
+    for name in ("count", "batch"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} is too few; use 1 or more")
+    seeds = range(options.get("seed", 0), options.get("seed", 0) + args.count)
+    paths = _outputs(args, options["prompt"], seeds)
+    if stored:
+        _use_threads(options.pop("threads", None))
+    pipe, load_seconds = load_pipeline(options)
+    image, mask = options.pop("image", None), options.pop("mask", None)
+    first = pipe.resolve(image=image, **{k: v for k, v in options.items() if k not in MODEL_OPTIONS})
+    _warn(pipe, first)
+    with Progress(pipe.count_steps(first) * args.count, "painting") as progress:
+        pictures = [replace(first, seed=seed) for seed in seeds]
+        painted = pipe.paint(pictures, image, mask, args.batch, progress.step)
+        _save(pipe, zip(painted, pictures, paths, strict=True), image, mask)
+    print(_summary(pipe, first, seeds, paths, load_seconds, progress.seconds))
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("prompt", "negative_prompt", "seed", "image", "mask", *MODEL_OPTIONS)
+    return settings_options(args) | {name: getattr(args, name) for name in names}
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The options that a picture of this command carries."""
+    from lcm_core.pipeline.image import read_settings
+    from lcm_core.pipeline.settings import from_dict
+
+    stored = read_settings(path)
+    if "prompt" not in stored:
+        raise InputError(f"{path} was not made by `generate`; give a picture that was")
+    extra = {name: stored[name] for name in (*MODEL_OPTIONS, "image", "mask", "threads") if name in stored}
+    return {**asdict(from_dict(stored)), **extra}
+
+
+def _use_threads(count: object) -> None:
+    """Sums are split among the CPU's threads, so that another number of them rounds to other last bits."""
+    import torch
+
+    if isinstance(count, int) and count > 0:
+        torch.set_num_threads(count)
+
+
+def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> list[Path]:
+    """Where each picture goes; checked now, so that no work is lost later."""
+    from lcm_core.pipeline.image import IMAGE_SUFFIXES
+
+    slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    out = args.out
+    if out is None:
+        out = args.source.with_name(f"{args.source.stem}-again{args.source.suffix}") if args.source else None
+    if out is None or out.is_dir() or not out.suffix:
+        paths = [(out or Path()) / f"{slug}-{seed}.png" for seed in seeds]
+    elif len(seeds) == 1:
+        paths = [out]
+    else:
+        paths = [out.with_name(f"{out.stem}-{seed}{out.suffix}") for seed in seeds]
+    if paths[0].suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)} or a folder")
+    for path in paths:
+        check_output(path)
+    return paths
+
+
+def _save(pipe: Pipeline, painted: Any, image: str | None, mask: str | None) -> None:
+    from lcm_core.pipeline.image import save_image
+
+    for picture, settings, path in painted:
+        save_image(picture, path, pipe.describe(settings, image, mask))
+
+
+def _warn(pipe: Pipeline, settings: Settings) -> None:
+    if pipe.model.guidance_embedding_dim is not None and settings.negative_prompt:
+        note("a full LCM has no negative pass; --negative has no effect")
+    elif settings.negative_prompt and settings.guidance_scale == 1:
+        note("--negative has no effect at guidance 1; raise --guidance")
+    if settings.sampler in ("lcm", "tcd") and not pipe.model.is_distilled:
+        note(
+            f"{pipe.model.name} looks like a plain model; few steps need an LCM-LoRA (--lora PATH), "
+            "or use --sampler dpmpp_2m --steps 25 --guidance 7.5"
+        )
+
+
+def _summary(
+    pipe: Pipeline, settings: Settings, seeds: range, paths: list[Path], load_seconds: float, seconds: float
+) -> str:
+    many = len(paths) > 1
+    where = f"{paths[0]} to {paths[-1].name}" if many else str(paths[0])
+    seed = f"seeds {seeds[0]} to {seeds[-1]}" if many else f"seed {settings.seed}"
+    return (
+        f"{where}: model {pipe.model.title}, {plural(settings.num_inference_steps, 'step')}, guidance "
+        f"{settings.guidance_scale:g}, {seed}; loaded in {load_seconds:.1f} s, painted in {seconds:.2f} s"
+    )

@@ -1,0 +1,108 @@
+"""`info`: the settings inside a picture, or what a model or LoRA file is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.cli.common import add_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LONGEST = 200  # characters of one metadata value; some trainers store whole word lists
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = add_command(
+        commands, "info", "Show a picture's settings, or what a model or LoRA file is.", "info pizza.png"
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", help="picture, .safetensors file, model folder, or 'emoji'")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one `name: value` line for each thing known."""
+    from lcm_core.pipeline.image import IMAGE_SUFFIXES, read_settings
+
+    if Path(args.file).suffix.lower() in IMAGE_SUFFIXES:
+        lines = iter(read_settings(args.file).items())
+    else:
+        lines = _describe_model(args.file)
+    for name, value in lines:
+        print(f"{name}: {value}")
+
+
+def _describe_model(name: str) -> Iterator[tuple[str, object]]:
+    from lcm_core.files.safetensors import read_safetensors
+    from lcm_core.pipeline.model import find_model
+
+    root = find_model(name)
+    if root.is_dir():
+        yield from _describe_folder(root)
+        return
+    state, metadata = read_safetensors(root)
+    yield from _describe_lora(root) if _is_lora(state) else _describe_checkpoint(root)
+    for key, value in sorted(metadata.items()):
+        yield key, value if len(value) <= _LONGEST else f"{value[:_LONGEST]}... ({len(value)} characters)"
+
+
+def _is_lora(state: Mapping[str, Tensor]) -> bool:
+    return any(".lora_" in key or "lora_A" in key for key in state)
+
+
+def _describe_lora(path: Path) -> Iterator[tuple[str, object]]:
+    from lcm_core.files.lora import read_lora
+
+    lora = read_lora(path)
+    yield "kind", "LoRA"
+    for part, layers in lora.layers.items():
+        ranks = sorted({layer.rank for layer in layers.values()})
+        alphas = sorted({layer.alpha for layer in layers.values()})
+        yield part, f"{len(layers)} layers, rank {_listed(ranks)}, alpha {_listed(alphas)}"
+
+
+def _describe_checkpoint(path: Path) -> Iterator[tuple[str, object]]:
+    from lcm_core.errors import InputError
+    from lcm_core.files.checkpoint import read_component, read_info
+
+    yield "kind", "checkpoint, one file"
+    info = read_info(path)
+    yield "architecture", info.family
+    yield "prediction_type", info.prediction_type
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        try:
+            component = read_component(path, name)
+        except InputError:  # the file does not have it
+            continue
+        yield name, _describe_weights(component.tensors)
+        if name == "unet":
+            yield "guidance embedding", component.config.get("time_cond_proj_dim") or "none"
+
+
+def _describe_folder(root: Path) -> Iterator[tuple[str, object]]:
+    from lcm_core.files.safetensors import read_folder, read_json
+    from lcm_core.pipeline.model import CARD
+
+    yield "kind", "model folder"
+    if (root / CARD).is_file():
+        yield from read_json(root / CARD).items()
+    for config in sorted(root.glob("*/config.json")):
+        yield config.parent.name, _describe_weights(read_folder(config.parent))
+        if config.parent.name.startswith("unet"):
+            yield "guidance embedding", read_json(config).get("time_cond_proj_dim") or "none"
+    for lora in sorted(root.glob("lora/*.safetensors")):
+        yield "lora", lora.stem
+
+
+def _describe_weights(tensors: Mapping[str, Tensor]) -> str:
+    count = sum(tensor.numel() for tensor in tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    return f"{count / 1e6:.1f} M parameters, {_listed(dtypes)}"
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

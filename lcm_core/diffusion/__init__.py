@@ -1,0 +1,1 @@
+"""The mathematics: noise schedules, processes, consistency functions, guidance, solvers, samplers. torch alone."""

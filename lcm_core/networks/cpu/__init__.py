@@ -1,0 +1,1 @@
+"""Large networks made faster on a CPU."""

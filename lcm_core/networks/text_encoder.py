@@ -1,0 +1,179 @@
+"""Prompts to what the U-Net is conditioned on: CLIP's text encoders of SD 1.x, SD 2.x and SDXL, with a cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_core.errors import InputError
+from lcm_core.files.checkpoint import Component, list_components, read_component
+from lcm_core.files.safetensors import PathLike
+from lcm_core.networks.device import Device, assemble, choose_device, choose_dtype
+from lcm_core.networks.tokenizer import Tokenizer, find_tokenizer
+
+Size = tuple[int, int]
+CACHED_PROMPTS = 64
+_CLIP_VOCABULARY = 49408
+_OPENCLIP_PAD = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A transformers CLIPTextModel (or CLIPTextModelWithProjection) with its tokenizer."""
+
+    model: Any
+    tokenizer: Tokenizer
+
+
+class TextEncoder:
+    """One CLIP text encoder (SD 1.x, SD 2.x) or the two of SDXL.
+
+    Args:
+        encoders: one, or SDXL's two in their order.
+        clip_skip: how many of the last layers to leave out, for checkpoints that were trained so.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], clip_skip: int = 0) -> None:
+        self.encoders = list(encoders)
+        self.clip_skip = clip_skip
+        self._cache: OrderedDict[str, tuple[Tensor, Tensor | None]] = OrderedDict()
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether pooled text and sizes go with the prompt."""
+        return len(self.encoders) == 2
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        size: Size = (1024, 1024),
+        original_size: Size | None = None,
+        crop: Size = (0, 0),
+    ) -> dict[str, Any]:
+        """Conditioning for a batch of prompts. Each is encoded alone, so none depends on the others.
+
+        Args:
+            prompts: B texts; words beyond 77 tokens are left out with a warning.
+            size: (height, width) of the picture to paint; SDXL only, like the rest.
+            original_size: (height, width) of the training pictures to resemble; small ones were blurred. None: `size`.
+            crop: (top, left) that would have been cropped from it.
+
+        Returns:
+            `encoder_hidden_states` (B, 77, D) float32; for SDXL also `added_cond_kwargs` with `text_embeds` (B, P) and
+            `time_ids` (B, 6) = original size, crop, size.
+        """
+        rows = [self._encode_cached(prompt) for prompt in prompts]
+        hidden = torch.cat([row[0] for row in rows])
+        cond: dict[str, Any] = {"encoder_hidden_states": hidden}
+        pooled = [row[1] for row in rows if row[1] is not None]
+        if pooled:
+            numbers = (*(original_size or size), *crop, *size)
+            time_ids = torch.tensor([numbers] * len(rows), dtype=torch.float32, device=hidden.device)
+            cond["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled), "time_ids": time_ids}
+        return cond
+
+    def clear_cache(self) -> None:
+        """Forget encoded prompts; needed after a text encoder's weights have changed, e.g. by `lora.merge`."""
+        self._cache.clear()
+
+    def _encode_cached(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        if prompt not in self._cache:
+            self._cache[prompt] = self._encode(prompt)
+            if len(self._cache) > CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(prompt)
+        return self._cache[prompt]
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
+        if not self.is_sdxl:
+            return _final_states(self.encoders[0], prompt, self.clip_skip), None
+        parts, pooled = [], None
+        for encoder in self.encoders:
+            output = _run(encoder, prompt)
+            # SDXL was trained on the last layer but one, without the final norm
+            parts.append(output.hidden_states[-2 - self.clip_skip].float())
+            pooled = getattr(output, "text_embeds", None)
+        return torch.cat(parts, dim=-1), None if pooled is None else pooled.float()
+
+
+def load_text(
+    path: PathLike,
+    device: Device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: PathLike | None = None,
+    clip_skip: int = 0,
+) -> TextEncoder:
+    """Load a model's text encoders and tokenizers, frozen and in evaluation mode.
+
+    Args:
+        path: a diffusers folder or a single file.
+        device: None chooses for this machine.
+        dtype: None chooses float32 on a CPU, where prompts cost little, else what `choose_dtype` says.
+        tokenizer: see `tokens.find_tokenizer`.
+        clip_skip: see `TextEncoder`.
+
+    Raises:
+        InputError: no usable text encoder or tokenizer there.
+    """
+    place = choose_device(device)
+    number = torch.float32 if dtype is None and place.type == "cpu" else choose_dtype(place, dtype)
+    names = [name for name in list_components(path) if name.startswith("text_encoder")] or ["text_encoder"]
+    encoders = []
+    for name in names:
+        component = read_component(path, name)
+        words = find_tokenizer(path, tokenizer, name.replace("text_encoder", "tokenizer"))
+        length = component.config.get("max_position_embeddings", 77)
+        row = Tokenizer(words, length, _OPENCLIP_PAD if _pads_with_zero(path, component) else None)
+        encoders.append(Encoder(_load_encoder(component, place, number), row))
+    if not 0 <= clip_skip < encoders[0].model.config.num_hidden_layers:
+        raise InputError(f"clip_skip {clip_skip} is out of range; use 0 for the layers that the model was trained with")
+    return TextEncoder(encoders, clip_skip)
+
+
+def _pads_with_zero(path: PathLike, component: Component) -> bool:
+    """OpenCLIP's encoders were trained on zero padding. Folders say so in their tokenizer, single files do not."""
+    config = component.config
+    return Path(path).is_file() and config.get("hidden_act") == "gelu" and config.get("vocab_size") == _CLIP_VOCABULARY
+
+
+def _load_encoder(component: Component, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+    kind = (component.config.get("architectures") or ["CLIPTextModel"])[0]
+    if kind not in kinds:
+        raise InputError(f"{component.source} holds a {kind}; give a model with a CLIP text encoder")
+    with torch.device("meta"):
+        model: Any = kinds[kind](CLIPTextConfig.from_dict(component.config))
+    names = model.state_dict().keys()
+    tensors = {_transformers_name(key, names): value for key, value in component.tensors.items()}
+    # left out: the last layer of SD 2.x, the logit scale, buffers that older versions stored
+    used = Component({k: v for k, v in tensors.items() if k in names}, component.config, component.source)
+    embeddings = getattr(model, "text_model", model).embeddings
+    embeddings.position_ids = torch.arange(model.config.max_position_embeddings, device=device)[None]
+    return assemble(lambda: model, used, device, dtype, torch.contiguous_format)
+
+
+def _transformers_name(key: str, names: Collection[str]) -> str:
+    """transformers 5 dropped the `text_model.` that files have and that its predecessors want."""
+    return key if key in names else key.removeprefix("text_model.")
+
+
+def _run(encoder: Encoder, prompt: str) -> Any:
+    ids = torch.tensor([encoder.tokenizer(prompt)], device=encoder.model.device)  # (1, 77)
+    return encoder.model(input_ids=ids, output_hidden_states=True)
+
+
+def _final_states(encoder: Encoder, prompt: str, clip_skip: int) -> Tensor:
+    output = _run(encoder, prompt)
+    if not clip_skip:
+        return output.last_hidden_state.float()
+    norm = getattr(encoder.model, "text_model", encoder.model).final_layer_norm
+    return norm(output.hidden_states[-1 - clip_skip]).float()

@@ -1,0 +1,148 @@
+"""The U-Net: loading it for the machine at hand, and calling it in one way whatever its number format."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lcm_core.errors import InputError
+from lcm_core.files.checkpoint import Component, read_component
+from lcm_core.files.safetensors import PathLike
+from lcm_core.networks.device import Device, assemble, choose_device, choose_dtype, choose_memory_format
+
+__all__ = [
+    "UNet",
+    "choose_device",
+    "choose_dtype",
+    "choose_memory_format",
+    "exact_output",
+    "load_unet",
+    "set_attention",
+]
+
+
+class UNet:
+    """A diffusers U-Net as `unet(x, t, **conditioning) -> Tensor`; casts what goes in and what comes out.
+
+    Attributes:
+        model: the UNet2DConditionModel.
+        guidance_embedding_dim: width of the guidance embedding that a full LCM takes as `timestep_cond`; else None.
+    """
+
+    def __init__(self, model: Any) -> None:
+        parameter = next(model.parameters())
+        self.model = model
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.guidance_embedding_dim: int | None = model.config.time_cond_proj_dim
+        self.in_channels: int = model.config.in_channels
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Predict noise, velocity or image, as the network was trained to.
+
+        Args:
+            x: (B, C, H, W) noisy latents in the network's own (variance preserving) scale.
+            t: (B,) timesteps, fractions allowed.
+            encoder_hidden_states: (B, 77, D) text.
+            timestep_cond: (B, guidance_embedding_dim) guidance embedding of a full LCM.
+            added_cond_kwargs: SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
+
+        Returns:
+            (B, C, H, W) in the dtype of `x`.
+        """
+        added = None if added_cond_kwargs is None else {k: self._cast(v) for k, v in added_cond_kwargs.items()}
+        if added is not None and added_cond_kwargs is not None and "time_ids" in added:
+            added["time_ids"] = added_cond_kwargs["time_ids"].to(self.device)  # pixel counts do not survive bfloat16
+        output = self.model(
+            self._cast(x),
+            t.to(self.device),
+            None if encoder_hidden_states is None else self._cast(encoder_hidden_states),
+            timestep_cond=None if timestep_cond is None else self._cast(timestep_cond),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output.to(x.device, x.dtype)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
+def load_unet(
+    source: PathLike | Component,
+    device: Device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    attention: Literal["sdpa", "bmm"] = "sdpa",
+) -> Any:
+    """Load a UNet2DConditionModel, frozen and in evaluation mode.
+
+    Args:
+        source: what `checkpoint.read_component` reads, or what it returns.
+        device, dtype, memory_format: None chooses for this machine.
+        attention: see `set_attention`.
+
+    Raises:
+        InputError: no usable U-Net there.
+    """
+    from diffusers import UNet2DConditionModel
+
+    component = source if isinstance(source, Component) else read_component(source, "unet")
+    kind = component.config.get("_class_name", "UNet2DConditionModel")
+    if kind != "UNet2DConditionModel":
+        raise InputError(f"{component.source} holds a {kind}, not a U-Net; give a model of Stable Diffusion's kind")
+    place = choose_device(device)
+    model = assemble(
+        lambda: UNet2DConditionModel.from_config(component.config),
+        component,
+        place,
+        choose_dtype(place, dtype, sum(tensor.numel() for tensor in component.tensors.values())),
+        choose_memory_format(place, memory_format),
+    )
+    set_attention(model, attention)
+    if next(model.parameters()).dtype != torch.float32:
+        exact_output(model)
+    return model
+
+
+class _ExactConv(nn.Conv2d):
+    """A convolution in float32, whatever comes in and whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def exact_output(model: Any) -> None:
+    """Let a U-Net's last layer compute in float32, so that its output is not rounded to the network's own format.
+
+    x0 = (x - sqrt(1 - abar) eps) / sqrt(abar) multiplies an error of eps by 14.6 at Stable Diffusion's last timestep:
+    bfloat16's rounding alone would put noise of 6 % on a one-step picture, and on every target of a distillation.
+    """
+    plain = model.conv_out
+    exact = _ExactConv(plain.in_channels, plain.out_channels, plain.kernel_size, plain.stride, plain.padding)
+    exact = exact.to(plain.weight.device)
+    exact.load_state_dict(plain.state_dict())
+    model.conv_out = exact.requires_grad_(plain.weight.requires_grad)
+
+
+def set_attention(model: Any, kind: Literal["sdpa", "bmm"]) -> None:
+    """Choose how a U-Net or AutoencoderKL computes attention.
+
+    Args:
+        model: the network.
+        kind: "sdpa", torch's fused kernel: least memory, and fastest on GPUs and on large pictures. "bmm", two plain
+            matrix products: on a CPU with small pictures its backward pass is several times faster.
+    """
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    if kind not in ("sdpa", "bmm"):
+        raise InputError(f"unknown attention '{kind}'; use 'sdpa' or 'bmm'")
+    model.set_attn_processor(AttnProcessor2_0() if kind == "sdpa" else AttnProcessor())

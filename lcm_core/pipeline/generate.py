@@ -1,0 +1,186 @@
+"""The work behind the pipeline: from conditioning and noise, through one or two runs of a sampler, to pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.interpolation import interpolate, travel_noise_sampler
+from lcm_core.diffusion.samplers import (
+    NoiseSampler,
+    initial_latents,
+    initial_noise,
+    inpaint,
+    sample_dpm_2m,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_lcm,
+    sample_tcd,
+    seeded_noise_sampler,
+)
+from lcm_core.diffusion.schedule import get_sigmas_lcm, get_sigmas_trailing
+from lcm_core.errors import InputError
+from lcm_core.pipeline.model import Model
+from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings, check_size
+
+Callback = Callable[[dict[str, Any]], object]
+Conditioning = dict[str, Any]
+NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
+"""From a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
+
+_SAMPLERS = {
+    "lcm": sample_lcm,
+    "tcd": sample_tcd,
+    "euler": sample_euler,
+    "dpmpp_2m": sample_dpmpp_2m,
+    "dpm_2m": sample_dpm_2m,
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the pictures of one batch are made from."""
+
+    cond: Conditioning
+    uncond: Conditioning | None
+    noise: NoiseSource
+    x0: Tensor | None = None  # (1 or B, C, h, w) latents of the input image
+    pixels: Tensor | None = None  # (1, 3, H, W) the input image itself, where a mask keeps some of it
+    mask: Tensor | None = None  # (1, 1, H, W), 1 where to paint
+
+
+class Pass(NamedTuple):
+    """One run of the sampler."""
+
+    shape: tuple[int, int, int]  # of the latents: C, h, w
+    sigmas: Tensor  # (N + 1,)
+
+
+def plan_passes(model: Model, settings: Settings) -> list[Pass]:
+    """The runs that `settings` ask for: one, or two with `upscale`.
+
+    Raises:
+        InputError: a size that this model cannot hold, or more steps than the strength leaves.
+    """
+    multiple = model.size_multiple
+    sizes = [(settings.width, settings.height, settings.strength)]
+    if settings.upscale > 1:
+        width, height = (round(side * settings.upscale / multiple) * multiple for side in sizes[0][:2])
+        sizes.append((width, height, settings.upscale_strength))
+    passes = []
+    for width, height, strength in sizes:
+        check_size(width, height, multiple)
+        shape = (model.vae.latent_channels, height // model.vae.scale, width // model.vae.scale)
+        passes.append(Pass(shape, _sigmas(model, settings, strength)))
+    return passes
+
+
+def _sigmas(model: Model, settings: Settings, strength: float) -> Tensor:
+    steps = settings.num_inference_steps
+    if settings.timesteps is not None or settings.sampler in FEW_STEP_SAMPLERS:
+        return get_sigmas_lcm(model.schedule, steps, settings.original_steps, strength, settings.timesteps)
+    return get_sigmas_trailing(model.schedule, steps, strength)
+
+
+def noise_source(seeds: Sequence[int], device: torch.device) -> NoiseSource:
+    """All noise of a batch, each picture's from its own seed."""
+
+    def source(shape: Sequence[int]) -> tuple[Tensor, NoiseSampler]:
+        return initial_noise(seeds, shape, device), seeded_noise_sampler(seeds, shape, device)
+
+    return source
+
+
+def mix_inputs(a: Inputs, b: Inputs, fraction: float, mode: str) -> Inputs:
+    """Everything that makes a picture, `fraction` of the way from `a` to `b`; 0 and 1 give them bit for bit."""
+
+    def source(shape: Sequence[int]) -> tuple[Tensor, NoiseSampler]:
+        (noise_a, later_a), (noise_b, later_b) = a.noise(shape), b.noise(shape)
+        return interpolate(noise_a, noise_b, fraction, mode), travel_noise_sampler(later_a, later_b, fraction, mode)
+
+    def mixed(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        return None if first is None or second is None else interpolate(first, second, fraction, mode)
+
+    return Inputs(
+        cond=_mix_conditioning(a.cond, b.cond, fraction, mode),
+        uncond=None if a.uncond is None or b.uncond is None else _mix_conditioning(a.uncond, b.uncond, fraction, mode),
+        noise=source,
+        x0=mixed(a.x0, b.x0),
+    )
+
+
+def _mix_conditioning(a: Conditioning, b: Conditioning, fraction: float, mode: str) -> Conditioning:
+    mixed: Conditioning = {}
+    for key, value in a.items():
+        if isinstance(value, dict):
+            mixed[key] = _mix_conditioning(value, b[key], fraction, mode)
+        else:
+            mixed[key] = interpolate(value, b[key], fraction, mode)
+    return mixed
+
+
+@torch.inference_mode()
+def paint(model: Model, inputs: Inputs, settings: Settings, callback: Callback | None = None) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        InputError: the network gave NaN or infinity.
+    """
+    first, *second = plan_passes(model, settings)
+    noise, later_noise = inputs.noise(first.shape)
+    latents = _sample(model, inputs, settings, first, noise, later_noise, inputs.x0, callback)
+    for run in second:
+        x0 = functional.interpolate(latents, size=run.shape[1:], mode="bicubic")
+        _, later_noise = inputs.noise(run.shape)
+        # The first draw is the first pass's noise in another shape; the next one is fresh.
+        noise = later_noise(run.sigmas[:1], run.sigmas[:1])
+        latents = _sample(model, inputs, settings, run, noise, later_noise, x0, callback)
+    _check_finite(latents, model)
+    images = model.vae.decode(latents)
+    _check_finite(images, model)
+    if inputs.mask is not None and inputs.pixels is not None:
+        # Coding and decoding blurs; what was to be kept is taken from the original.
+        images = torch.lerp(inputs.pixels, images, inputs.mask)
+    return images
+
+
+def _check_finite(values: Tensor, model: Model) -> None:
+    # Weights were checked when they were loaded; what is left is a number format too narrow for the computation.
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{model.title} computed NaN in {model.unet.dtype}; use dtype float32, or another VAE")
+
+
+def _sample(
+    model: Model,
+    inputs: Inputs,
+    settings: Settings,
+    run: Pass,
+    noise: Tensor,
+    later_noise: NoiseSampler,
+    x0: Tensor | None,
+    callback: Callback | None,
+) -> Tensor:
+    """One run of the sampler: latents (B, C, h, w)."""
+    kind = ConsistencyDenoiser if settings.sampler == "lcm" else Denoiser
+    denoiser = kind(model.unet, model.schedule, model.prediction_type)
+    guided = guide(denoiser, inputs.cond, inputs.uncond, settings.guidance_scale, model.guidance_embedding_dim)
+    if inputs.mask is not None and x0 is not None:
+        mask = functional.interpolate(inputs.mask, size=run.shape[1:], mode="area")
+        guided = inpaint(guided, x0, mask, noise)
+
+    def report(info: dict[str, Any]) -> None:
+        if callback is not None:
+            callback(info | {"pictures": len(noise)})
+
+    options: dict[str, Any] = {"noise_sampler": later_noise, "callback": report, "disable": True}
+    if settings.sampler == "tcd":
+        options |= {"gamma": settings.gamma, "schedule": model.schedule}
+    x = initial_latents(noise, float(run.sigmas[0]), x0)
+    return _SAMPLERS[settings.sampler](guided, x, run.sigmas, **options)

@@ -1,0 +1,315 @@
+"""Finding a model by name or path, and loading all that a pipeline needs of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.errors import InputError
+from lcm_core.files.checkpoint import ModelInfo, read_info, read_tokenizer_files
+from lcm_core.files.lora import merge, read_lora
+from lcm_core.files.lora_keys import Part
+from lcm_core.files.recommended import FOLDER_KEY, Stated, read_stated
+from lcm_core.files.safetensors import read_json, read_metadata
+from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
+from lcm_core.networks.device import choose_device
+from lcm_core.networks.text_encoder import TextEncoder, load_text
+from lcm_core.networks.unet import UNet, load_unet
+from lcm_core.networks.vae import VAE, load_vae
+
+PathLike = str | os.PathLike[str]
+Loras = Sequence[tuple[PathLike, float]]
+
+MODELS = Path(__file__).parents[1] / "models"
+"""Models that are shipped with the package; each folder has a model.json."""
+CARD = "model.json"
+SHIPPED_UNETS = ("lcm", "teacher")
+_FEW_STEP_SCHEDULERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
+_PAPER_GUIDANCE = 8.0  # of the tables in arXiv 2310.04378
+_SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
+_CARD_NAMES = {"schedule": "beta_schedule"}
+_SDXL_SCALING_FACTOR = 0.13025
+
+
+@dataclass
+class Model:
+    """Networks, noise schedule, and what to use where the user says nothing."""
+
+    name: str
+    """As the user gave it."""
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    schedule: NoiseSchedule
+    prediction_type: str
+    resolution: int
+    """Pixels, along each side, that the model was trained at."""
+    sampler: str = "lcm"
+    steps: int = 4
+    """For the few-step samplers."""
+    gamma: float = 0.3
+    """Tcd's share of fresh noise in each step."""
+    guidance_scale: float = 1.0
+    """For the few-step samplers."""
+    teacher_guidance_scale: float = 7.5
+    teacher_steps: int = 25
+    original_steps: int = 50
+    is_distilled: bool = True
+    """False when nothing says that the model can do with few steps."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What to give to `load_model` to get it again."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is; latents and conditioning belong there too."""
+        return self.unet.device
+
+    @property
+    def guidance_embedding_dim(self) -> int | None:
+        """Width of the guidance embedding of a full LCM; None for a model that wants classifier-free guidance."""
+        return self.unet.guidance_embedding_dim
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that the sides of a picture must be multiples of, so that each level of the U-Net halves evenly."""
+        return self.vae.scale * 2 ** (len(self.unet.model.config.block_out_channels) - 1)
+
+    @property
+    def title(self) -> str:
+        """The name, and which of its networks runs."""
+        unet = self.origin.get("unet")
+        return f"{self.name} ({unet})" if unet else self.name
+
+    def follow(self, stated: Stated) -> None:
+        """Take over what a file states of how to sample."""
+        self.sampler = stated.sampler
+        self.steps = self.steps if stated.steps is None else stated.steps
+        for name, value in stated.options.items():
+            setattr(self, name, value)
+
+    def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
+        """Conditioning of prompts for a picture of this size."""
+        return self.text.encode(prompts, size=(height, width))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON values that say which model this is and how it runs."""
+        threads = {"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}
+        return {
+            **self.origin,
+            **threads,
+            "model": self.name,
+            "device": str(self.device),
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "vae_dtype": str(self.vae.dtype).removeprefix("torch."),
+        }
+
+
+def load_model(
+    name: PathLike = "emoji",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    lora: Loras = (),
+    vae: PathLike | None = None,
+    unet: str | None = None,
+    tokenizer: PathLike | None = None,
+    vae_dtype: str | torch.dtype | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+        name: "emoji" (shipped with this package), a diffusers folder, or a single .safetensors file.
+        device, dtype, memory_format: None chooses the fastest that this machine has. Text is always encoded in float32
+            on a CPU.
+        lora: files with their strengths, merged into the weights together; a model's own are known by their names.
+        vae: another VAE than the model's own, e.g. a tiny one.
+        unet: which U-Net of a shipped model: "lcm" (default) or "teacher".
+        tokenizer: folder with CLIP's vocab.json and merges.txt, for single files that have none beside them.
+        vae_dtype: the VAE's number format; None takes `dtype`, or, when that is None too, chooses.
+
+    Raises:
+        InputError: an unknown model, or one with a file that is missing, broken or of another kind.
+    """
+    source = find_source(name, unet)
+    place = choose_device(device)
+    files = [(find_lora(path, source.root), strength) for path, strength in lora]
+    network = UNet(load_unet(source.unet, place, dtype, memory_format))
+    loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
+    text = load_text(source.text, place, None if place.type == "cpu" else dtype, tokenizer)
+    _check_channels(source.root, network, loaded_vae)
+    merge_loras(network, text, files)
+    if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
+        optimise_unet(network.model)
+        optimise_vae(loaded_vae.model)
+    origin: dict[str, Any] = {"unet": source.chosen, "vae": vae, "tokenizer": tokenizer}
+    model = Model(
+        name=os.fspath(name),
+        unet=network,
+        vae=loaded_vae,
+        text=text,
+        schedule=noise_schedule(source.info),
+        prediction_type=source.info.prediction_type,
+        resolution=network.model.config.sample_size * loaded_vae.scale,
+        origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
+    )
+    if lora:
+        model.origin["lora"] = [[os.fspath(path), float(strength)] for path, strength in lora]
+    _set_defaults(model, source, [path for path, _ in files])
+    return model
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a model lie; `unet`, `vae` and `text` are the model itself unless it is a shipped one."""
+
+    root: Path
+    unet: Path
+    vae: Path
+    text: Path
+    info: ModelInfo
+    chosen: str | None = None
+    """Which U-Net of a shipped model."""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """What its model.json says."""
+
+    def read_tokenizers(self) -> dict[str, dict[str, str]]:
+        """The tokenizers in the model's folder, or in the metadata of its file: name to file name to text."""
+        if self.root.is_file():
+            files = read_tokenizer_files(self.root)
+            return {"tokenizer": files} if files else {}
+        return {
+            folder.name: {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())}
+            for folder in sorted(self.root.glob("tokenizer*"))
+        }
+
+
+def find_source(name: PathLike, unet: str | None = None) -> Source:
+    """Find a model by name or path, without loading it.
+
+    Raises:
+        InputError: an unknown model, or `unet` given for one that has no choice.
+    """
+    root = find_model(name)
+    if not (root / CARD).is_file():
+        if unet is not None:
+            raise InputError(f"{name} has one U-Net only; leave out unet '{unet}', which is for shipped models")
+        return Source(root, root, root, root, read_info(root))
+    chosen = unet or "lcm"
+    if chosen not in SHIPPED_UNETS:
+        raise InputError(f"unknown unet {unet!r}; choose {' or '.join(SHIPPED_UNETS)}")
+    card = read_json(root / CARD)
+    folder = root / f"unet_{chosen}"
+    stated = {_CARD_NAMES.get(key, key): value for key, value in card["schedule"].items()}
+    info = replace(read_info(folder), prediction_type=card["prediction_type"], **stated)
+    return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, card)
+
+
+def find_model(name: PathLike) -> Path:
+    """The folder or file that a name stands for.
+
+    Raises:
+        InputError: there is none; the message says which there are.
+    """
+    path = Path(name)
+    embedded = {card.parent.name: card.parent for card in sorted(MODELS.glob(f"*/{CARD}"))}
+    if os.fspath(name) in embedded:
+        return embedded[os.fspath(name)]
+    if path.exists():
+        return path
+    near = sorted(p.name for p in path.parent.glob("*.safetensors"))[:5] if path.parent.is_dir() else []
+    known = ", ".join([*(f"'{model}'" for model in embedded), *near]) or "none"
+    raise InputError(
+        f"unknown model {os.fspath(name)!r}; give the path of a diffusers folder or a .safetensors file (here: {known})"
+    )
+
+
+def merge_loras(unet: UNet, text: TextEncoder, files: Sequence[tuple[Path, float]]) -> None:
+    """Merge LoRA files into the U-Net and the text encoders, for good.
+
+    Raises:
+        InputError: a file is no LoRA, or one for another architecture.
+    """
+    if not files:
+        return
+    loras = [(read_lora(path), strength) for path, strength in files]
+    merge(unet.model, loras, keep_originals=False)
+    parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+    for part, encoder in zip(parts, text.encoders, strict=False):
+        merge(encoder.model, loras, part, keep_originals=False)
+    text.clear_cache()
+
+
+def _load_vae(
+    path: PathLike,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    memory_format: torch.memory_format | None,
+    info: ModelInfo,
+    own: bool,
+) -> VAE:
+    vae = load_vae(path, device, dtype, memory_format)
+    if not own and info.family == "sdxl" and Path(path).is_file() and "block_out_channels" in vae.model.config:
+        vae.scaling_factor = _SDXL_SCALING_FACTOR  # a bare file cannot say it, and looks like one of SD 1.x
+    return vae
+
+
+def _check_channels(root: Path, unet: UNet, vae: VAE) -> None:
+    if unet.in_channels != vae.latent_channels:
+        raise InputError(
+            f"the U-Net of {root} takes {unet.in_channels} channels but the VAE gives {vae.latent_channels}; "
+            "give a text-to-image model (not an inpainting one) and a VAE of its family"
+        )
+
+
+def find_lora(path: PathLike, root: Path) -> Path:
+    own = root / "lora"
+    named = own / f"{os.fspath(path)}.safetensors"
+    if Path(path).exists():
+        return Path(path)
+    if named.is_file():
+        return named
+    known = ", ".join(file.stem for file in sorted(own.glob("*.safetensors")))
+    raise InputError(
+        f"LoRA {os.fspath(path)!r} does not exist; check the path" + (f" (this model's own: {known})" if known else "")
+    )
+
+
+def noise_schedule(info: ModelInfo) -> NoiseSchedule:
+    """The schedule that a model was trained with."""
+    name = _SCHEDULES.get(info.beta_schedule, info.beta_schedule)
+    steps, start, end = info.num_train_timesteps, info.beta_start, info.beta_end
+    return NoiseSchedule(get_alphas_cumprod(name, steps, start, end, info.zero_terminal_snr))
+
+
+def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:
+    """What the model's own files, and those of its LoRAs, say about how to use it."""
+    for name in ("resolution", "original_steps", "teacher_steps", "teacher_guidance_scale"):
+        if name in source.card:
+            setattr(model, name, source.card[name])
+    if model.guidance_embedding_dim is not None:
+        model.guidance_scale = model.teacher_guidance_scale = source.card.get("guidance_scale", _PAPER_GUIDANCE)
+    elif not loras:
+        model.is_distilled = _read_scheduler(source.root) is not None
+        if source.chosen == "teacher":
+            model.sampler = "dpmpp_2m"
+    for path in (source.root, *loras):
+        stated = read_stated(read_metadata(path), str(path)) if path.is_file() else _read_scheduler(path)
+        if stated is not None:
+            model.follow(stated)
+
+
+def _read_scheduler(root: Path) -> Stated | None:
+    """What a diffusers folder states; None where it names no few-step scheduler."""
+    file = root / "scheduler" / "scheduler_config.json"
+    content = read_json(file) if file.is_file() else {}
+    sampler = _FEW_STEP_SCHEDULERS.get(content.get("_class_name", ""))
+    if sampler is None:
+        return None
+    usual = Stated(sampler, original_steps=content.get("original_inference_steps"))
+    return read_stated(usual.metadata() | content.get(FOLDER_KEY, {}), str(root))

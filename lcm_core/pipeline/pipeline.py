@@ -1,0 +1,250 @@
+"""From prompt to picture: text to image, image to image, inpainting, two-pass upscaling, and travel between keyframes.
+
+Every picture is computed alone unless `batch_size` says otherwise, because networks round differently in batches of
+different sizes; so a picture is the same, bit for bit, whatever is made beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lcm_core.diffusion.interpolation import plan_frames
+from lcm_core.errors import InputError
+from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
+from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
+from lcm_core.pipeline.model import Model, load_model
+from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Source = str | os.PathLike[str] | Image
+
+Callback = Callable[[dict[str, Any]], object]
+DEFAULT_STRENGTH = 0.6
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures, and for each of them the settings that make it again (plain JSON values)."""
+
+    images: list[Image]
+    settings: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """A picture that an animation passes through."""
+
+    prompt: str = ""
+    seed: int = 0
+    image: Source | None = None
+    """Input picture, for image to image; give one to every keyframe or to none."""
+
+
+class Pipeline:
+    """A loaded model, ready to paint.
+
+    >>> pipe = Pipeline.load("emoji")  # doctest: +SKIP
+    >>> pipe("a slice of pizza, noto style", seed=1).images[0].save("pizza.png")  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str] = "emoji",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+        vae: str | os.PathLike[str] | None = None,
+        unet: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        vae_dtype: str | torch.dtype | None = None,
+    ) -> Pipeline:
+        """Load a model; see `lcm_core.pipeline.model.load_model`."""
+        return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str | None = None,
+        original_steps: int | None = None,
+        strength: float | None = None,
+        image: Source | None = None,
+        mask: Source | None = None,
+        timesteps: Sequence[int] | None = None,
+        upscale: float | None = None,
+        upscale_strength: float | None = None,
+        gamma: float | None = None,
+        batch_size: int = 1,
+        callback: Callback | None = None,
+    ) -> Result:
+        """Paint one picture for each prompt and seed. What is None, the model decides; see `Settings` for the rest.
+
+        Args:
+            prompt, seed: one, or a list; one prompt with many seeds, many prompts with one seed, or pairs.
+            image: start from this picture (path or Pillow image), noised by `strength`.
+            mask: repaint only where this picture is white.
+            batch_size: more than 1 is faster on a GPU, at the price of last bits that depend on the batch.
+            callback: called in every step with the sampler's {"i", "x", "sigma", "sigma_hat", "denoised"} and with
+                "pictures", the number of pictures that the step was made for.
+
+        Raises:
+            InputError: a setting, picture or weight that cannot be used; the message says what to do.
+        """
+        base = self.resolve(
+            image=image,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            sampler=sampler,
+            original_steps=original_steps,
+            strength=strength,
+            timesteps=timesteps,
+            upscale=upscale,
+            upscale_strength=upscale_strength,
+            gamma=gamma,
+        )
+        pictures = [replace(base, prompt=words, seed=number) for words, number in _pairs(prompt, seed)]
+        images = list(self.paint(pictures, image, mask, batch_size, callback))
+        return Result(images, [self.describe(picture, image, mask) for picture in pictures])
+
+    def resolve(self, image: Source | None = None, **options: Any) -> Settings:
+        """`Settings` from options of which those that are None are the model's to choose.
+
+        Raises:
+            InputError: a setting that this model cannot use.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        model = self.model
+        given.setdefault("sampler", model.sampler)
+        few = given["sampler"] in FEW_STEP_SAMPLERS
+        steps = len(given["timesteps"]) if given.get("timesteps") else model.steps if few else model.teacher_steps
+        given.setdefault("num_inference_steps", steps)
+        given.setdefault("guidance_scale", model.guidance_scale if few else model.teacher_guidance_scale)
+        given.setdefault("gamma", model.gamma)
+        given.setdefault("original_steps", model.original_steps)
+        if image is None and given.get("strength", 1) != 1:
+            raise InputError(f"strength {given['strength']} was given without an input image; add one or leave it out")
+        given.setdefault("strength", 1.0 if image is None else DEFAULT_STRENGTH)
+        width, height = self._size(image)
+        given.setdefault("width", width)
+        given.setdefault("height", height)
+        settings = Settings(**given).check()
+        plan_passes(self.model, settings)
+        return settings
+
+    def paint(
+        self,
+        pictures: Sequence[Settings],
+        image: Source | None = None,
+        mask: Source | None = None,
+        batch_size: int = 1,
+        callback: Callback | None = None,
+    ) -> Iterator[Image]:
+        """Paint pictures that differ in prompt and seed alone, handing out each as soon as it is done."""
+        if mask is not None and image is None:
+            raise InputError("a mask was given without an input image; add the image that it belongs to")
+        if mask is not None and pictures[0].upscale > 1:
+            raise InputError("upscale does not go with a mask; repaint first, then upscale the result as input image")
+        for start in range(0, len(pictures), max(batch_size, 1)):
+            batch = pictures[start : start + max(batch_size, 1)]
+            yield from to_pil(paint(self.model, self._inputs(batch, image, mask), batch[0], callback))
+
+    def interpolate(
+        self,
+        keyframes: Sequence[Keyframe],
+        frames: int = 24,
+        mode: str = "slerp",
+        easing: str = "linear",
+        loop: bool = False,
+        callback: Callback | None = None,
+        **options: Any,
+    ) -> Iterator[Image]:
+        """Hand out the frames of a journey through `keyframes`, each made of mixed prompts, noise and input latents.
+
+        The noise of all steps travels. A frame on a keyframe equals, bit for bit, the picture that the pipeline paints
+        from that keyframe's prompt, seed and image with the same options. See `interpolation.plan_frames` for `easing`
+        and `loop`, `interpolation.interpolate` for `mode`, and `resolve` for the options.
+
+        Raises:
+            InputError: as `__call__`; or only some of the keyframes have an image.
+        """
+        plan = plan_frames(len(keyframes), frames, easing, loop)
+        if len({keyframe.image is None for keyframe in keyframes}) > 1:
+            raise InputError("only some keyframes have an image; give one to every keyframe or to none")
+        base = self.resolve(keyframes[0].image, **options)
+        inputs = [
+            self._inputs([replace(base, prompt=keyframe.prompt, seed=keyframe.seed)], keyframe.image)
+            for keyframe in keyframes
+        ]
+        for frame in plan:
+            mixed = mix_inputs(inputs[frame.start], inputs[frame.end], frame.fraction, mode)
+            yield from to_pil(paint(self.model, mixed, base, callback))
+
+    def count_steps(self, settings: Settings) -> int:
+        """Steps of the sampler that one picture takes, in all passes."""
+        return sum(len(run.sigmas) - 1 for run in plan_passes(self.model, settings))
+
+    def describe(self, settings: Settings, image: Source | None = None, mask: Source | None = None) -> dict[str, Any]:
+        """Settings and model as plain JSON values; pictures by their path."""
+        paths = {"image": image, "mask": mask}
+        return {
+            **{name: value for name, value in asdict(settings).items() if value is not None},
+            **self.model.describe(),
+            **{name: os.fspath(path) for name, path in paths.items() if isinstance(path, (str, os.PathLike))},
+        }
+
+    def _size(self, image: Source | None) -> tuple[int, int]:
+        """The model's own size, in the proportions of the input image."""
+        side, multiple = self.model.resolution, self.model.size_multiple
+        if image is None:
+            return side, side
+        width, height = open_image(image).size
+        scale = side / (width * height) ** 0.5
+        width, height = (max(round(length * scale / multiple), 1) * multiple for length in (width, height))
+        return width, height
+
+    def _inputs(self, pictures: Sequence[Settings], image: Source | None, mask: Source | None = None) -> Inputs:
+        model, first = self.model, pictures[0]
+        size = (first.width, first.height)
+        negative = None
+        if model.guidance_embedding_dim is None and first.guidance_scale != 1:
+            negative = model.encode([first.negative_prompt] * len(pictures), *size)
+        pixels = None if image is None else load_image(image, size).to(model.device)
+        return Inputs(
+            cond=model.encode([picture.prompt for picture in pictures], *size),
+            uncond=negative,
+            noise=noise_source([picture.seed for picture in pictures], model.device),
+            x0=None if pixels is None else model.vae.encode(pixels),
+            pixels=pixels,
+            mask=None if mask is None else load_mask(mask, size).to(model.device),
+        )
+
+
+def _pairs(prompt: str | Sequence[str], seed: int | Sequence[int]) -> list[tuple[str, int]]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    count = max(len(prompts), len(seeds))
+    if not prompts or not seeds or len(prompts) not in (1, count) or len(seeds) not in (1, count):
+        raise InputError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up; give one of either, or as many"
+        )
+    return list(zip(prompts * (count // len(prompts)), seeds * (count // len(seeds)), strict=True))

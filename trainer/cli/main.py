@@ -1,0 +1,78 @@
+"""The trainer's command line: `python -m trainer distill | cache | eval | presets | recipe`.
+
+Importing this loads neither torch nor any other library, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lcm_core.cli.main import USER_ERROR, run_command
+from trainer.cli.cache import add_cache
+from trainer.cli.distill import add_distill
+from trainer.cli.eval import add_eval
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and message."""
+        self.exit(USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands; `parse_args(...).run` is the chosen command's function."""
+    parser = _Parser(prog="python -m trainer", description="Distil diffusion models into few-step ones.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_distill(commands)
+    add_cache(commands)
+    add_eval(commands)
+    _add_recipe(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns the exit code: 0, 2 for a mistake in the input, 130 when interrupted."""
+    return run_command(
+        build_parser().parse_args(argv),
+        interrupted="interrupted; what was learnt is saved: run the same command again to go on",
+        out_of_memory="use --gradient-checkpointing, more --accumulation, or a smaller --resolution; "
+        "the same command goes on where it was",
+    )
+
+
+def _add_recipe(commands: Any) -> None:
+    parser = commands.add_parser(
+        "recipe",
+        help="make the embedded model from its public data",
+        description="From the emoji packages to the embedded model's weights, stage by stage. Stopped at any moment, "
+        "the same command goes on where it was.",
+        epilog="example: python -m trainer recipe emoji --work runs/emoji --output runs/emoji/model",
+    )
+    parser.add_argument("name", choices=["emoji"], help="which recipe")
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder between icons and weights")
+    parser.add_argument("--output", type=Path, help="folder of the finished model (default: WORK/model)")
+    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="pixels (default: 64)")
+    parser.add_argument("--icons", type=Path, help="node_modules with the icon packages (default: fetched with npm)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument("--effort", type=float, default=1.0, help="multiplies every stage's steps (default: 1)")
+    parser.add_argument("--samples", type=int, default=2048, help="pictures behind each line of the table")
+    parser.set_defaults(run=_run_recipe)
+
+
+def _run_recipe(args: argparse.Namespace) -> None:
+    from trainer.recipes.emoji.recipe import Options, run
+
+    run(
+        Options(
+            work=args.work,
+            output=args.output or args.work / "model",
+            size=args.size,
+            icons=args.icons,
+            device=args.device,
+            effort=args.effort,
+            samples=args.samples,
+        )
+    )

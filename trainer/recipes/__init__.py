@@ -1,0 +1,1 @@
+"""Whole models made from public data by one command."""

@@ -1,0 +1,82 @@
+"""The embedded model's card: what it is, what it was made from, what it cost, how good it is and where it fails."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from trainer.recipes.emoji.data import GROUPS, PACKAGES, Drawings
+from trainer.recipes.emoji.ledger import Row
+from trainer.report.tables import to_markdown
+
+CREDITS = {
+    "noto": "Noto Emoji, Google, Apache License 2.0",
+    "fluent": "Fluent Emoji (flat), Microsoft, MIT License",
+    "twemoji": "Twemoji, Twitter and contributors, CC-BY 4.0",
+}
+KNOWN_FAULTS = (
+    "- Trained for hours on one or two CPU cores. Simple things (hearts, apples, plain faces) are good, busy ones",
+    "  (vehicles, people, buildings) are blobs of the right colours.",
+    "- The teacher needs few steps itself: the students are ahead of it at one and two steps, and behind at four and",
+    "  eight. The full LCM gets worse with more steps; the LCM-LoRA, trained for one guidance, does not.",
+    "- Held-out pairs are found half as often as seen ones, by the teacher as well: it knows many drawings by heart.",
+    "- The teacher's first 3,700 steps predicted noise, the 6,000 after that velocity: with noise, the error at",
+    "  t = 999 is 14.6 times larger in the picture, more accuracy than a network of this size reaches.",
+)
+"""Of the weights that are shipped now."""
+NAMES_CREDIT = "Names and keywords: emojibase-data, MIT License, from Unicode CLDR, Unicode License"
+
+
+def model_card(
+    drawings: Drawings, size: int, cost: dict[str, tuple[int, int, float]], device: str, rows: list[Row]
+) -> str:
+    """Markdown.
+
+    Args:
+        cost: of each stage: steps, batch size, seconds.
+    """
+    held_out = len(drawings.indices(held_out=True))
+    lines = [
+        "# Emoji: the embedded text-to-image model",
+        "",
+        f"Paints emoji-like pictures of {size}x{size} pixels from a few English words. It exists so that every",
+        "command, test and benchmark of the suite has a real model at hand: a teacher (a small Stable Diffusion",
+        "1.x), a full Latent Consistency Model and an LCM-LoRA distilled from it. It knows emoji and nothing else.",
+        "Beside them lie a T2I-Adapter for outlines (`control/`, from `python -m trainer.recipes.emoji.control`), and what the",
+        "benchmark needs: its feature network, and the drawings' features, latents and names (`benchmark/`).",
+        "",
+        "## Data",
+        "",
+        f"{len(drawings.entries)} drawings: Unicode's {', '.join(GROUPS.values())}",
+        f'in {len(PACKAGES)} styles, captioned with their names, keywords and style ("pizza, noto style").',
+        f"{held_out} (emoji, style) pairs were held out of all generative training; the same emoji in the other styles",
+        "were not.",
+        "",
+        *(f"- {style} style: {CREDITS[style]} (package `{package}`)" for style, package in PACKAGES.items()),
+        f"- {NAMES_CREDIT}",
+        "",
+        "The weights are published under the licence of this repository; pictures painted with them may resemble the",
+        "drawings, whose licences (with attribution for Twemoji) apply to what is copied.",
+        "",
+        "## Training",
+        "",
+        f"`python -m trainer recipe emoji`, on {device}.",
+        "",
+        "| stage | steps | batch | minutes |",
+        "|---|---|---|---|",
+        *(f"| {name} | {steps} | {batch} | {seconds / 60:.0f} |" for name, (steps, batch, seconds) in cost.items()),
+        "",
+        "## Benchmark",
+        "",
+        "FD is the Frechet distance in the feature space of a small network trained on the real drawings alone; it is",
+        "not Inception FID. Alignment: the share of pictures whose nearest real drawing shows the emoji asked for, in",
+        "any style. Fixed seeds; the captions are the drawings' names with their style.",
+        "",
+        to_markdown([asdict(row) for row in rows]) if rows else "Not measured yet for these weights.\n",
+        "## Limits",
+        "",
+        *KNOWN_FAULTS,
+        "- Small pictures, soft details; faces that differ in an eyebrow come out alike. No letters, flags or symbols.",
+        "- Words outside the emoji vocabulary are read letter by letter and mean nothing to it.",
+        "- It copies the three drawing styles; it was made for tests and teaching, not for artwork.",
+    ]
+    return "\n".join(lines) + "\n"

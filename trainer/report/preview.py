@@ -1,0 +1,105 @@
+"""Pictures of a model in training: the same prompts and seeds each time, so that only the model makes a difference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.cli.common import plural
+from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline.image import labelled_grid, read_settings, save_image
+from lcm_core.pipeline.model import Model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STEPS = (1, 2, 4, 8)
+"""Numbers of steps at which teacher and student are shown."""
+SAMPLES = "samples"
+"""Folder, inside a run's, of the pictures that `save_samples` writes."""
+BATCH_SIZE = 4
+
+
+def paint_previews(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: Sequence[int] = STEPS, **options: Any
+) -> dict[int, list[tuple[Image, dict[str, Any]]]]:
+    """For each number of steps, one picture for each prompt, with the settings that make it again.
+
+    Args:
+        model: what paints.
+        prompts, seeds: pairs, as many of the one as of the other.
+        steps: numbers of steps.
+        **options: `sampler`, `guidance_scale`, ...; what is left out or None, the model decides (`Pipeline.resolve`).
+
+    Raises:
+        InputError: a setting that this model cannot use.
+    """
+    pipe, columns = Pipeline(model), {}
+    for number in steps:
+        base = pipe.resolve(num_inference_steps=number, **options)
+        pictures = [replace(base, prompt=text, seed=seed) for text, seed in zip(prompts, seeds, strict=True)]
+        images = pipe.paint(pictures, batch_size=BATCH_SIZE)
+        columns[number] = list(zip(images, map(pipe.describe, pictures), strict=True))
+    return columns
+
+
+def preview_grid(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int | Sequence[int] = STEPS, **options: Any
+) -> Image:
+    """One labelled picture of all previews: a row for each prompt, a column for each number of steps.
+
+    Arguments and errors are those of `paint_previews`.
+    """
+    numbers = [steps] if isinstance(steps, int) else list(steps)
+    columns = paint_previews(model, prompts, seeds, numbers, **options)
+    rows = zip(*([image for image, _ in columns[number]] for number in numbers), strict=True)
+    return labelled_grid(list(rows), [plural(number, "step") for number in numbers], prompts)
+
+
+def save_samples(
+    folder: str | os.PathLike[str],
+    role: str,
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: Sequence[int] = STEPS,
+    **options: Any,
+) -> None:
+    """Paint previews and keep each as its own file in `folder`/samples, with its settings inside, for the report.
+
+    Args:
+        folder: the run's.
+        role: who paints, e.g. "teacher" or "student"; the report sets them side by side.
+        model, prompts, seeds, steps, **options: as in `paint_previews`.
+    """
+    for number, pictures in paint_previews(model, prompts, seeds, steps, **options).items():
+        for index, (image, settings) in enumerate(pictures):
+            save_image(image, Path(folder) / SAMPLES / f"{role}-{number:02d}-{index:03d}.png", settings)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of `save_samples`."""
+
+    path: Path
+    role: str
+    steps: int
+    index: int
+    """Which prompt, counted from 0."""
+    settings: dict[str, Any]
+
+
+def read_samples(folder: str | os.PathLike[str]) -> list[Sample]:
+    """All pictures that `save_samples` left in a run's folder, in the order of their names.
+
+    Raises:
+        InputError: a picture that was not written by it.
+    """
+    found = []
+    for path in sorted((Path(folder) / SAMPLES).glob("*-*-*.png")):
+        role, steps, index = path.stem.rsplit("-", 2)
+        found.append(Sample(path, role, int(steps), int(index), read_settings(path)))
+    return found

@@ -1,0 +1,119 @@
+"""Pictures and scores of a run, while it goes on and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lcm_core.networks.lora_layers import Which
+from lcm_core.networks.text_encoder import load_text
+from lcm_core.networks.unet import UNet
+from lcm_core.networks.vae import load_vae
+from lcm_core.pipeline.model import Model
+from trainer.config import DistillConfig
+from trainer.data.cache import LatentCache
+from trainer.data.teacher import Teacher
+from trainer.distributed import Processes
+from trainer.evaluate.scores import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
+from trainer.methods.method import sampling_of
+from trainer.outputs import run_name
+from trainer.report.preview import STEPS, preview_grid, save_samples
+from trainer.students import Student
+
+if TYPE_CHECKING:
+    from trainer.run import Setup
+
+
+@contextmanager
+def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
+    """The teacher or the student as a model that paints, on the run's own U-Net; VAE and text encoders come and go."""
+    adapters, device, source = student.adapters, setup.processes.device, setup.source
+    own = student.unet if adapters is not None or student.average is None else student.average
+    network: Any = student.teacher_unet or own if role == "teacher" else own
+    vae = load_vae(source.vae, device)
+    text = load_text(source.text, device, None, setup.config.tokenizer or None)
+    card = source.card
+    model = Model(
+        name=role,
+        unet=UNet(network),
+        vae=vae,
+        text=text,
+        schedule=setup.schedule,
+        prediction_type=setup.info.prediction_type,
+        resolution=int(card.get("resolution") or network.config.sample_size * vae.scale),
+        teacher_guidance_scale=float(card.get("teacher_guidance_scale", 7.5)),
+    )
+    if role == "teacher":
+        model.sampler = "euler"
+    else:
+        method = setup.config.method
+        model.follow(sampling_of(method))
+        # a LoRA has its guidance inside, a full student is asked for the middle of what it learnt
+        model.guidance_scale = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
+    which: Which = "off" if role == "teacher" else student.final
+    with nullcontext() if adapters is None else adapters.using(which), torch.no_grad():
+        yield model
+
+
+def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[str]:
+    """The prompts of all preview pictures: the given ones, or captions from all over the data."""
+    if config.report.preview_prompts:
+        return list(config.report.preview_prompts)
+    captions = [caption for caption in cache.captions if caption] or [""]
+    return [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
+
+
+def show_off(setup: Setup, student: Student, prompts: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """Pictures of teacher and student, and their scores where there is something to compare with."""
+    exam = _exam(setup) if setup.config.report.samples else None
+    rows: list[dict[str, Any]] = []
+    seeds = list(range(len(prompts)))
+    roles = {"teacher": "teacher", run_name(setup.config): "student"}
+    for name, role in roles.items():
+        if role == "teacher" and student.adapters is None and student.teacher_unet is None:
+            continue
+        with painter(setup, student, role) as model:
+            guidance = model.teacher_guidance_scale if role == "teacher" else model.guidance_scale
+            if setup.config.report.preview_every:
+                save_samples(setup.folder, role, model, prompts, seeds, STEPS, guidance_scale=guidance)
+            if exam is not None:
+                rows += evaluate_rows(name, model, exam, STEPS, progress=True, guidance_scale=guidance)
+    return rows, "" if exam is None else f"{exam.note['pictures']:,} pictures a row, compared with {exam.note['real']}."
+
+
+def _exam(setup: Setup) -> Exam | None:
+    """The embedded model is measured on its benchmark, another against the pictures that it learnt from."""
+    from trainer.recipes.emoji.benchmark import load_benchmark
+    from trainer.recipes.emoji.features import extract
+
+    config, samples = setup.config, setup.config.report.samples
+    if setup.source.card or config.data.path == "emoji":
+        return benchmark_exam(load_benchmark(samples))
+    if not config.data.path:
+        return None
+    from trainer.data.sources import read_source
+
+    features = partial(extract, load_benchmark(samples).features)
+    side = Teacher(config.teacher).resolution
+    items = read_source(Path(config.data.path)).items
+    pictures = read_pictures(items, (side, side), features, Processes(setup.processes.device))
+    return folder_exam(pictures, samples, features, is_inception=False)
+
+
+def save_preview(setup: Setup, student: Student, prompts: Sequence[str], step: int, loss: float) -> None:
+    """Every so many steps, the same pictures again."""
+    report = setup.config.report
+    if not report.preview_every or (step + 1) % report.preview_every:
+        return
+    with painter(setup, student, "student") as model:
+        grid = preview_grid(
+            model, prompts, list(range(len(prompts))), report.preview_steps, guidance_scale=model.guidance_scale
+        )
+    file = setup.folder / "previews" / f"step-{step + 1:06d}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(file)
