@@ -294,7 +294,7 @@ BAD = [
 ]
 GOOD = {
     "lcm_core/__init__.py": "__version__ = '1'",
-    "lcm_core/__main__.py": "from lcm_core.cli import main",
+    "lcm_core/__main__.py": "from lcm_core.cli.main import main",
     "lcm_core/cli/main.py": "from .commands import info\nimport argparse",
     "lcm_core/cli/__init__.py": "",
     "lcm_core/cli/info.py": "def run():\n    from ..pipeline import Pipeline",

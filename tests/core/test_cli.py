@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lcm_core
-from lcm_core.cli import main
+from lcm_core.cli.main import main
 from lcm_core.pipeline.image import save_image
 
 COMMANDS = ("generate", "compare", "interpolate", "export", "info")
@@ -52,7 +52,7 @@ def test_help_loads_no_heavy_library() -> None:
     """Seconds of imports before a help text are felt as a hang."""
     code = """
 import sys
-from lcm_core.cli import main
+from lcm_core.cli.main import main
 from lcm_core.pipeline.image import save_image
 try:
     main(["generate", "--help"])

@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lcm_core.cli import main
+from lcm_core.cli.main import main
 from lcm_core.errors import InputError
 from lcm_core.export import a1111
 from lcm_core.export.webui import webui_yaml

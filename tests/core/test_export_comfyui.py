@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcm_core.cli import main
+from lcm_core.cli.main import main
 from lcm_core.diffusion.guidance import guidance_bias
 from lcm_core.export import GUIDANCE_KEY
 from lcm_core.files.checkpoint import read_component, read_info, read_safetensors

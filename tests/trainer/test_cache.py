@@ -21,7 +21,7 @@ from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import to_pil
 from lcm_core.pipeline.model import MODELS, load_model
-from trainer.cli import main
+from trainer.cli.main import main
 from trainer.data.cache import Pick, prepare
 from trainer.data.encode import text_maker
 from trainer.data.settings import DataConfig

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_core.errors import InputError
-from trainer.cli import main
+from trainer.cli.main import main
 from trainer.config import DistillConfig
 from trainer.options import add_options, apply, describe_presets, list_options, read_settings, resolve, to_dict
 from trainer.presets import PRESETS

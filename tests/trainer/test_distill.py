@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lcm_core.files.safetensors import read_safetensors
-from trainer.cli import main
+from trainer.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", "6", "--batch-size", "4", "--rank", "2", "--save-every", "0"]

@@ -11,7 +11,7 @@ from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.settings import Settings
-from trainer.cli import main
+from trainer.cli.main import main
 
 PROMPT, SEED, STEPS = "picture number 3", 7, 3
 

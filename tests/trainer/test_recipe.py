@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcm_core.files.safetensors import read_safetensors
-from trainer.cli import main
+from trainer.cli.main import main
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
 from trainer.recipes.emoji.data import NAMES_PACKAGE, PACKAGES, is_held_out, load_drawings
 from trainer.recipes.emoji.words import build_tokenizer, tokenize

@@ -66,7 +66,7 @@ def test_stock_nodes_paint_the_picture_of_the_pipeline(
 
 def test_the_other_prediction_type_is_followed(server: Server, tmp_path: Path) -> None:
     """Wrong when the prediction type is not read from the file. The picture means nothing, but must be the same."""
-    from lcm_core.cli import main
+    from lcm_core.cli.main import main
     from lcm_core.pipeline.model import MODELS
 
     other = tmp_path / "other"
