@@ -1,8 +1,8 @@
 """Samplers: free functions with k-diffusion's signature.
 
-`model(x, sigma, **extra_args) -> denoised` is any k-diffusion denoiser, ours or a host's, with x = x0 + sigma * eps and
-sigma (B,). Every sampler is a list of linear steps (`Step`), worked out in Python numbers before the loop; inside it
-nothing is read back from the device.
+`model(x, sigma, **extra_args) -> denoised` is any k-diffusion denoiser, ours or a host's, with sigma (B,). What x is,
+the process says: x0 + sigma eps by default, (1 - sigma) x0 + sigma eps for a rectified flow. Every sampler is a list of
+linear steps (`Step`), worked out in Python numbers before the loop; inside it nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.guidance import Model
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.process import Process, VariancePreserving
 from lcm_core.errors import InputError
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +41,7 @@ def sample_lcm(
     callback: Callback | None = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
+    process: Process | None = None,
 ) -> Tensor:
     """Multistep consistency sampling (arXiv 2310.04378 Alg. 3): jump to x0, add fresh noise of the next level, repeat.
 
@@ -51,11 +52,12 @@ def sample_lcm(
         callback: called in every step with {"i", "x", "sigma", "sigma_hat", "denoised"}.
         disable: True hides the progress bar (shown only where tqdm is installed); None shows it on a terminal only.
         noise_sampler: `noise_sampler(sigma, sigma_next)` gives noise like x; default `torch.randn_like`.
+        process: the model's; None is Stable Diffusion's.
 
     Raises:
         InputError: sigmas that do not fall.
     """
-    steps = [Step(0.0, 1.0, sigma_next) for sigma_next in _levels(sigmas)[1:]]
+    steps = [Step(0.0, a, b) for a, b in _scales(sigmas, process)[1:]]
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
@@ -67,25 +69,25 @@ def sample_tcd(
     callback: Callback | None = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
+    process: Process | None = None,
     gamma: float = 0.3,
-    schedule: NoiseSchedule | None = None,
 ) -> Tensor:
     """Strategic stochastic sampling of trajectory consistency distillation (arXiv 2402.19159 Alg. 4); see `sample_lcm`.
 
     Jumps along the trajectory to s = floor((1 - gamma) t_next), then adds the noise that leads from s up to t_next. The
-    last step lands on timestep 0, as diffusers' TCDScheduler: sqrt(abar_0) x0 + sqrt(1 - abar_0) eps.
+    last step lands on timestep 0, as diffusers' TCDScheduler: sqrt(abar_0) x0 + sqrt(1 - abar_0) eps. On a flow s is
+    (1 - gamma) t_next, and the last step lands on the picture.
 
     Args:
         model: a plain `Denoiser`: it is the jump, not boundary scalings, that makes TCD consistent.
         gamma: share of fresh randomness, "eta" in diffusers; 0 is deterministic, 1 re-noises wholly from timestep 0.
-        schedule: the model's noise levels; None means Stable Diffusion's.
 
     Raises:
         InputError: gamma outside [0, 1], or sigmas that do not fall.
     """
     if not 0 <= gamma <= 1:
         raise InputError(f"gamma={gamma} is outside [0, 1]; use 0 for deterministic, 0.3 as a start")
-    steps = _tcd_steps(sigmas, gamma, schedule or NoiseSchedule(get_alphas_cumprod()))
+    steps = _tcd_steps(sigmas, gamma, process or VariancePreserving())
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
@@ -97,12 +99,13 @@ def sample_euler(
     callback: Callback | None = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
+    process: Process | None = None,
 ) -> Tensor:
     """Euler's method (arXiv 2206.00364 Alg. 1 without the second half); see `sample_lcm`. Draws no noise.
 
     In these coordinates it is deterministic DDIM (arXiv 2010.02502 Eq. 12 with sigma 0), which needs no own function.
     """
-    steps = [Step(after / before, 1 - after / before) for before, after in pairwise(_levels(sigmas))]
+    steps = [_jump(before, after) for before, after in pairwise(_scales(sigmas, process))]
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
@@ -114,16 +117,17 @@ def sample_dpmpp_2m(
     callback: Callback | None = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
+    process: Process | None = None,
 ) -> Tensor:
     """DPM-Solver++ 2M (arXiv 2211.01095 Alg. 2): second order with one call per step; see `sample_lcm`. Draws no noise.
 
     The first step, and a last one to sigma 0, are of first order.
     """
-    levels = _levels(sigmas)
+    scales = _scales(sigmas, process)
     steps = []
-    for (sigma, sigma_next), bend in zip(pairwise(levels), _bends(levels), strict=True):
-        ratio = sigma_next / sigma
-        steps.append(Step(ratio, (1 - ratio) * (1 + bend), last_denoised_scale=(ratio - 1) * bend))
+    for (before, after), bend in zip(pairwise(scales), _bends(scales), strict=True):
+        x_scale, denoised_scale, *_ = _jump(before, after)
+        steps.append(Step(x_scale, denoised_scale * (1 + bend), last_denoised_scale=-denoised_scale * bend))
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
@@ -135,30 +139,40 @@ def sample_dpm_2m(
     callback: Callback | None = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
+    process: Process | None = None,
 ) -> Tensor:
     """DPM-Solver-2 (arXiv 2206.00927) as a multistep method with one call per step; see `sample_lcm`. Draws no noise.
 
     What `sample_dpmpp_2m` does with denoised, done with eps = (x - denoised) / sigma. Here to be compared with: papers
     measure against it.
     """
-    levels = _levels(sigmas)
+    scales = _scales(sigmas, process)
     steps = []
-    for i, bend in enumerate(_bends(levels)):
-        now = (levels[i + 1] / levels[i] - 1) * (1 + bend)
-        last = (levels[i] - levels[i + 1]) / levels[i - 1] * bend if bend else 0.0
-        steps.append(Step(1 + now, -now, last_denoised_scale=-last, last_x_scale=last))
+    for i, bend in enumerate(_bends(scales)):
+        (a, b), (a_next, b_next) = scales[i : i + 2]
+        # eps = (x - a x0) / b, and DDIM's jump plus `growth` times what eps has changed by
+        x_scale, denoised_scale, *_ = _jump((a, b), (a_next, b_next))
+        growth, last_x, last_denoised = 0.0, 0.0, 0.0
+        if bend:
+            growth = (b_next - a_next * b / a) * bend
+            last_x, last_denoised = -growth / scales[i - 1][1], growth * scales[i - 1][0] / scales[i - 1][1]
+        steps.append(Step(x_scale + growth / b, denoised_scale - growth * a / b, 0.0, last_denoised, last_x))
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
-def initial_latents(noise: Tensor, sigma: Tensor | float, x0: Tensor | None = None) -> Tensor:
+def initial_latents(
+    noise: Tensor, sigma: Tensor | float, x0: Tensor | None = None, process: Process | None = None
+) -> Tensor:
     """The x that a sampler starts from at noise level `sigma` (= sigmas[0]), like noise.
 
-    From nothing: noise * sqrt(1 + sigma^2), the unit-variance start of variance-preserving samplers such as diffusers'.
-    From an image's latents: x0 + sigma * noise.
+    From nothing: noise * sqrt(1 + sigma^2), the unit-variance start of variance-preserving samplers such as diffusers';
+    sigma * noise on a flow. From an image's latents: a x0 + b noise, at the sampler's scale.
     """
-    if x0 is not None:
-        return x0 + sigma * noise
-    return noise * (1 + sigma * sigma) ** 0.5
+    process, level = process or VariancePreserving(), torch.as_tensor(sigma, dtype=torch.float64)
+    if x0 is None:
+        return noise * float(process.initial_scale(level))
+    a, b = process.scales(level)
+    return float(a) * x0 + float(b) * noise
 
 
 def initial_noise(
@@ -202,19 +216,20 @@ def seeded_noise_sampler(
     return noise_sampler
 
 
-def inpaint(model: Model, x0_latents: Tensor, mask: Tensor, noise: Tensor) -> Model:
+def inpaint(model: Model, x0_latents: Tensor, mask: Tensor, noise: Tensor, process: Process | None = None) -> Model:
     """Wrap a model so that any sampler repaints where `mask` is 1 and keeps `x0_latents` where it is 0.
 
-    In each call the kept region of x becomes x0_latents + sigma * noise, and that of the result x0_latents itself.
+    In each call the kept region of x becomes x0_latents at noise level sigma, and that of the result x0_latents itself.
     `sample_tcd` ends on timestep 0 and leaves a trace of noise there: paste the kept region once more.
 
     Args:
         x0_latents, noise: (B, C, H, W); mask: (B or 1, 1, H, W) in [0, 1], fractions blend.
     """
-    keep = 1 - mask
+    keep, scales = 1 - mask, (process or VariancePreserving()).scales
 
     def inpainted(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        known = x0_latents + sigma.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * noise
+        a, b = scales(sigma.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)))
+        known = a * x0_latents + b * noise
         return model(x * mask + known * keep, sigma, **extra_args) * mask + x0_latents * keep
 
     return inpainted
@@ -228,27 +243,42 @@ def _levels(sigmas: Tensor) -> list[float]:
     return levels
 
 
-def _bends(levels: Sequence[float]) -> list[float]:
-    """How much of the last change each step carries on: h / (2 h_last) with h = log(sigma / sigma_next), or 0."""
-    lengths = [math.log(sigma / sigma_next) if sigma_next > 0 else 0.0 for sigma, sigma_next in pairwise(levels)]
+def _scales(sigmas: Tensor, process: Process | None) -> list[tuple[float, float]]:
+    """(a, b) of x at each of the N + 1 noise levels."""
+    _levels(sigmas)
+    a, b = (process or VariancePreserving()).scales(sigmas.cpu().double())
+    return list(zip(a.tolist(), b.tolist(), strict=True))
+
+
+def _jump(before: tuple[float, float], after: tuple[float, float]) -> Step:
+    """x' = a' x0 + b' eps with eps = (x - a x0) / b."""
+    ratio = after[1] / before[1]
+    return Step(ratio, after[0] - before[0] * ratio)
+
+
+def _bends(scales: Sequence[tuple[float, float]]) -> list[float]:
+    """How much of the last change each step carries on: h / (2 h_last) with h the fall of log(b / a), or 0."""
+    ratios = [b / a if a else math.inf for a, b in scales]
+    lengths = [math.log(ratio / after) if after > 0 else 0.0 for ratio, after in pairwise(ratios)]
     return [length / lengths[i - 1] / 2 if i > 0 else 0.0 for i, length in enumerate(lengths)]
 
 
-def _tcd_steps(sigmas: Tensor, gamma: float, schedule: NoiseSchedule) -> list[Step]:
-    levels = _levels(sigmas)
-    timesteps = schedule.sigma_to_t(sigmas.cpu().float())
-    # In float32 because diffusers is: 0.7 * 700 is 490 there, and 489.99999999999994 in float64.
-    jumps = ((1 - gamma) * timesteps).floor().long()
+def _tcd_steps(sigmas: Tensor, gamma: float, process: Process) -> list[Step]:
+    levels = sigmas.cpu().double()
+    landings = process.landing(sigmas.cpu()[1:], gamma)
+    visited, landed = _scales(sigmas, process), zip(*(part.tolist() for part in process.scales(landings)), strict=True)
     steps = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        landing = sigma_next  # sigma at s
-        if sigma_next == 0 or (gamma > 0 and jumps[i + 1] < timesteps[i + 1]):
-            landing = float(schedule.sigmas[jumps[i + 1]])
-        ratio = landing / sigma
-        # sigma 0 stands for diffusers' timestep 0, whose result is taken as variance-preserving
-        scale = 1.0 if sigma_next > 0 else (1 + landing**2) ** -0.5
-        noise = math.sqrt(sigma_next**2 - landing**2) if sigma_next > landing else 0.0
-        steps.append(Step(scale * ratio, scale * (1 - ratio), noise))
+    for i, landing in enumerate(landed):
+        step, after = _jump(visited[i], landing), visited[i + 1]
+        if levels[i + 1] == 0:
+            end = float(process.end_scale(landings[i]))
+            steps.append(Step(end * step.x_scale, end * step.denoised_scale))
+            continue
+        # from a x0 + b eps up to a' x0 + b' eps: scaled by a' / a, then the noise that is missing
+        climb = after[0] / landing[0]
+        missing = after[1] ** 2 - (climb * landing[1]) ** 2
+        noise = math.sqrt(missing) if missing > 0 else 0.0
+        steps.append(Step(climb * step.x_scale, climb * step.denoised_scale, noise))
     return steps
 
 

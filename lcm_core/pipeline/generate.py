@@ -25,7 +25,7 @@ from lcm_core.diffusion.samplers import (
     sample_tcd,
     seeded_noise_sampler,
 )
-from lcm_core.diffusion.schedule import get_sigmas_lcm, get_sigmas_trailing
+from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import Model
 from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings, check_size
@@ -83,10 +83,10 @@ def plan_passes(model: Model, settings: Settings) -> list[Pass]:
 
 
 def _sigmas(model: Model, settings: Settings, strength: float) -> Tensor:
-    steps = settings.num_inference_steps
+    process, steps = model.diffusion.process, settings.num_inference_steps
     if settings.timesteps is not None or settings.sampler in FEW_STEP_SAMPLERS:
-        return get_sigmas_lcm(model.schedule, steps, settings.original_steps, strength, settings.timesteps)
-    return get_sigmas_trailing(model.schedule, steps, strength)
+        return get_sigmas_lcm(process, steps, settings.original_steps, strength, settings.timesteps)
+    return get_sigmas_trailing(process, steps, strength)
 
 
 def noise_source(seeds: Sequence[int], device: torch.device) -> NoiseSource:
@@ -169,18 +169,24 @@ def _sample(
 ) -> Tensor:
     """One run of the sampler: latents (B, C, h, w)."""
     kind = ConsistencyDenoiser if settings.sampler == "lcm" else Denoiser
-    denoiser = kind(model.unet, model.schedule, model.prediction_type)
+    process = model.diffusion.process
+    denoiser = kind(model.unet, model.diffusion)
     guided = guide(denoiser, inputs.cond, inputs.uncond, settings.guidance_scale, model.guidance_embedding_dim)
     if inputs.mask is not None and x0 is not None:
         mask = functional.interpolate(inputs.mask, size=run.shape[1:], mode="area")
-        guided = inpaint(guided, x0, mask, noise)
+        guided = inpaint(guided, x0, mask, noise, process)
 
     def report(info: dict[str, Any]) -> None:
         if callback is not None:
             callback(info | {"pictures": len(noise)})
 
-    options: dict[str, Any] = {"noise_sampler": later_noise, "callback": report, "disable": True}
+    options: dict[str, Any] = {
+        "noise_sampler": later_noise,
+        "callback": report,
+        "disable": True,
+        "process": process,
+    }
     if settings.sampler == "tcd":
-        options |= {"gamma": settings.gamma, "schedule": model.schedule}
-    x = initial_latents(noise, float(run.sigmas[0]), x0)
+        options["gamma"] = settings.gamma
+    x = initial_latents(noise, run.sigmas[0], x0, process)
     return _SAMPLERS[settings.sampler](guided, x, run.sigmas, **options)

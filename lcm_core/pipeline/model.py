@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.process import VariancePreserving
+from lcm_core.diffusion.schedule import get_alphas_cumprod
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import ModelInfo, read_info, read_tokenizer_files
 from lcm_core.files.lora import merge, read_lora
@@ -46,8 +48,7 @@ class Model:
     unet: UNet
     vae: VAE
     text: TextEncoder
-    schedule: NoiseSchedule
-    prediction_type: str
+    diffusion: Diffusion
     resolution: int
     """Pixels, along each side, that the model was trained at."""
     sampler: str = "lcm"
@@ -153,8 +154,7 @@ def load_model(
         unet=network,
         vae=loaded_vae,
         text=text,
-        schedule=noise_schedule(source.info),
-        prediction_type=source.info.prediction_type,
+        diffusion=diffusion_of(source.info),
         resolution=network.model.config.sample_size * loaded_vae.scale,
         origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
     )
@@ -280,11 +280,12 @@ def find_lora(path: PathLike, root: Path) -> Path:
     )
 
 
-def noise_schedule(info: ModelInfo) -> NoiseSchedule:
-    """The schedule that a model was trained with."""
+def diffusion_of(info: ModelInfo) -> Diffusion:
+    """The noise process that a model was trained with, and what it predicts."""
     name = _SCHEDULES.get(info.beta_schedule, info.beta_schedule)
     steps, start, end = info.num_train_timesteps, info.beta_start, info.beta_end
-    return NoiseSchedule(get_alphas_cumprod(name, steps, start, end, info.zero_terminal_snr))
+    process = VariancePreserving(get_alphas_cumprod(name, steps, start, end, info.zero_terminal_snr))
+    return Diffusion(process, info.prediction_type)
 
 
 def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser, to_x0
+from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.diffusion import Diffusion, to_x0
 from lcm_core.diffusion.guidance import guidance_embedding, guide
-from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma, get_alphas_cumprod
+from lcm_core.diffusion.process import VariancePreserving, abar_from_sigma
+from lcm_core.diffusion.schedule import get_alphas_cumprod
 from lcm_core.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def schedule() -> NoiseSchedule:
-    return NoiseSchedule(get_alphas_cumprod())
+def schedule() -> VariancePreserving:
+    return VariancePreserving(get_alphas_cumprod())
 
 
 class Recorder:
@@ -52,13 +54,13 @@ def test_embedding_differs_from_diffusers(dim: int) -> None:
 
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("kind", [Denoiser, ConsistencyDenoiser])
-def test_cfg_differs_from_the_formula(schedule: NoiseSchedule, kind: type[Denoiser], per_image: bool) -> None:
+def test_cfg_differs_from_the_formula(schedule: VariancePreserving, kind: type[Denoiser], per_image: bool) -> None:
     """eps~ = (1 + w) eps_c - w eps_u with w = guidance_scale - 1; in one call of twice the batch."""
     unet, cond, uncond = Recorder(), condition(1), condition(2)
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)) * 4
     sigma = schedule.sigmas[[759, 259]].float()
     scale = torch.tensor([3.0, 8.5]) if per_image else torch.tensor([8.5, 8.5])
-    guided = guide(kind(unet, schedule), cond, uncond, scale if per_image else 8.5)
+    guided = guide(kind(unet, Diffusion(schedule)), cond, uncond, scale if per_image else 8.5)
     actual = guided(x, sigma)
     assert [call["batch"] for call in unet.calls] == [4]
 
@@ -66,14 +68,17 @@ def test_cfg_differs_from_the_formula(schedule: NoiseSchedule, kind: type[Denois
     abar = abar_from_sigma(level)
     x_t, t = x * abar.sqrt(), torch.tensor([759.0, 259.0])
     eps = (1 + w) * unet(x_t, t, **cond) - w * unet(x_t, t, **uncond)
-    expected = to_x0(eps, x_t, abar, "epsilon")  # the boundary scalings change it by less than 1e-5 at these t
+    # the boundary scalings change it by less than 1e-5 at these t
+    expected = to_x0(eps, x_t, abar.sqrt(), (1 - abar).sqrt(), "epsilon")
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("scale", "uncond"), [(1.0, condition(2)), (1, condition(2)), (7.5, None)])
-def test_negative_pass_runs_for_nothing(schedule: NoiseSchedule, scale: float, uncond: dict[str, Any] | None) -> None:
+def test_negative_pass_runs_for_nothing(
+    schedule: VariancePreserving, scale: float, uncond: dict[str, Any] | None
+) -> None:
     unet, cond = Recorder(), condition(1)
-    denoiser = Denoiser(unet, schedule)
+    denoiser = Denoiser(unet, Diffusion(schedule))
     x, sigma = torch.randn(2, 4, 6, 6), torch.full((2,), 3.0)
     actual = guide(denoiser, cond, uncond, scale)(x, sigma)
     assert [call["batch"] for call in unet.calls] == [2]
@@ -81,10 +86,12 @@ def test_negative_pass_runs_for_nothing(schedule: NoiseSchedule, scale: float, u
 
 
 @pytest.mark.parametrize("scale", [8.0, torch.tensor([1.0, 8.0])])
-def test_w_conditioning_is_wrong(schedule: NoiseSchedule, scale: float | Tensor) -> None:
+def test_w_conditioning_is_wrong(schedule: VariancePreserving, scale: float | Tensor) -> None:
     """A full LCM reads w = guidance_scale - 1, each image its own, and has no negative pass, even at scale 1."""
     unet, cond = Recorder(), condition(1)
-    guide(Denoiser(unet, schedule), cond, condition(2), scale, 256)(torch.randn(2, 4, 6, 6), torch.full((2,), 3.0))
+    guide(Denoiser(unet, Diffusion(schedule)), cond, condition(2), scale, 256)(
+        torch.randn(2, 4, 6, 6), torch.full((2,), 3.0)
+    )
     (call,) = unet.calls
     assert call["batch"] == 2
     w = torch.tensor([0.0, 7.0]) if isinstance(scale, Tensor) else torch.tensor([7.0, 7.0])
@@ -92,18 +99,20 @@ def test_w_conditioning_is_wrong(schedule: NoiseSchedule, scale: float | Tensor)
     assert call["encoder_hidden_states"] is cond["encoder_hidden_states"]
 
 
-def test_extra_args_are_lost(schedule: NoiseSchedule) -> None:
+def test_extra_args_are_lost(schedule: VariancePreserving) -> None:
     """What a sampler passes on must reach the network in every pass, positive first."""
     x, sigma = torch.randn(2, 4, 6, 6), torch.full((2,), 3.0)
     extra = torch.tensor([10.0, 20.0])
     for scale, dim, expected in ((1.0, None, [10, 20]), (5.0, None, [10, 20, 10, 20]), (5.0, 256, [10, 20])):
         unet = Recorder()
-        guide(Denoiser(unet, schedule), condition(1), condition(2), scale, dim)(x, sigma, extra=extra, flag="on")
+        guide(Denoiser(unet, Diffusion(schedule)), condition(1), condition(2), scale, dim)(
+            x, sigma, extra=extra, flag="on"
+        )
         assert unet.calls[0]["extra"].tolist() == expected
         assert unet.calls[0]["flag"] == "on"
     both = torch.cat([condition(1)["encoder_hidden_states"], condition(2)["encoder_hidden_states"]])
     unet = Recorder()
-    guide(Denoiser(unet, schedule), condition(1), condition(2), 5.0)(x, sigma)
+    guide(Denoiser(unet, Diffusion(schedule)), condition(1), condition(2), 5.0)(x, sigma)
     assert torch.equal(unet.calls[0]["encoder_hidden_states"], both)
     assert unet.calls[0]["added_cond_kwargs"]["time_ids"].shape == (4, 6)
 

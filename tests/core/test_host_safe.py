@@ -22,26 +22,29 @@ class Block:
             raise ImportError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Block())
-names = ["errors", "files", "schedule", "consistency", "guidance", "solver", "sampling", "interpolation"]
-for name in names:
-    if name != "interpolation" or pathlib.Path("lcm_core/diffusion/interpolation.py").exists():
-        importlib.import_module("lcm_core." + name)
+for file in sorted(pathlib.Path("lcm_core/diffusion").glob("*.py")):
+    importlib.import_module(f"lcm_core.diffusion.{{file.stem}}")
+importlib.import_module("lcm_core.files.atomic")
 
 import torch
 from lcm_core.diffusion.consistency import ConsistencyDenoiser
 from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_sigmas_lcm
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.grids import get_sigmas_lcm
+from lcm_core.diffusion.process import RectifiedFlow, VariancePreserving
 
-schedule = NoiseSchedule(get_alphas_cumprod())
-sigmas = get_sigmas_lcm(schedule, 4)
 text = torch.ones(2, 3)
-denoiser = ConsistencyDenoiser(lambda x, t, text: torch.tanh(x) * text.mean(), schedule)
-model = guide(denoiser, dict(text=text), dict(text=-text), 2.0)
-for sampler in (sample_lcm, sample_tcd):
-    x = initial_latents(initial_noise([1, 2], (4, 8, 8)), sigmas[0])
-    x = sampler(model, x, sigmas, noise_sampler=seeded_noise_sampler([1, 2], (4, 8, 8)))
-    assert x.shape == (2, 4, 8, 8) and bool(x.isfinite().all())
+for diffusion in (Diffusion(VariancePreserving()), Diffusion(RectifiedFlow(3.0), "flow")):
+    process = diffusion.process
+    sigmas = get_sigmas_lcm(process, 4)
+    denoiser = ConsistencyDenoiser(lambda x, t, text: torch.tanh(x) * text.mean(), diffusion)
+    model = guide(denoiser, dict(text=text), dict(text=-text), 2.0)
+    for sampler in (sample_lcm, sample_tcd):
+        x = initial_latents(initial_noise([1, 2], (4, 8, 8)), sigmas[0], process=process)
+        noise_sampler = seeded_noise_sampler([1, 2], (4, 8, 8))
+        x = sampler(model, x, sigmas, noise_sampler=noise_sampler, process=process)
+        assert x.shape == (2, 4, 8, 8) and bool(x.isfinite().all())
 print("sampled")
 """
 

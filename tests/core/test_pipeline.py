@@ -111,7 +111,7 @@ def test_second_pass_enlarges_the_first(lcm: Pipeline) -> None:
     assert [info["x"].shape[-1] for info in seen] == [8, 8, 16, 16]
     enlarged = functional.interpolate(seen[1]["denoised"], scale_factor=2, mode="bicubic")
     noise = (seen[2]["x"] - enlarged) / seen[2]["sigma"]
-    assert float(seen[2]["sigma"]) == pytest.approx(float(lcm.model.schedule.sigmas[20 * 20 - 1]))
+    assert float(seen[2]["sigma"]) == pytest.approx(float(lcm.model.diffusion.process.sigmas[20 * 20 - 1]))
     assert_close(noise.std(), torch.tensor(1.0), rtol=0.1, atol=0)
     first = initial_noise([1], noise.shape[1:])
     assert abs(float((noise * first).mean())) < 0.1
@@ -151,7 +151,7 @@ def test_settings_are_the_models_unless_given(lcm: Pipeline, plain: Pipeline, mo
 def test_custom_timesteps_are_walked(lcm: Pipeline) -> None:
     seen: list[float] = []
     result = lcm("a cat", timesteps=[999, 500, 20], callback=lambda info: seen.append(float(info["sigma"])))
-    expected = lcm.model.schedule.sigmas[[999, 500, 20]].tolist()
+    expected = lcm.model.diffusion.process.sigmas[[999, 500, 20]].tolist()
     assert seen == pytest.approx(expected)
     assert result.settings[0]["num_inference_steps"] == 3
 

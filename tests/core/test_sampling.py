@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_leading, get_sigmas_linspace, get_sigmas_trailing
 from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.process import Process, RectifiedFlow, VariancePreserving
 from lcm_core.diffusion.samplers import (
     initial_latents,
     initial_noise,
@@ -23,14 +26,7 @@ from lcm_core.diffusion.samplers import (
     sample_tcd,
     seeded_noise_sampler,
 )
-from lcm_core.diffusion.schedule import (
-    NoiseSchedule,
-    get_alphas_cumprod,
-    get_sigmas_lcm,
-    get_sigmas_leading,
-    get_sigmas_linspace,
-    get_sigmas_trailing,
-)
+from lcm_core.diffusion.schedule import get_alphas_cumprod
 from lcm_core.errors import InputError
 
 SHAPE = (4, 8, 8)
@@ -69,8 +65,8 @@ def net() -> TinyNet:
 
 
 @pytest.fixture(scope="module")
-def schedule() -> NoiseSchedule:
-    return NoiseSchedule(get_alphas_cumprod())
+def schedule() -> VariancePreserving:
+    return VariancePreserving(get_alphas_cumprod())
 
 
 def image_latents() -> Tensor:
@@ -90,7 +86,7 @@ def reference(scheduler: Any, net: nn.Module, strength: float = 1.0, **step_args
 
 def ours(sampler: Callable[..., Tensor], model: Any, sigmas: Tensor, strength: float = 1.0, **args: Any) -> Tensor:
     x0 = image_latents() if strength < 1 else None
-    x = initial_latents(initial_noise([SEED], SHAPE), sigmas[0], x0)
+    x = initial_latents(initial_noise([SEED], SHAPE), sigmas[0], x0, args.get("process"))
     return sampler(model, x, sigmas, noise_sampler=seeded_noise_sampler([SEED], SHAPE), disable=True, **args)
 
 
@@ -100,10 +96,10 @@ def assert_parity(actual: Tensor, expected: Tensor, bar: float) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", STEPS)
-def test_lcm_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, steps: int, prediction: str) -> None:
+def test_lcm_differs_from_diffusers(net: TinyNet, schedule: VariancePreserving, steps: int, prediction: str) -> None:
     from diffusers import LCMScheduler
 
-    model = ConsistencyDenoiser(net, schedule, prediction)
+    model = ConsistencyDenoiser(net, Diffusion(schedule, prediction))
     compared = 0
     for strength in STRENGTHS:
         scheduler = LCMScheduler(prediction_type=prediction)
@@ -122,10 +118,10 @@ def test_lcm_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, steps
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-def test_tcd_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, gamma: float, prediction: str) -> None:
+def test_tcd_differs_from_diffusers(net: TinyNet, schedule: VariancePreserving, gamma: float, prediction: str) -> None:
     from diffusers import TCDScheduler
 
-    model = Denoiser(net, schedule, prediction)
+    model = Denoiser(net, Diffusion(schedule, prediction))
     for steps in STEPS:
         for strength in STRENGTHS:
             if int(50 * strength) < steps:
@@ -137,14 +133,14 @@ def test_tcd_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, gamma
             assert_parity(ours(sample_tcd, model, sigmas, strength, gamma=gamma), expected, 1e-5)
 
 
-def test_custom_grids_differ_from_diffusers(net: TinyNet, schedule: NoiseSchedule) -> None:
+def test_custom_grids_differ_from_diffusers(net: TinyNet, schedule: VariancePreserving) -> None:
     """Custom timesteps, or another original_steps, would run on a wrong grid. 100 serves 16 steps at strength 0.2."""
     from diffusers import LCMScheduler, TCDScheduler
 
     custom = [999, 700, 421, 250, 10]
     for kind, sampler, model in (
-        (LCMScheduler, sample_lcm, ConsistencyDenoiser(net, schedule)),
-        (TCDScheduler, sample_tcd, Denoiser(net, schedule)),
+        (LCMScheduler, sample_lcm, ConsistencyDenoiser(net, Diffusion(schedule))),
+        (TCDScheduler, sample_tcd, Denoiser(net, Diffusion(schedule))),
     ):
         scheduler = kind()
         scheduler.set_timesteps(timesteps=custom)
@@ -153,11 +149,11 @@ def test_custom_grids_differ_from_diffusers(net: TinyNet, schedule: NoiseSchedul
     scheduler = LCMScheduler(original_inference_steps=100)
     scheduler.set_timesteps(16, strength=0.2)
     expected = reference(scheduler, net, 0.2)
-    model = ConsistencyDenoiser(net, schedule)
+    model = ConsistencyDenoiser(net, Diffusion(schedule))
     assert_parity(ours(sample_lcm, model, get_sigmas_lcm(schedule, 16, 100, 0.2), 0.2), expected, 1e-5)
 
 
-def test_tcd_jumps_land_on_diffusers_timesteps(schedule: NoiseSchedule) -> None:
+def test_tcd_jumps_land_on_diffusers_timesteps(schedule: VariancePreserving) -> None:
     """floor((1 - gamma) t) in another precision than diffusers' float32 would land one timestep off."""
     grid = torch.arange(999, 0, -1)
     for gamma in (0.05, 0.1, 0.2, 0.3, 0.45, 0.5, 0.7, 0.75, 0.9, 0.99, 1.0):
@@ -186,7 +182,7 @@ def test_tcd_jumps_land_on_diffusers_timesteps(schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("steps", [2, 4, 5, 10, 20, 25])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_euler_differs_from_ddim(net: TinyNet, schedule: NoiseSchedule, steps: int, prediction: str) -> None:
+def test_euler_differs_from_ddim(net: TinyNet, schedule: VariancePreserving, steps: int, prediction: str) -> None:
     """On grids whose gaps are T // N, as DDIMScheduler assumes."""
     from diffusers import DDIMScheduler
 
@@ -196,12 +192,12 @@ def test_euler_differs_from_ddim(net: TinyNet, schedule: NoiseSchedule, steps: i
         )
         scheduler.set_timesteps(steps)
         expected = reference(scheduler, net)
-        actual = ours(sample_euler, Denoiser(net, schedule, prediction), grid(schedule, steps))
+        actual = ours(sample_euler, Denoiser(net, Diffusion(schedule, prediction)), grid(schedule, steps))
         assert_parity(actual, expected, 1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 12, 30])
-def test_euler_differs_from_ddim_on_uneven_grids(net: TinyNet, schedule: NoiseSchedule, steps: int) -> None:
+def test_euler_differs_from_ddim_on_uneven_grids(net: TinyNet, schedule: VariancePreserving, steps: int) -> None:
     """DDIMScheduler jumps by T // N even where its linspace or trailing grid has other gaps, so its step is asked on a
     chain that has the grid's noise levels only."""
     from diffusers import DDIMScheduler
@@ -214,12 +210,16 @@ def test_euler_differs_from_ddim_on_uneven_grids(net: TinyNet, schedule: NoiseSc
         scheduler = DDIMScheduler(trained_betas=betas.tolist(), num_train_timesteps=steps, clip_sample=False)
         scheduler.set_timesteps(steps)
         expected = reference(scheduler, lambda x, i, full=full: net(x, full.timesteps.flip(0)[i]))  # type: ignore[arg-type]
-        assert_parity(ours(sample_euler, Denoiser(net, schedule), get_sigmas(schedule, steps)), expected, 1e-4)
+        assert_parity(
+            ours(sample_euler, Denoiser(net, Diffusion(schedule)), get_sigmas(schedule, steps)), expected, 1e-4
+        )
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 9, 10, 14, 15, 20, 25])
-def test_dpmpp_2m_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, steps: int, prediction: str) -> None:
+def test_dpmpp_2m_differs_from_diffusers(
+    net: TinyNet, schedule: VariancePreserving, steps: int, prediction: str
+) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     grids = {
@@ -234,12 +234,12 @@ def test_dpmpp_2m_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, 
         assert (scheduler.config.solver_order, scheduler.config.solver_type) == (2, "midpoint")
         scheduler.set_timesteps(steps)
         expected = reference(scheduler, net)
-        assert_parity(ours(sample_dpmpp_2m, Denoiser(net, schedule, prediction), sigmas), expected, 1e-4)
+        assert_parity(ours(sample_dpmpp_2m, Denoiser(net, Diffusion(schedule, prediction)), sigmas), expected, 1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 25])
-def test_dpm_2m_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, steps: int, prediction: str) -> None:
+def test_dpm_2m_differs_from_diffusers(net: TinyNet, schedule: VariancePreserving, steps: int, prediction: str) -> None:
     """diffusers' ends at timestep 0, and in variance-preserving coordinates."""
     from diffusers import DPMSolverMultistepScheduler
 
@@ -255,30 +255,127 @@ def test_dpm_2m_differs_from_diffusers(net: TinyNet, schedule: NoiseSchedule, st
     expected = reference(scheduler, net)
     sigmas = get_sigmas_trailing(schedule, steps)
     sigmas[-1] = schedule.sigmas[0]
-    actual = ours(sample_dpm_2m, Denoiser(net, schedule, prediction), sigmas) / (1 + sigmas[-1] ** 2).sqrt()
+    actual = ours(sample_dpm_2m, Denoiser(net, Diffusion(schedule, prediction)), sigmas) / (1 + sigmas[-1] ** 2).sqrt()
     assert_parity(actual, expected, 1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_zero_terminal_snr_breaks_sampling(net: TinyNet, steps: int, prediction: str) -> None:
+def test_zero_terminal_snr_is_not_exact(net: TinyNet, steps: int, prediction: str) -> None:
+    """From pure noise, without a stand-in for the infinite sigma."""
     from diffusers import LCMScheduler
 
-    schedule = NoiseSchedule(get_alphas_cumprod(zero_terminal_snr=True))
+    process = VariancePreserving(get_alphas_cumprod(zero_terminal_snr=True))
     scheduler = LCMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True)
+    scheduler.alphas_cumprod = process.alphas_cumprod.float()  # diffusers' own are good to 1e-4 only
     scheduler.set_timesteps(steps)
-    model = ConsistencyDenoiser(net, schedule, prediction)
-    actual = ours(sample_lcm, model, get_sigmas_lcm(schedule, steps))
-    assert_parity(actual, reference(scheduler, net), 1e-3)  # ours has a finite last sigma: 2.2e-4 of x is left
-    scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
-    scheduler.set_timesteps(steps)
-    assert_parity(actual, reference(scheduler, net), 1e-5)
+    model = ConsistencyDenoiser(net, Diffusion(process, prediction))
+    actual = ours(sample_lcm, model, get_sigmas_lcm(process, steps), process=process)
+    assert_parity(actual, reference(scheduler, net), 1e-6)
 
 
-def test_picture_depends_on_its_batch(net: TinyNet, schedule: NoiseSchedule) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_zero_terminal_snr_gives_another_picture_than_its_limit(net: TinyNet, sampler: Any) -> None:
+    """In the scale x_t = a x0 + b eps every sampler does what it does in x0 + sigma eps, whose last sigma is finite."""
+    exact = VariancePreserving(get_alphas_cumprod(zero_terminal_snr=True))
+    noise = initial_noise([SEED + 1], SHAPE).double()
+    limit = exact.alphas_cumprod.clone()
+    limit[-1] = 1e-11
+    pictures = []
+    for process in (exact, VariancePreserving(limit)):
+        kind = ConsistencyDenoiser if sampler is sample_lcm else Denoiser
+        model = kind(lambda x, t: net(x.float(), t).double(), Diffusion(process, "v_prediction"))
+        x = initial_latents(initial_noise([SEED], SHAPE).double(), get_sigmas_trailing(process, 6)[0], process=process)
+        sigmas = torch.cat([process.sigmas[[999, 800, 500, 200, 40]], torch.zeros(1, dtype=torch.float64)])
+        pictures.append(sampler(model, x, sigmas, disable=True, noise_sampler=lambda *_: noise, process=process))
+    assert_parity(pictures[0], pictures[1], 2e-5)
+
+
+def flow_reference(scheduler: Any, net: nn.Module, sigmas: list[float]) -> Tensor:
+    """diffusers' own loop for a velocity network."""
+    scheduler.set_timesteps(sigmas=sigmas)
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(1, *SHAPE, generator=generator)
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t), t, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_flow_differs_from_diffusers(net: TinyNet, name: str, steps: int, shift: float) -> None:
+    """From pure noise, at 1e-6 relative."""
+    import diffusers
+
+    flow = RectifiedFlow(shift)
+    sampler = sample_lcm if name == "FlowMatchLCMScheduler" else sample_euler
+    expected = flow_reference(getattr(diffusers, name)(shift=shift), net, [1 - i / steps for i in range(steps)])
+    model = ConsistencyDenoiser(net, Diffusion(flow, "flow"))
+    actual = ours(sampler, model, get_sigmas_lcm(flow, steps), process=flow)
+    assert_parity(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 6, 6), (2, 16, 5, 6, 6)])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_tcd_on_a_flow_leaves_the_noise_process(shape: tuple[int, ...], steps: int, gamma: float) -> None:
+    """With the true velocity of one known picture, x must hold (1 - s) x0 and noise of spread s at every step."""
+    flow, x0 = RectifiedFlow(3.0), 2.0
+    sigmas = get_sigmas_lcm(flow, steps)
+    generator = torch.Generator().manual_seed(0)
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.full_like(x, x0)
+
+    big = (400, *shape[1:])
+    x = initial_latents(torch.randn(big, generator=generator), sigmas[0], process=flow)
+    end = sample_tcd(
+        model,
+        x,
+        sigmas,
+        disable=True,
+        process=flow,
+        gamma=gamma,
+        noise_sampler=lambda *_: torch.randn(big, generator=generator),
+    )
+    torch.testing.assert_close(end, torch.full_like(end, x0))
+    for x_s, s in zip(seen, sigmas.tolist(), strict=False):
+        assert float(x_s.mean()) == pytest.approx((1 - s) * x0, abs=0.01)
+        assert float(x_s.std()) == pytest.approx(s, abs=0.01)
+
+
+def test_tcd_on_a_flow_is_not_euler_at_gamma_0_nor_lcm_at_gamma_1(net: TinyNet) -> None:
+    flow = RectifiedFlow(3.0)
+    sigmas, model = get_sigmas_lcm(flow, 4), Denoiser(net, Diffusion(flow, "flow"))
+    euler, lcm = (ours(sampler, model, sigmas, process=flow) for sampler in (sample_euler, sample_lcm))
+    assert_parity(ours(sample_tcd, model, sigmas, process=flow, gamma=0.0), euler, 1e-6)
+    assert_parity(ours(sample_tcd, model, sigmas, process=flow, gamma=1.0), lcm, 1e-6)
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(3.0), VariancePreserving()])
+def test_picture_to_picture_begins_at_another_noise_level(process: Process) -> None:
+    """x = a x0 + b noise at the sampler's scale; a mask keeps the known part at it in every step."""
+    x0, noise = torch.full((2, 4, 3, 3), 2.0), torch.randn(2, 4, 3, 3)
+    sigma = get_sigmas_lcm(process, 4, strength=0.5)[0]
+    a = 1 - sigma if isinstance(process, RectifiedFlow) else 1.0
+    torch.testing.assert_close(initial_latents(noise, sigma, x0, process), a * x0 + sigma * noise)
+    mask = torch.zeros(1, 1, 3, 3)
+    mask[..., 0] = 1
+    seen: list[Tensor] = []
+    model = inpaint(lambda x, sigma: seen.append(x) or torch.zeros_like(x), x0, mask, noise, process)  # type: ignore[func-returns-value]
+    kept = model(torch.zeros_like(x0), sigma.expand(2))
+    torch.testing.assert_close(seen[0][..., 1:], (a * x0 + sigma * noise)[..., 1:])
+    torch.testing.assert_close(kept[..., 1:], x0[..., 1:])
+    assert not kept[..., 0].any()
+
+
+def test_picture_depends_on_its_batch(net: TinyNet, schedule: VariancePreserving) -> None:
     seeds = [7, 2**40, 3]
     sigmas = get_sigmas_lcm(schedule, 4)
-    model = ConsistencyDenoiser(net, schedule)
+    model = ConsistencyDenoiser(net, Diffusion(schedule))
 
     def draw(seeds: list[int]) -> tuple[Tensor, Tensor]:
         noise = initial_noise(seeds, SHAPE)
@@ -339,7 +436,7 @@ def without_data(sampler: Callable[..., Tensor], model: Callable[..., Tensor], s
 @pytest.mark.parametrize("kind", ["plain", "cfg", "w", "inpaint"])
 @pytest.mark.parametrize("denoiser", [Denoiser, ConsistencyDenoiser])
 def test_step_reads_the_device(net: TinyNet, sampler: Any, kind: str, denoiser: type[Denoiser]) -> None:
-    schedule = NoiseSchedule(get_alphas_cumprod())
+    schedule = VariancePreserving(get_alphas_cumprod())
     sigmas = get_sigmas_lcm(schedule, 3)
     cond = {"encoder_hidden_states": torch.randn(2, 5, 6)}
     model: Any = denoiser(net, schedule)
@@ -367,11 +464,11 @@ def test_fake_mode_misses_a_read(read: Callable[[Tensor], Any]) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_callback_or_dtype_is_wrong(net: TinyNet, schedule: NoiseSchedule, sampler: Any) -> None:
+def test_callback_or_dtype_is_wrong(net: TinyNet, schedule: VariancePreserving, sampler: Any) -> None:
     sigmas = get_sigmas_lcm(schedule, 4)
     x = initial_latents(initial_noise([1, 2], SHAPE), sigmas[0])
     start = x.clone()
-    model, calls, states = Denoiser(net, schedule), [], []
+    model, calls, states = Denoiser(net, Diffusion(schedule)), [], []
 
     def recording(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         calls.append((x, sigma, extra_args))
@@ -394,7 +491,7 @@ def test_callback_or_dtype_is_wrong(net: TinyNet, schedule: NoiseSchedule, sampl
         timesteps.append(float(t[0]))
         return net(x.float(), t).to(x.dtype)
 
-    half = sampler(Denoiser(half_net, schedule), x.bfloat16(), sigmas, disable=True)
+    half = sampler(Denoiser(half_net, Diffusion(schedule)), x.bfloat16(), sigmas, disable=True)
     assert half.dtype == torch.bfloat16
     assert timesteps == [999, 759, 499, 259]  # sigmas in bfloat16 would blur them
 
@@ -406,13 +503,13 @@ def test_progress_bar_ignores_disable(capsys: pytest.CaptureFixture[str]) -> Non
         assert ("2/2" in capsys.readouterr().err) is shown
 
 
-def test_inpainting_changes_the_kept_region(net: TinyNet, schedule: NoiseSchedule) -> None:
+def test_inpainting_changes_the_kept_region(net: TinyNet, schedule: VariancePreserving) -> None:
     sigmas = get_sigmas_lcm(schedule, 4)
     noise = initial_noise([3], SHAPE)
     kept, mask = image_latents(), torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
     seen: list[tuple[Tensor, Tensor]] = []
-    denoiser = ConsistencyDenoiser(net, schedule)
+    denoiser = ConsistencyDenoiser(net, Diffusion(schedule))
 
     def recording(x: Tensor, sigma: Tensor) -> Tensor:
         seen.append((x, sigma))

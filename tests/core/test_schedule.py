@@ -11,29 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_core.diffusion.schedule import (
-    ZERO_SNR_ABAR,
-    NoiseSchedule,
-    abar_from_sigma,
-    get_alphas_cumprod,
+from lcm_core.diffusion.grids import (
     get_sigmas_lcm,
     get_sigmas_leading,
     get_sigmas_linspace,
     get_sigmas_trailing,
     get_timesteps_lcm,
-    rescale_zero_terminal_snr,
 )
+from lcm_core.diffusion.process import ZERO_SNR_ABAR, RectifiedFlow, VariancePreserving, abar_from_sigma
+from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_terminal_snr
 from lcm_core.errors import InputError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @pytest.fixture(scope="module")
-def schedule() -> NoiseSchedule:
-    return NoiseSchedule(get_alphas_cumprod())
+def schedule() -> VariancePreserving:
+    return VariancePreserving(get_alphas_cumprod())
 
 
-def timesteps_of(schedule: NoiseSchedule, sigmas: torch.Tensor) -> list[int]:
+def timesteps_of(schedule: VariancePreserving, sigmas: torch.Tensor) -> list[int]:
     assert sigmas.dtype == torch.float32
     assert sigmas[-1] == 0
     return schedule.sigma_to_t(sigmas[:-1]).long().tolist()
@@ -61,21 +58,36 @@ def test_rescaling_moves_the_first_value_or_leaves_signal() -> None:
     torch.testing.assert_close(rescaled[0], abar[0], rtol=1e-12, atol=0)
 
 
-def test_zero_terminal_snr_gives_an_infinite_sigma() -> None:
-    schedule = NoiseSchedule(get_alphas_cumprod(zero_terminal_snr=True))
+def test_zero_terminal_snr_is_not_exact() -> None:
+    """The last level is pure noise, not a stand-in for it, and is found again from its infinite sigma."""
+    schedule = VariancePreserving(get_alphas_cumprod(zero_terminal_snr=True))
     assert schedule.zero_terminal_snr
-    assert math.isclose(float(schedule.sigmas[-1]), math.sqrt((1 - ZERO_SNR_ABAR) / ZERO_SNR_ABAR))
+    assert schedule.sigmas[-1] == math.inf
     assert bool((schedule.sigmas.diff() > 0).all())
-    assert float(schedule.sigma_to_t(schedule.sigmas[-1:].float())) == 999
-    assert NoiseSchedule(schedule.alphas_cumprod.float()).zero_terminal_snr  # a host hands over the clamped values
-    assert not NoiseSchedule(get_alphas_cumprod("cosine")).zero_terminal_snr
-    assert not NoiseSchedule(get_alphas_cumprod()).zero_terminal_snr
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(schedule.sigma_to_t(schedule.sigmas.to(dtype)), torch.arange(1000).to(dtype))
+        assert schedule.t_to_sigma(torch.tensor([999.0], dtype=dtype)) == math.inf
+    a, b = schedule.coefficients(torch.tensor([999, 0]))
+    torch.testing.assert_close(torch.stack([a, b])[:, 0], torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=0)
+    torch.testing.assert_close(a[1] ** 2, schedule.alphas_cumprod[0])
+
+
+def test_a_host_that_clamps_zero_snr_is_not_recognised() -> None:
+    """ComfyUI puts a tiny abar in the place of 0; its sigmas are finite then, and epsilon is no use all the same."""
+    clamped = get_alphas_cumprod(zero_terminal_snr=True).float()
+    clamped[-1] = ZERO_SNR_ABAR
+    schedule = VariancePreserving(clamped)
+    assert schedule.zero_terminal_snr
+    assert not schedule.reaches_pure_noise
+    assert math.isclose(float(schedule.sigmas[-1]), math.sqrt((1 - ZERO_SNR_ABAR) / ZERO_SNR_ABAR), rel_tol=1e-6)
+    assert not VariancePreserving(get_alphas_cumprod("cosine")).zero_terminal_snr
+    assert not VariancePreserving(get_alphas_cumprod()).zero_terminal_snr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["scaled_linear", "linear", "cosine"])
 def test_grid_points_come_back_as_fractions(name: str, dtype: torch.dtype) -> None:
-    schedule = NoiseSchedule(get_alphas_cumprod(name))
+    schedule = VariancePreserving(get_alphas_cumprod(name))
     grid = torch.arange(1000)
     assert torch.equal(schedule.sigma_to_t(schedule.sigmas.to(dtype)), grid.to(dtype))
     # a host that kept its table in float32 is off by the last bit
@@ -84,7 +96,7 @@ def test_grid_points_come_back_as_fractions(name: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(schedule.t_to_sigma(grid.to(dtype)), schedule.sigmas.to(dtype), rtol=3e-6, atol=0)
 
 
-def test_interpolation_is_not_linear_in_log_sigma(schedule: NoiseSchedule) -> None:
+def test_interpolation_is_not_linear_in_log_sigma(schedule: VariancePreserving) -> None:
     log_sigmas = schedule.sigmas.log().numpy()
     sigma = torch.logspace(math.log10(0.03), math.log10(14.6), 997, dtype=torch.float64)
     expected = torch.from_numpy(np.interp(sigma.log().numpy(), log_sigmas, np.arange(1000.0)))
@@ -95,12 +107,12 @@ def test_interpolation_is_not_linear_in_log_sigma(schedule: NoiseSchedule) -> No
     assert schedule.sigma_to_t(sigma.reshape(-1, 1)).shape == (997, 1)
 
 
-def test_sigmas_outside_the_table_leave_it(schedule: NoiseSchedule) -> None:
+def test_sigmas_outside_the_table_leave_it(schedule: VariancePreserving) -> None:
     t = schedule.sigma_to_t(torch.tensor([0.0, 1e-6, 20.0, float("inf")]))
     assert t.tolist() == [0, 0, 999, 999]
 
 
-def test_abar_from_sigma_is_wrong(schedule: NoiseSchedule) -> None:
+def test_abar_from_sigma_is_wrong(schedule: VariancePreserving) -> None:
     torch.testing.assert_close(abar_from_sigma(schedule.sigmas), schedule.alphas_cumprod)
 
 
@@ -116,26 +128,27 @@ def test_lcm_grid_differs_from_diffusers(steps: int, original_steps: int, percen
     from diffusers import LCMScheduler
 
     strength = percent / 100
+    process = VariancePreserving(get_alphas_cumprod(num_train_timesteps=total))
     scheduler = LCMScheduler(original_inference_steps=original_steps, num_train_timesteps=total)
     try:
         scheduler.set_timesteps(steps, strength=strength)
     except ValueError:
         with pytest.raises(InputError, match=rf"^{steps} steps .*original_steps={original_steps}"):
-            get_timesteps_lcm(steps, original_steps, strength, total)
+            get_timesteps_lcm(steps, original_steps, strength, process)
         return
-    grid = get_timesteps_lcm(steps, original_steps, strength, total)
+    grid = get_timesteps_lcm(steps, original_steps, strength, process)
     assert grid.dtype == torch.int64
     assert grid.tolist() == scheduler.timesteps.tolist()
 
 
-def test_lcm_sigmas_do_not_belong_to_their_timesteps(schedule: NoiseSchedule) -> None:
+def test_lcm_sigmas_do_not_belong_to_their_timesteps(schedule: VariancePreserving) -> None:
     sigmas = get_sigmas_lcm(schedule, 4, strength=0.6)
     torch.testing.assert_close(sigmas[:-1], schedule.sigmas[[599, 459, 299, 159]].float(), rtol=0, atol=0)
     assert sigmas[-1] == 0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 15, 16, 25, 50, 333, 500])
-def test_teacher_grids_differ_from_diffusers(schedule: NoiseSchedule, steps: int) -> None:
+def test_teacher_grids_differ_from_diffusers(schedule: VariancePreserving, steps: int) -> None:
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     grids = {"leading": get_sigmas_leading, "linspace": get_sigmas_linspace}
@@ -154,7 +167,7 @@ def test_teacher_grids_differ_from_diffusers(schedule: NoiseSchedule, steps: int
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 0.99, 1.0])
-def test_strength_keeps_the_wrong_end(schedule: NoiseSchedule, strength: float) -> None:
+def test_strength_keeps_the_wrong_end(schedule: VariancePreserving, strength: float) -> None:
     """Image to image keeps the last int(N * strength) steps, as diffusers' pipelines do."""
     for get_sigmas in (get_sigmas_trailing, get_sigmas_leading, get_sigmas_linspace):
         kept = int(20 * strength)
@@ -199,13 +212,56 @@ def test_strength_keeps_the_wrong_end(schedule: NoiseSchedule, strength: float) 
         (lambda s: get_alphas_cumprod("sigmoid"), "unknown noise schedule 'sigmoid'"),
         (lambda s: get_alphas_cumprod(beta_start=0.5, beta_end=0.1), "beta_start=0.5"),
         (lambda s: get_alphas_cumprod(num_train_timesteps=1), "num_train_timesteps=1"),
-        (lambda s: NoiseSchedule(torch.tensor([0.2, 0.5])), "fall strictly"),
-        (lambda s: NoiseSchedule(torch.tensor([1.5, 0.5])), "fall strictly and lie in"),
-        (lambda s: NoiseSchedule(torch.tensor([0.5, float("nan")])), "NaN"),
-        (lambda s: NoiseSchedule(torch.tensor([[0.5, 0.2]])), "no schedule"),
+        (lambda s: VariancePreserving(torch.tensor([0.2, 0.5])), "fall strictly"),
+        (lambda s: VariancePreserving(torch.tensor([1.5, 0.5])), "fall strictly and lie in"),
+        (lambda s: VariancePreserving(torch.tensor([0.5, float("nan")])), "NaN"),
+        (lambda s: VariancePreserving(torch.tensor([[0.5, 0.2]])), "no schedule"),
     ],
 )
-def test_bad_input_is_accepted(schedule: NoiseSchedule, call: Any, message: str) -> None:
+def test_bad_input_is_accepted(schedule: VariancePreserving, call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         call(schedule)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_flow_grid_differs_from_diffusers(steps: int, shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    flow = RectifiedFlow(shift)
+    torch.testing.assert_close(get_sigmas_lcm(flow, steps), scheduler.sigmas.float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(get_sigmas_trailing(flow, steps), scheduler.sigmas.float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(get_timesteps_lcm(steps, process=flow).float(), scheduler.timesteps, rtol=1e-6, atol=0)
+
+
+def test_the_grid_of_the_lightning_loras_is_another() -> None:
+    """Shift 5 at 4 steps is what they were trained on."""
+    grid = get_timesteps_lcm(4, process=RectifiedFlow(5.0))
+    torch.testing.assert_close(grid, torch.tensor([1000.0, 937.5, 2500 / 3, 625.0], dtype=torch.float64))
+
+
+def test_flow_strength_starts_elsewhere() -> None:
+    """Image to image begins at exactly the shifted strength, with all its steps."""
+    flow = RectifiedFlow(3.0)
+    torch.testing.assert_close(
+        get_sigmas_lcm(flow, 2, strength=0.5), torch.tensor([3 * 0.5 / 2, 3 * 0.25 / 1.5, 0.0]), rtol=1e-6, atol=0
+    )
+    assert get_sigmas_lcm(flow, None, timesteps=[1000, 937.5, 500]).tolist() == [1.0, 0.9375, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: RectifiedFlow(0.0), "shift=0 is out of range"),
+        (lambda: RectifiedFlow(num_train_timesteps=1), "num_train_timesteps=1"),
+        (lambda: get_sigmas_lcm(RectifiedFlow(), None, timesteps=[1000.5, 5]), r"lie in \(0, 1000\]"),
+        (lambda: get_sigmas_lcm(RectifiedFlow(), None, timesteps=[500, 0]), r"lie in \(0, 1000\]"),
+        (lambda: get_sigmas_lcm(RectifiedFlow(), 4, strength=0.0), "strength=0.0 is outside"),
+    ],
+)
+def test_a_bad_flow_is_accepted(call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
