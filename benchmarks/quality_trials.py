@@ -20,6 +20,7 @@ from trainer.options import apply
 from trainer.outputs import write_weights
 from trainer.recipes.emoji.data import load_shipped
 from trainer.run import learn
+from trainer.setup import examine
 from trainer.validation import painter
 
 Settings = dict[str, Any]
@@ -149,7 +150,7 @@ def count_steps(trial: Trial, args: argparse.Namespace) -> int:
     if not file.exists():
         scratch = args.work / "rehearsal"
         shutil.rmtree(scratch, ignore_errors=True)
-        learn(configure(trial, scratch, REHEARSAL, args))
+        learn(examine(configure(trial, scratch, REHEARSAL, args)))
         seconds = [entry["seconds"] for entry in read_log(scratch)[FIRST:]]
         steps = max(1, round(args.seconds * trial.share / (sum(seconds) / len(seconds))))
         write_json(file, steps)
@@ -163,7 +164,8 @@ def train(trial: Trial, args: argparse.Namespace, use: Callable[[Model], None] |
     folder = args.work / trial.folder
     config = configure(trial, folder, count_steps(trial, args), args)
     if use is not None or not weights(trial, args).exists():
-        setup, student, _ = learn(config)
+        setup = examine(config)
+        student, _ = learn(setup)
         write_weights(config, student, setup.source, setup.info)
         if use is not None:
             with painter(setup, student, "student") as model:

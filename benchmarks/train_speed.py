@@ -33,8 +33,9 @@ from torch import Tensor
 
 from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.networks.lora_layers import TARGET_MODULES
-from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.config import LoopConfig, StudentConfig
 from trainer.machine import describe_machine, peak_memory
+from trainer.methods.config import LcdConfig
 
 LEAST_SPEED, MOST_MEMORY = 1.5, 0.6
 VARIANTS = ("usual", "ours")
@@ -214,7 +215,7 @@ def our_steps(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
         {"encoder_hidden_states": words[1:]},
         {"encoder_hidden_states": words[:1]},
     )
-    method = MethodConfig(w_min=W, w_max=W, original_steps=1000 // SKIP, huber_c=HUBER_C)
+    method = LcdConfig(w_min=W, w_max=W, original_steps=1000 // SKIP, huber_c=HUBER_C)
 
     def run(count: int) -> Measured:
         moments, peaks = [time.perf_counter()], []

@@ -11,8 +11,9 @@ import torch
 from comfy_api.latest import io
 
 from lcm_core.errors import InputError
-from trainer.config import LoopConfig, MethodConfig
+from trainer.config import LoopConfig
 from trainer.distill import Latents
+from trainer.methods.config import method_config
 from trainer.methods.method import sampling_of
 
 from . import inputs
@@ -149,7 +150,7 @@ class LCMDistiller(io.ComfyNode):
         home = Path(folder_paths.get_output_directory(), "lcm_suite", target.stem)
         with torch.inference_mode(False), torch.enable_grad():
             data = _gather(cls, model, clip, vae, folder.strip(), resolution, latents, positive, negative)
-            how = MethodConfig(kind=method, w_min=w, w_max=w)
+            how = method_config(method, w_min=w, w_max=w)
             warmup = min(200, steps // 10)
             loop = LoopConfig(
                 steps, batch_size, learning_rate, warmup, seed=seed % 2**31, save_every=60.0, tensorboard=False

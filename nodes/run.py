@@ -25,8 +25,9 @@ from lcm_core.files.atomic import atomic_write
 from lcm_core.files.recommended import Stated
 from lcm_core.files.safetensors import read_json, write_json
 from lcm_core.pipeline.settings import Settings
-from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.config import LoopConfig, StudentConfig
 from trainer.distill import Latents, distill
+from trainer.methods.config import MethodConfig
 from trainer.methods.method import sampling_of
 from trainer.students import Student, lora_student
 

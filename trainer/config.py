@@ -1,4 +1,4 @@
-"""Everything that `python -m trainer distill` can be told: dataclasses, presets, and what wins over what.
+"""Everything that `python -m trainer distill` can be told; a method's own settings are in `trainer.methods.config`.
 
 Settings come from, in rising order: the defaults below, a preset, a file (TOML or JSON), flags. This file loads no
 other library, so that `--help` answers at once.
@@ -9,51 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trainer.data.settings import DataConfig
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """How the student learns."""
-
-    kind: str = "lcd"
-    """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
-    segmented (each phase of the trajectory by itself) or dmd2 (distribution matching; begin with a student of lcd)."""
-    original_steps: int = 50
-    """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps. Under tcd
-    and segmented, fewer are better where the teacher itself paints well in as few steps."""
-    w_min: float = 2.0
-    """Smallest guidance w = guidance_scale - 1 that the student learns."""
-    w_max: float = 14.0
-    """Largest guidance w; equal to w_min for one fixed guidance."""
-    solver: str = "ddim"
-    """The teacher's solver: ddim, or dpmpp_2s (second order, twice the teacher's time)."""
-    loss: str = "huber"
-    """Distance between the two predictions: l2, huber or cauchy."""
-    huber_c: float = 0.001
-    """The c of the Huber and Cauchy distances; 0 takes one that suits the grid (arXiv 2502.01441)."""
-    diffusion_weight: float = 0.0
-    """Under finetune, weight of the plain denoising loss on the least noisy quarter of the timesteps."""
-    pair_noise: bool = False
-    """Give each sample the noise, of all in its batch, that lies nearest; needs scipy."""
-    clean_share: float = 0.0
-    """Under tcd, share of the samples that lead to the clean picture, as all do under lcd; the others end anywhere
-    between."""
-    phases: int = 4
-    """Phases of the segmented method, and the most steps that dmd2 trains for: those that the student will be sampled
-    with."""
-    critic_updates: int = 5
-    """Under dmd2, steps of the critic for each one of the student."""
-    weighting: str = "none"
-    """Weight of each timestep's loss by its signal-to-noise ratio: none, min_snr (at most snr_gamma), or
-    truncated_snr (at least 1)."""
-    snr_gamma: float = 5.0
-    """Largest weight under min_snr."""
-    noise_offset: float = 0.0
-    """Spread of one more noise number for each whole channel; 0.05 to 0.1 teaches very dark and bright pictures."""
-    timestep_sampling: str = "uniform"
-    """Which timesteps are drawn: uniform, or lognormal (noise levels around sigma = 1/3 more often)."""
-    grid_jitter: bool = False
-    """Shift each sample's timesteps by less than one skip, so that the student also knows those between the grid's."""
+from trainer.methods.config import LcdConfig, MethodConfig
 
 
 @dataclass(frozen=True)
@@ -144,8 +100,10 @@ class DistillConfig:
     """Folder with CLIP's vocab.json and merges.txt, for single files that have none beside them."""
     device: str = ""
     """cpu, cuda, cuda:1 or mps; the best one here where empty."""
+    accept_changes: bool = False
+    """Go on with a run though the files of its teacher, its data or its start have changed since it began."""
     data: DataConfig = field(default_factory=DataConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
+    method: MethodConfig = field(default_factory=LcdConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1000, batch_size=16, learning_rate=1e-4))
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -5,7 +5,7 @@ A host that already has a network in memory needs three things of its own: a `Ne
 
 >>> student = lora_student(module, network, StudentConfig(rank=16))  # doctest: +SKIP
 >>> data = Latents(latents, conditioning, null_conditioning)  # doctest: +SKIP
->>> distill(student, data, schedule, "epsilon", MethodConfig(), loop, folder, callback=report)  # doctest: +SKIP
+>>> distill(student, data, schedule, "epsilon", LcdConfig(), loop, folder, callback=report)  # doctest: +SKIP
 >>> tensors = lora_state_dict(module, ema=True)  # doctest: +SKIP
 >>> remove_lora(module)  # doctest: +SKIP
 
@@ -28,10 +28,11 @@ from torch import Tensor
 from lcm_core.diffusion.consistency import PREDICTION_TYPES
 from lcm_core.diffusion.schedule import NoiseSchedule
 from lcm_core.errors import InputError
-from trainer.config import LoopConfig, MethodConfig
+from trainer.config import LoopConfig
 from trainer.data.cache import Batch
 from trainer.distributed import Processes
 from trainer.loop import Callback, train
+from trainer.methods.config import MethodConfig
 from trainer.methods.method import get_method, make_sample
 from trainer.students import Student
 
@@ -125,18 +126,13 @@ def check_method(method: MethodConfig, schedule: NoiseSchedule, prediction_type:
     """Refuse what cannot work before anything long begins.
 
     Raises:
-        InputError: unknown method or prediction type, timesteps that the method cannot draw, epsilon with zero terminal
-            SNR, or a w range the wrong way round.
+        InputError: unknown prediction type, timesteps that the method cannot draw, or epsilon with zero terminal SNR.
     """
     get_method(method).draw(1, method, schedule.alphas_cumprod, torch.Generator())
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"unknown prediction_type {prediction_type!r}; choose {', '.join(PREDICTION_TYPES)}")
     if prediction_type == "epsilon" and schedule.zero_terminal_snr:
         raise InputError("the teacher predicts epsilon but its schedule has zero terminal SNR; give prediction_type")
-    if method.critic_updates < 1:
-        raise InputError(f"critic_updates={method.critic_updates} is too small; use 1 or more (5 is usual)")
-    if not 0 <= method.w_min <= method.w_max:
-        raise InputError(f"w_min={method.w_min:g}, w_max={method.w_max:g} is no range; use 0 <= w_min <= w_max")
 
 
 def _take(conditioning: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from trainer.config import LoopConfig
 from trainer.distributed import Processes
 from trainer.machine import peak_memory
 from trainer.progress import show_progress
+from trainer.ranges import check_choices
 from trainer.state import Log, State, stop_requests
 
 __all__ = ["LoopConfig", "LossFunction", "learning_rate_at", "step_generator", "train", "update_ema"]
 
+OPTIMIZERS = ("adamw", "adamw8bit")
 LossFunction = Callable[[int, torch.Generator], Tensor | Iterable[Tensor]]
 """(step, generator) -> the batch's scalar loss; or parts of it to be added up, each freed before the next is asked for.
 Of several processes each gives its own share, and the sum over all is the loss."""
@@ -84,6 +86,7 @@ def train(
     """
     team = processes or Processes()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = list(parameters.values())
     judges = {} if critic is None else {f"critic.{name}": p for name, p in critic.named_parameters()}
     device = next(iter(parameters.values())).device
     optimizer = make_optimizer([list(group.values()) for group in (parameters, judges) if group], config)
@@ -102,8 +105,9 @@ def train(
             stop = float(stopping())
             loss, stop = team.total([_backward(loss_fn, step, config), stop])
             state.updating = True
+            moved = any(p.grad is not None for p in trained)  # a critic may have the step to itself
             _update(step, loss, config, optimizer, team, state)
-            if ema is not None:
+            if ema is not None and moved:
                 update_ema(ema, model, min(config.ema_decay, (1 + step) / (10 + step)))
             log = Log(step, loss, learning_rate_at(step, config), time.monotonic() - started, peak_memory(device))
             state.record(log)
@@ -123,16 +127,27 @@ def make_optimizer(groups: list[list[nn.Parameter]], config: LoopConfig) -> torc
         InputError: unknown, or not installed.
     """
     parameters = [{"params": group} for group in groups]
+    check_optimizer(config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    if config.optimizer != "adamw8bit":
-        raise InputError(f"unknown optimizer {config.optimizer!r}; choose adamw or adamw8bit")
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError("optimizer adamw8bit needs bitsandbytes; install it, or choose adamw") from error
+    from bitsandbytes.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return optimizer
+
+
+def check_optimizer(config: LoopConfig) -> None:
+    """Refuse an optimiser that is not here.
+
+    Raises:
+        InputError: unknown, or not installed.
+    """
+    check_choices(config, {"optimizer": OPTIMIZERS})
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes.optim  # noqa: F401
+        except ImportError as error:
+            raise InputError("optimizer adamw8bit needs bitsandbytes; install it, or choose adamw") from error
 
 
 def _backward(loss_fn: LossFunction, step: int, config: LoopConfig) -> float:
@@ -167,7 +182,8 @@ def _update(
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient became {norm}"
         raise InputError(
             f"the {what} at step {step}; {state.path} keeps the last good state, of step {state.saved_step}: "
-            "lower the learning rate, or look for broken pictures in the data"
+            "lower the learning rate with --learning-rate, and the same command goes on from there; or look for broken "
+            "pictures in the data"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)

@@ -18,6 +18,14 @@ from typing import Any, TypeVar, get_type_hints
 
 from lcm_core.errors import InputError
 from trainer.config import DistillConfig
+from trainer.methods.config import (
+    METHOD_CONFIGS,
+    MethodConfig,
+    check_is_read,
+    config_class,
+    defaults_of,
+    methods_that_read,
+)
 from trainer.presets import PRESETS
 
 Config = TypeVar("Config")
@@ -50,8 +58,11 @@ class Option:
 
 
 def list_options(default: Any = None, section: str = "") -> Iterator[Option]:
-    """Every field of the configuration, section after section."""
+    """Every field of the configuration, section after section; of the methods, those of all of them."""
     default = DistillConfig() if default is None else default
+    if isinstance(default, MethodConfig):
+        yield from _method_options(section)
+        return
     kinds, texts = get_type_hints(type(default)), field_docs(type(default))
     for field in fields(default):
         value = getattr(default, field.name)
@@ -61,15 +72,29 @@ def list_options(default: Any = None, section: str = "") -> Iterator[Option]:
             yield Option(section, field.name, kinds[field.name], value, texts[field.name])
 
 
+def _method_options(section: str) -> Iterator[Option]:
+    """The settings of all methods, each once, with the methods that read it."""
+    found: dict[str, Option] = {}
+    for config in METHOD_CONFIGS.values():
+        kinds, texts = get_type_hints(config), field_docs(config)
+        for field in fields(config):
+            readers = methods_that_read(field.name)
+            only = f"{', '.join(readers)}: " if 0 < len(readers) < len(METHOD_CONFIGS) else ""
+            text = only + texts[field.name]
+            found.setdefault(field.name, Option(section, field.name, kinds[field.name], field.default, text))
+    yield from found.values()
+
+
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, in one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
+    """The docstring under each field of a dataclass and of those that it extends, in one line."""
     docs: dict[str, str] = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = ast.literal_eval(following.value) if isinstance(following, ast.Expr) else ""
-            docs[statement.target.id] = " ".join(text.split())
+    for part in reversed([part for part in cls.__mro__ if is_dataclass(part)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = ast.literal_eval(following.value) if isinstance(following, ast.Expr) else ""
+                docs[statement.target.id] = " ".join(text.split()) or docs.get(statement.target.id, "")
     return docs
 
 
@@ -97,41 +122,110 @@ def resolve(args: argparse.Namespace) -> DistillConfig:
     """The configuration that a command line means.
 
     Raises:
-        InputError: the file cannot be read, or names a setting that does not exist or a value of the wrong kind.
+        InputError: the file cannot be read, or names a setting that does not exist or that the method does not read, or
+            a value of the wrong kind or out of its range.
     """
-    config = DistillConfig()
-    if args.preset:
-        config = apply(config, PRESETS[args.preset][1], f"preset {args.preset}")
-    if args.config:
-        config = apply(config, read_settings(args.config), str(args.config))
+    preset = PRESETS[args.preset][1] if args.preset else {}
+    stated = read_settings(args.config) if args.config else {}
     flags: dict[str, Any] = {}
     for option in list_options():
         if hasattr(args, option.key):
             place = flags.setdefault(option.section, {}) if option.section else flags
             place[option.name] = getattr(args, option.key)
-    return apply(config, flags, "the command line")
+    config = DistillConfig()
+    kind = _stated_kind(flags) or _stated_kind(stated) or _stated_kind(preset)
+    if kind is not None:
+        config = replace(config, method=config_class(kind)())
+    layers = [
+        (preset, f"preset {args.preset}"),
+        (_without_unread(stated, config.method), str(args.config)),
+        (flags, "the command line"),
+    ]
+    changes: dict[str, Any] = {}
+    for settings, origin in layers:  # all before any value is judged: two that belong together may come from two places
+        changes = _merged(changes, _read(config, settings, origin))
+    return _changed(config, changes)
 
 
-def apply(config: Config, settings: Mapping[str, Any], origin: str, section: str = "") -> Config:
+def apply(config: Config, settings: Mapping[str, Any], origin: str) -> Config:
     """The configuration with some settings changed.
 
     Raises:
-        InputError: an unknown setting, with the nearest known one, or a value of the wrong kind.
+        InputError: an unknown setting, with the nearest known one, one that the method does not read, or a value of the
+            wrong kind or out of its range.
     """
+    kind = _stated_kind(settings)
+    if kind is not None and isinstance(config, DistillConfig):
+        config = replace(config, method=_as_kind(config.method, config_class(kind), origin))
+    return _changed(config, _read(config, settings, origin))
+
+
+def _stated_kind(settings: Mapping[str, Any]) -> str | None:
+    """The method that settings name, if they do."""
+    method = settings.get("method")
+    kind = method.get("kind") if isinstance(method, Mapping) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _without_unread(settings: dict[str, Any], method: MethodConfig) -> dict[str, Any]:
+    """A file's settings without those that the method does not read and that have their default values. A run's file
+    lists all that its own method reads, and the command line may choose another method."""
+    stated = settings.get("method")
+    if not isinstance(stated, Mapping):
+        return settings
+    usual = {name: value for config in METHOD_CONFIGS.values() for name, value in defaults_of(config).items()}
+    own = defaults_of(type(method)).keys() | {"kind"}
+    kept = {key: value for key, value in stated.items() if key in own or key not in usual or value != usual[key]}
+    return {**settings, "method": kept}
+
+
+def _as_kind(method: MethodConfig, kind: type[MethodConfig], origin: str) -> MethodConfig:
+    """The settings of another method that both read; the others must not have been changed."""
+    own = defaults_of(type(method))
+    values = {name: getattr(method, name) for name in own if getattr(method, name) != own[name]}
+    for name in values:
+        check_is_read(kind, name, f"{origin}: ")
+    return kind(**values)
+
+
+def _read(config: Any, settings: Mapping[str, Any], origin: str, section: str = "") -> dict[str, Any]:
+    """Settings by the names and of the kinds that a configuration has, as a dict of dicts."""
     kinds = get_type_hints(type(config))
     changes: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{section}.{name}" if section else str(name)
         if name not in kinds:
+            if isinstance(config, MethodConfig):
+                check_is_read(type(config), str(name), f"{origin}: ")
             raise InputError(f"{origin}: unknown setting '{key}'{_hint(str(name))}")
         current = getattr(config, name)
         if is_dataclass(current):
             if not isinstance(value, Mapping):
                 raise InputError(f"{origin}: '{key}' must hold settings, such as {key}.{fields(current)[0].name}")
-            changes[name] = apply(current, value, origin, key)
+            changes[name] = _read(current, value, origin, key)
         else:
             changes[name] = _convert(value, kinds[name], f"{origin}: {key}")
-    return replace(config, **changes)  # type: ignore[type-var]
+    return changes
+
+
+def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of which the later win, section by section."""
+    both = {
+        name: _merged(before[name], value)
+        for name, value in after.items()
+        if isinstance(value, dict) and name in before
+    }
+    return {**before, **after, **both}
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The configuration with what `_read` has read. Its method is of the kind that was read already."""
+    values = {
+        name: _changed(getattr(config, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+        if not (isinstance(config, MethodConfig) and name == "kind")
+    }
+    return replace(config, **values)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
-from lcm_core.files.safetensors import read_safetensors, write_safetensors
+from lcm_core.files.safetensors import check_checksum, read_safetensors, write_safetensors
 
 
 class Log(NamedTuple):
@@ -32,8 +35,18 @@ class Log(NamedTuple):
     """Bytes, so far."""
 
 
+STATE, EARLIER_STATE = "state.safetensors", "state-earlier.safetensors"
+"""The last state that was saved, and the one before, for when the last is damaged or learnt too fast."""
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run in this folder was saved."""
+    return (folder / STATE).exists() or (folder / EARLIER_STATE).exists()
+
+
 class State:
-    """Weights, their average, the optimiser's moments, and the log of all steps; in `state.safetensors`.
+    """Weights, their average, the optimiser's moments, and the log of all steps; in `state.safetensors`, and as they
+    were one save earlier in `state-earlier.safetensors`.
 
     Attributes:
         updating: true while weights are being changed, when a state would be neither the old nor the new one.
@@ -52,11 +65,17 @@ class State:
         self.log: list[Log] = []
         self.updating = False
         self.saved_step, self.saved_at = 0, time.monotonic()
+        self._is_whole = True  # as far as is known, the file of the last state
 
     @property
     def path(self) -> Path:
-        """The file."""
-        return self.folder / "state.safetensors"
+        """The file of the last state."""
+        return self.folder / STATE
+
+    @property
+    def earlier(self) -> Path:
+        """The file of the state before."""
+        return self.folder / EARLIER_STATE
 
     @property
     def next_step(self) -> int:
@@ -77,20 +96,24 @@ class State:
         if self.next_step != self.saved_step and self.writes:
             log = torch.tensor([tuple(line) for line in self.log], dtype=torch.float64)
             seconds = {"step": str(self.next_step), "seconds": f"{sum(line.seconds for line in self.log):.1f}"}
+            if self._is_whole and self.path.exists():
+                keep_copy(self.path, self.earlier)
             write_safetensors(self.path, {**self._tensors(), "log": log}, seconds)
+            self._is_whole = True
             with atomic_write(self.folder / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(line._asdict()) + "\n" for line in self.log))
         self.saved_step, self.saved_at = self.next_step, time.monotonic()
 
     def load(self) -> int:
-        """Put the saved state back. Returns the step to go on with, 0 where nothing was saved.
+        """Put the saved state back, or the one before where the last is damaged. Returns the step to go on with, 0
+        where nothing was saved.
 
         Raises:
-            InputError: the file is broken, or of another network.
+            InputError: both are damaged, or of another network.
         """
-        if not self.path.exists():
+        if not has_state(self.folder):
             return 0
-        tensors, _ = read_safetensors(self.path)
+        tensors = self._read()
         self._check(tensors)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -120,6 +143,21 @@ class State:
             raise
         self.save()
 
+    def _read(self) -> dict[str, Tensor]:
+        """The tensors of the last state that is whole."""
+        try:
+            return read_checked(self.path)
+        except InputError as error:
+            self._is_whole = False  # and must not take the place of the earlier one
+            try:
+                tensors = read_checked(self.earlier)
+            except InputError as second:
+                raise InputError(
+                    f"no state of this run can be used: {error}; {second}; delete {self.folder} to begin anew"
+                ) from error
+            warnings.warn(f"{error}; the run goes on from the state before it, {self.earlier}", stacklevel=3)
+            return tensors
+
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"online.{n}": p.detach() for n, p in self.parameters.items()}
         tensors |= {f"ema.{n}": p.detach() for n, p in self.averages.items()}
@@ -140,6 +178,28 @@ class State:
                 f"{self.path} was saved by a run with other networks (first difference: '{odd}'); "
                 "choose another output folder, or the settings that it was started with"
             )
+
+
+def read_checked(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, all of them read and compared with its checksum.
+
+    Raises:
+        InputError: missing, cut short, or not bit by bit what was written.
+    """
+    tensors, metadata = read_safetensors(path)
+    check_checksum(path, tensors, metadata)
+    return tensors
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Give a file a second name, which stays when the first gets another content; where the disk knows no links, its
+    content is copied."""
+    with atomic_write(copy) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
 
 
 @contextmanager

@@ -210,9 +210,18 @@ def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> Non
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing(checkpoint)
     if config.compile:
-        if device.type != "cuda":
-            raise InputError(f"compile pays on CUDA only, not on {device}; leave it out")
+        check_compile(config, device)
         unet.compile()
+
+
+def check_compile(config: StudentConfig, device: torch.device) -> None:
+    """Refuse to compile where that only costs time.
+
+    Raises:
+        InputError: says where it pays.
+    """
+    if config.compile and device.type != "cuda":
+        raise InputError(f"compile pays on CUDA only, not on {device}; leave it out")
 
 
 def trained_parameters(student: Student) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
+from lcm_core.files.reading import JSON_LIMIT, is_plain_name, open_file, parse_json, read_json
 
 PathLike = str | os.PathLike[str]
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
+CHECKSUM_KEY = "lcm_suite.checksum"
+"""Safetensors metadata of all files that `write_safetensors` made: what `checksum` gave. The format has none."""
+_OWN_METADATA = "lcm_suite."
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_HEADER_LIMIT = JSON_LIMIT  # bytes; the format itself would allow more than fits into memory when it is parsed
 
 
 def read_safetensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,11 +61,35 @@ def write_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: M
         InputError: the folder cannot be written, or the disk is full.
     """
     ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    stated = {"format": "pt", **(metadata or {})}
+    stated[CHECKSUM_KEY] = checksum(ready, stated)
     with atomic_write(path) as temporary:
         try:
-            save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+            save_file(ready, temporary, metadata=stated)
         except SafetensorError as error:  # how the writer reports a full disk
             raise InputError(f"cannot write {path}: {error}; free some space or choose another output path") from error
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all tensors (names, dtypes, shapes, bytes) and of this suite's own metadata, as 8 hexadecimal digits.
+
+    Any single flipped bit changes it. Other programs may add metadata of their own. About 3 GB per second.
+    """
+    own = {k: v for k, v in metadata.items() if k.startswith(_OWN_METADATA) and k != CHECKSUM_KEY}
+    layout = [(key, str(tensors[key].dtype), list(tensors[key].shape)) for key in sorted(tensors)]
+    code = zlib.crc32(json.dumps([layout, sorted(own.items())]).encode())
+    for key, *_ in layout:
+        code = zlib.crc32(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), code)
+    return f"{code:08x}"
+
+
+def check_checksum(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise InputError when a file states a checksum that its content does not have; pass where it states none."""
+    stated = metadata.get(CHECKSUM_KEY)
+    if stated is not None and stated != checksum(tensors, metadata):
+        raise InputError(
+            f"{path} is damaged, or another program changed it (its checksum is not {stated}); make or get it again"
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: PathLike) -> None:
@@ -81,28 +110,21 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
                 return read_safetensors(folder / name)[0]
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: value for shard in shards for key, value in read_safetensors(folder / shard)[0].items()}
+            return {k: v for shard in _shards(index) for k, v in read_safetensors(folder / shard)[0].items()}
     for pickle in sorted(p for p in folder.iterdir() if p.suffix in _PICKLES):
         check_file(pickle)
     raise InputError(f"{folder} holds no weights ({DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS}); give a model folder")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: missing or damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; give a complete model folder") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); get the model folder again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; get the model folder again")
-    return content
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, which must lie beside it."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{index} has no weight_map from weights to files; get the model folder again")
+    for name in files.values():
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}, which is no .safetensors file beside it; get the model again")
+    return sorted(set(files.values()))
 
 
 def write_json(path: PathLike, content: Mapping[str, Any]) -> None:
@@ -112,36 +134,44 @@ def write_json(path: PathLike, content: Mapping[str, Any]) -> None:
 
 
 def check_file(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, after checks that tell a user what is wrong with it."""
+    """The header of a safetensors file, after checks that tell a user what is wrong with it.
+
+    `__metadata__`, where there is one, is texts by name.
+    """
+    broken = f"{file} is not a safetensors file; download or export it again"
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        start = stream.read(8)
+        if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
+            raise InputError(
+                f"{file} is a pickle, which can run code when it is opened; convert it where you trust it: "
+                "torch.load(file, weights_only=True), then safetensors.torch.save_file"
+            )
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > _HEADER_LIMIT:
+            raise InputError(broken)
+        if length > size - 8:
+            raise InputError(f"{file} is truncated ({size:,} bytes); download or export it again")
+        text = stream.read(length)
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            start = stream.read(8)
-            if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
-                raise InputError(
-                    f"{file} is a pickle, which can run code when it is opened; convert it where you trust it: "
-                    "torch.load(file, weights_only=True), then safetensors.torch.save_file"
-                )
-            length = int.from_bytes(start, "little")
-            if size < 8 or length > _HEADER_LIMIT:
-                raise InputError(f"{file} is not a safetensors file; download or export it again")
-            header = json.loads(stream.read(length)) if length <= size - 8 else None
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}; check the path") from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} is not a safetensors file; download or export it again") from error
-    _check_length(file, header, size - 8 - length)
-    assert header is not None
+        header = parse_json(text, str(file))
+    except InputError as error:
+        raise InputError(broken) from error
+    _check_header(file, header, size - 8 - length)
     return header
 
 
-def _check_length(file: Path, header: dict[str, Any] | None, held: int) -> None:
-    try:
-        ends = [] if header is None else [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{file} is not a safetensors file; download or export it again") from error
-    needed = max(ends, default=0)
-    if header is None or held < needed:
+def _check_header(file: Path, header: Mapping[str, Any], held: int) -> None:
+    entries = [value for key, value in header.items() if key != "__metadata__"]
+    stated = header.get("__metadata__", {})
+    if not all(isinstance(entry, dict) and _are_offsets(entry.get("data_offsets")) for entry in entries) or not (
+        isinstance(stated, dict) and all(isinstance(value, str) for value in stated.values())
+    ):
+        raise InputError(f"{file} is not a safetensors file; download or export it again")
+    needed = max((entry["data_offsets"][1] for entry in entries), default=0)
+    if held < needed:
         raise InputError(f"{file} is truncated ({held:,} of {needed:,} bytes of weights); download or export it again")
+
+
+def _are_offsets(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int and number >= 0 for number in value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import tempfile
 import warnings
@@ -13,10 +12,11 @@ from typing import Any
 
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import read_tokenizer_files
-from lcm_core.files.safetensors import PathLike
+from lcm_core.files.safetensors import PathLike, check_file
 
-_BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
-_BPE_PACKAGES = ("open_clip", "clip")
+CLIP_WORDS = Path(__file__).parent / "models" / "clip_tokenizer" / "merges.txt.gz"
+"""CLIP's byte-pair merges, which come with this package."""
+_CLIP_VOCABULARY = 49408
 _CLIP_MERGES = 49152 - 256 - 2  # what CLIP uses of the longer list
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -49,7 +49,7 @@ def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str
     """The transformers CLIPTokenizer of a model, without a network.
 
     From the first of these that exists: the folder given; the model's own folder, or a single file's metadata; a folder
-    beside a single file; CLIP's word list in an installed `open_clip` or `clip` package.
+    beside a single file; for a single file with CLIP's number of words, CLIP's own list.
 
     Args:
         model: folder or single file of the model.
@@ -69,14 +69,18 @@ def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str
     for folder in (place / kind for kind in (name, "tokenizer") for place in near):
         if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
             return _load(folder, name)
-    for package in _BPE_PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin and (bpe := Path(spec.origin).with_name(_BPE_FILE)).is_file():
-            return _from_files(_clip_files(bpe))
+    if root.is_file() and _has_clip_words(root):
+        return _from_files(_clip_files(CLIP_WORDS))
     raise InputError(
-        f"{root} has no tokenizer; put CLIP's tokenizer folder (vocab.json, merges.txt) beside it, name one, "
-        "or `pip install open_clip_torch`, which has the word list"
+        f"{root} has no tokenizer; put its tokenizer folder (vocab.json, merges.txt) beside it, or name one"
     )
+
+
+def _has_clip_words(file: Path) -> bool:
+    """Whether the text encoders in a single file have as many words as CLIP, and none has words of its own."""
+    header = check_file(file)
+    rows = {header[key]["shape"][0] for key in header if key.endswith("token_embedding.weight")}
+    return rows == {_CLIP_VOCABULARY}
 
 
 def _load(path: Path, name: str) -> Any:

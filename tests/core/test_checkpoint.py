@@ -341,7 +341,7 @@ def _broken(kind: str, folder: Path) -> Path:
         ("text", "not a safetensors file"),
         ("header of another format", "not a safetensors file"),
         ("pickle inside", "is a pickle.*convert"),
-        ("missing", "No such file"),
+        ("missing", "does not exist"),
         (".ckpt", "is a pickle.*convert"),
         (".pt", "is a pickle.*convert"),
         (".bin", "is a pickle.*convert"),

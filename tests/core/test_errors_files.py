@@ -118,6 +118,83 @@ def test_existing_folder_is_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji", "file"]
 
 
+_WRITER = """
+import os, sys
+from lcm_core.files.atomic import atomic_write, new_folder
+with (new_folder if sys.argv[2] == "folder" else atomic_write)(sys.argv[1]) as temporary:
+    file = temporary / "half.bin" if sys.argv[2] == "folder" else temporary
+    file.write_bytes(b"half")
+    print(temporary, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the locks of POSIX")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_killed_writer_leaves_its_half_for_ever_or_a_living_one_loses_it(kind: str, tmp_path: Path) -> None:
+    """Runs that are killed again and again would fill the disk with states; a second run must not take the first's."""
+    target = tmp_path / "state.safetensors"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", _WRITER, str(target if kind == "file" else tmp_path / "model"), kind]
+    writers = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
+    halves = [Path(writer.stdout.readline().strip()) for writer in writers]
+    assert all(half.exists() for half in halves)
+    writers[0].kill()
+    writers[0].wait()
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(b"whole")
+        assert [half.exists() for half in halves] == [False, True]
+    writers[1].communicate("", timeout=60)
+    assert writers[1].returncode == 0
+    assert not any(half.exists() for half in halves)
+    assert target.read_bytes() == (b"half" if kind == "file" else b"whole")  # the later of two writers
+
+
+def test_file_of_the_user_is_taken_for_a_leftover(tmp_path: Path) -> None:
+    names = [".a.partial-abc.png", "a.partial-abcdefgh.png", ".state-abcdefgh.png", ".a.partial-abcdefgh.png.bak.x"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with atomic_write(tmp_path / "a.png") as temporary:
+        temporary.write_bytes(b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "a.png"])
+
+
+def test_folder_that_refuses_to_be_flushed_spoils_a_good_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network drives flush files but no folders; the file has its name already when that is found."""
+    fsync = os.fsync
+
+    def refuse_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("a")
+    with new_folder(tmp_path / "b") as temporary:
+        (temporary / "c").mkdir()
+    assert (tmp_path / "a.txt").read_text() == "a"
+    assert (tmp_path / "b" / "c").is_dir()
+
+
+@pytest.mark.parametrize("letter", ["a", "猫"])
+def test_longest_name_that_the_disk_takes_is_too_long_for_the_temporary_file(letter: str, tmp_path: Path) -> None:
+    size = len(letter.encode())
+    target = tmp_path / (letter * ((255 - 4) // size) + ".png")
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("a" * 300 + ".png", "its name has more than 255 bytes"), ("a\0b.png", "no null byte")]
+)
+def test_name_that_no_disk_takes_gives_a_traceback(name: str, words: str, tmp_path: Path) -> None:
+    for writer in (atomic_write, new_folder):
+        with pytest.raises(InputError, match=words):
+            writer(tmp_path / name).__enter__()
+
+
 def test_input_error_escapes_handlers_of_value_error() -> None:
     with pytest.raises(ValueError, match="one line"):
         raise InputError("one line")

@@ -10,8 +10,8 @@ import torch
 
 from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
 from lcm_core.errors import InputError
-from trainer.config import MethodConfig
 from trainer.data.cache import Batch
+from trainer.methods.config import MethodConfig
 from trainer.methods.dmd2 import matching_loss
 from trainer.methods.method import get_method, make_sample
 from trainer.methods.segmented import phase_edges

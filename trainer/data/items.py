@@ -139,3 +139,5 @@ class _Named(io.BytesIO):
 
     def __str__(self) -> str:
         return self.key
+
+    __repr__ = __str__  # which some decoders' messages use; the default names an address in memory

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from lcm_core.errors import InputError
+from trainer.ranges import check_choices, check_ranges
+
+NULL_PROMPTS = ("empty", "zeros")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class DataConfig:
     2 with flip, or 4 with crop or colour."""
     caption_dropout: float = 0.0
     """Share of captions that are replaced by the empty prompt while training."""
+    null_prompt: str = "empty"
+    """What the teacher's guidance leads away from: empty, the text encoders' embedding of the empty prompt; or zeros,
+    as SDXL was trained with and as its usual distillation script takes."""
     teacher_steps: int = 0
     """Steps in which the teacher paints a prompt; 0 takes its own number, mostly 25."""
     teacher_guidance: float = 0.0
@@ -87,10 +92,8 @@ class DataConfig:
             "cache_batch": (1, 1024),
             "shard_size": (1, 65536),
         }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise InputError(f"{name} {value} is out of range; use {low} to {high}")
+        check_ranges(self, ranges)
+        check_choices(self, {"null_prompt": NULL_PROMPTS})
         if self.prompts and self.is_augmented:
             raise InputError("flip, crop and colour are for images; leave them out with prompts")
         if self.path and self.variants > 1 and not self.is_augmented:

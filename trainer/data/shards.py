@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcm_core.errors import InputError
-from lcm_core.files.safetensors import check_file, write_json, write_safetensors
+from lcm_core.files.safetensors import (
+    CHECKSUM_KEY,
+    check_checksum,
+    check_file,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from trainer.data.hashing import hash_json
 from trainer.distributed import Processes
 
@@ -61,6 +69,11 @@ class Shards:
             if time.time() - file.stat().st_mtime > _STALE:
                 file.unlink(missing_ok=True)
 
+    @property
+    def speed(self) -> Path:
+        """File with the `seconds` that one thing took, where some were made."""
+        return self.folder / "speed.json"
+
     def path(self, index: int) -> Path:
         """Where a shard is."""
         return self.folder / f"{index:06d}.safetensors"
@@ -70,22 +83,45 @@ class Shards:
         return range(index * self.each, min((index + 1) * self.each, self.total))
 
     def has(self, index: int) -> bool:
-        """Whether a shard is there and whole."""
+        """Whether a shard is there and has its length; its contents are not read."""
         try:
             check_file(self.path(index))
         except InputError:
             return False
         return True
 
+    def is_whole(self, index: int) -> bool:
+        """Whether a shard is there and is, bit by bit, what was written; the whole file is read.
+
+        Warns of one that is there and damaged, or that states no checksum.
+        """
+        path = self.path(index)
+        if not path.exists():
+            return False
+        try:
+            tensors, metadata = read_safetensors(path)
+            if CHECKSUM_KEY not in metadata:
+                raise InputError(f"{path} was written by an earlier version and states no checksum")
+            check_checksum(path, tensors, metadata)
+        except InputError as error:
+            warnings.warn(f"{error}; it is made again", stacklevel=2)
+            return False
+        return True
+
 
 def fill(shards: Shards, load: Callable[[], Maker], team: Processes, what: str) -> None:
-    """Make this process's share of the shards that are missing; the networks are loaded only if there is one."""
-    missing = [index for index in range(team.rank, len(shards), team.size) if not shards.has(index)]
+    """Make this process's share of the shards that are missing or damaged; the networks are loaded only if there is
+    one. What a thing took is kept in `speed.json`, for estimates."""
+    mine = range(team.rank, len(shards), team.size)
+    checked = tqdm(mine, desc=f"checking cached {what}", unit="file", delay=2, leave=False, disable=not team.is_main)
+    missing = [index for index in checked if not shards.is_whole(index)]
     if not missing:
         return
-    make = load()
+    make, started = load(), time.monotonic()
     total = sum(len(shards.numbers(index)) for index in missing)
     with tqdm(total=total, desc=f"caching {what}", unit=what[:-1], disable=not team.is_main) as bar:
         for index in missing:
             write_safetensors(shards.path(index), make(shards.numbers(index)))
             bar.update(len(shards.numbers(index)))
+    if team.is_main:
+        write_json(shards.speed, {"seconds": (time.monotonic() - started) / (total * team.size)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.safetensors import PathLike
@@ -62,9 +63,16 @@ class Teacher:
 
     def hash_text(self) -> list[str]:
         """Its text encoders with their words."""
-        path = self.source.text
-        names = [name for name in list_components(path) if name.startswith("text_encoder")] or ["text_encoder"]
-        return [self._hash_encoder(name) for name in names]
+        return [self._hash_encoder(name) for name in self._encoders()]
+
+    def check_tokenizers(self) -> None:
+        """Refuse a teacher whose words cannot be found, or read.
+
+        Raises:
+            InputError: says where they were looked for.
+        """
+        for name in self._encoders():
+            self._tokenizer(name)
 
     def hash_unet(self, prediction_type: str) -> str:
         """Its U-Net, and how it is asked."""
@@ -73,9 +81,16 @@ class Teacher:
 
     def _hash_encoder(self, name: str) -> str:
         part = read_component(self.source.text, name)
-        words = find_tokenizer(self.source.text, self.tokenizer, name.replace("text_encoder", "tokenizer"))
+        words = self._tokenizer(name)
         stated = {key: part.config.get(key) for key in ("hidden_act", "num_hidden_layers", "num_attention_heads")}
         return hash_json([hash_tensors(part.tensors), stated, words.get_vocab()])
+
+    def _encoders(self) -> list[str]:
+        names = [name for name in list_components(self.source.text) if name.startswith("text_encoder")]
+        return names or ["text_encoder"]
+
+    def _tokenizer(self, encoder: str) -> Any:
+        return find_tokenizer(self.source.text, self.tokenizer, encoder.replace("text_encoder", "tokenizer"))
 
     @cached_property
     def _unet(self) -> Component:

@@ -7,8 +7,7 @@ import math
 from torch import Tensor
 
 from lcm_core.errors import InputError
-
-DISTANCES = ("l2", "huber", "cauchy")
+from trainer.methods.config import DISTANCES
 
 
 def adaptive_c(original_steps: int) -> float:

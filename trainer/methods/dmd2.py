@@ -4,6 +4,8 @@ Where a picture of the student is noised again, the guided teacher's guess of th
 like, and the critic's guess what the student's are like. Their difference moves the picture. The critic is a second
 copy of the teacher, which learns to denoise what the student paints. No data is looked at, only captions.
 
+The paper's GAN loss (Sec. 4.3), which also looks at real pictures, is left out: it needs a discriminator of its own.
+
 The student sees what a sampler would show it: its own pictures of the steps before, noised again (backward simulation,
 Sec. 4.5 of DMD2). Each batch is one of `phases`, half as many, ..., one steps, so that one student serves them all.
 """
@@ -15,13 +17,12 @@ from torch import Tensor
 
 from lcm_core.diffusion.consistency import add_noise, prediction_target, to_x0
 from lcm_core.diffusion.schedule import get_timesteps_lcm
-from trainer.config import MethodConfig
+from trainer.methods.config import Dmd2Config
 from trainer.methods.shared import (
     Networks,
     Points,
     Sample,
     at,
-    check_phases,
     consistency,
     guided_eps,
     predict,
@@ -32,15 +33,10 @@ _LEAST, _MOST = 0.02, 0.98
 """Shares of the timesteps between which the scores are compared: at the ends they say nothing."""
 
 
-def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+def draw(size: int, config: Dmd2Config, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
     """t, one of a sampler's timesteps, and the path to it; s, where the scores are compared; end, where the critic
-    learns.
-
-    Raises:
-        InputError: no phases, or more than the grid has points.
-    """
+    learns."""
     total = len(alphas_cumprod)
-    check_phases(config)
     halvings = int(torch.randint(config.phases.bit_length(), (), generator=generator))
     steps = config.phases >> halvings
     visited = get_timesteps_lcm(steps, config.original_steps, 1.0, total).tolist()
@@ -52,7 +48,7 @@ def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: tor
 
 
 def loss(
-    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: Dmd2Config, prediction_type: str
 ) -> Tensor:
     """The critic's loss of each sample, and in the student's turn the student's, (B,)."""
     x_t = simulate(networks, sample, alphas_cumprod, prediction_type)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trainer.config import MethodConfig
+from trainer.methods.config import FinetuneConfig
 from trainer.methods.lcd import consistency_loss
 from trainer.methods.shared import Networks, Sample, consistency, noised, weighted_distance
 
@@ -17,7 +17,7 @@ EARLY = 0.25
 
 
 def loss(
-    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: FinetuneConfig, prediction_type: str
 ) -> Tensor:
     """The LCF loss of each sample, (B,), and for some of them `diffusion_weight` times that of plain denoising."""
     x_t, x_s = (noised(sample, t, alphas_cumprod) for t in (sample.t, sample.s))

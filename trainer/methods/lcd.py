@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.config import MethodConfig
+from trainer.methods.config import ConsistencyConfig, LcdConfig
 from trainer.methods.shared import (
     Networks,
     Points,
@@ -22,15 +22,13 @@ from trainer.methods.shared import (
 )
 
 
-def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+def draw(size: int, config: ConsistencyConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
     """Two neighbours on the grid; the end is always 0, for consistency functions lead to the clean sample."""
     t, s = draw_timesteps(size, config, alphas_cumprod, generator)
     return Points(t, s, torch.zeros_like(s))
 
 
-def loss(
-    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
-) -> Tensor:
+def loss(networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: LcdConfig, prediction_type: str) -> Tensor:
     """The LCD loss of each sample, (B,)."""
     x_t = noised(sample, sample.t, alphas_cumprod)
     with torch.no_grad():
@@ -45,7 +43,7 @@ def consistency_loss(
     x_s: Tensor,
     sample: Sample,
     alphas_cumprod: Tensor,
-    config: MethodConfig,
+    config: ConsistencyConfig,
     prediction_type: str,
 ) -> Tensor:
     """d(guess, f_target(x_s, s)) of each sample, (B,), where the guess is f_online(x_t, t)."""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcm_core.errors import InputError
 from lcm_core.files.recommended import Stated
-from trainer.config import MethodConfig
 from trainer.data.cache import Batch
 from trainer.methods import dmd2, finetune, lcd, segmented, tcd
+from trainer.methods.config import ConsistencyConfig, Dmd2Config, MethodConfig, SegmentedConfig, config_class
 from trainer.methods.shared import Networks, Points, Sample, draw_guidance, draw_noise, pair
 
 
 class Method(NamedTuple):
     """What sets one method apart."""
 
-    draw: Callable[[int, MethodConfig, Tensor, torch.Generator], Points]
-    """(B, config, alphas_cumprod (T,), generator) -> the timesteps of a batch."""
-    loss: Callable[[Networks, Sample, Tensor, MethodConfig, str], Tensor]
+    draw: Callable[[int, Any, Tensor, torch.Generator], Points]
+    """(B, the method's own config, alphas_cumprod (T,), generator) -> the timesteps of a batch."""
+    loss: Callable[[Networks, Sample, Tensor, Any, str], Tensor]
     """(networks, sample, alphas_cumprod (T,), config, prediction_type) -> (B,)."""
     needs_teacher: bool = True
     needs_critic: bool = False
@@ -44,9 +43,7 @@ def get_method(config: MethodConfig) -> Method:
     Raises:
         InputError: there is none of this name.
     """
-    if config.kind not in METHODS:
-        raise InputError(f"unknown method {config.kind!r}; choose {', '.join(METHODS)}")
-    return METHODS[config.kind]
+    return METHODS[config_class(config.kind).kind]
 
 
 def sampling_of(config: MethodConfig) -> Stated:
@@ -55,7 +52,7 @@ def sampling_of(config: MethodConfig) -> Stated:
     grid = None if config.original_steps == MethodConfig.original_steps else config.original_steps
     if config.kind not in TRAJECTORY_METHODS:
         return Stated("lcm", 4, original_steps=grid)
-    steps, gamma = (config.phases, 0.0) if config.kind == "segmented" else (4, 0.3)
+    steps, gamma = (config.phases, 0.0) if isinstance(config, SegmentedConfig) else (4, 0.3)
     return Stated("tcd", steps, gamma, grid)
 
 
@@ -87,7 +84,8 @@ def make_sample(
     points = get_method(config).draw(total, config, alphas_cumprod, generator)
     w = draw_guidance(total, config, generator)
     eps = draw_noise(torch.Size((total, *latents.shape[1:])), config, generator)
-    own = pair(latents, eps[rows]) if config.pair_noise else eps[rows]
+    paired = isinstance(config, ConsistencyConfig) and config.pair_noise
+    own = pair(latents, eps[rows]) if paired else eps[rows]
     noises = torch.randn(total, points.noises, *latents.shape[1:], generator=generator)
     return Sample(
         x0=latents,
@@ -100,5 +98,5 @@ def make_sample(
         null_conditioning=batch.null_conditioning,
         noises=noises[rows],
         path=points.path,
-        student_turn=step % config.critic_updates == 0,
+        student_turn=not isinstance(config, Dmd2Config) or step % config.critic_updates == 0,
     )

@@ -18,15 +18,19 @@ from lcm_core.diffusion.consistency import add_noise, apply_boundary, to_eps, to
 from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.solver import solver_jump
 from lcm_core.errors import InputError
-from trainer.config import MethodConfig
+from trainer.methods.config import (
+    TIMESTEP_SAMPLINGS,
+    WEIGHTINGS,
+    ConsistencyConfig,
+    MethodConfig,
+    TeacherJumpConfig,
+)
 from trainer.methods.distances import adaptive_c, distance
 
 Conditioning = dict[str, Any]
 Network = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 """(x_t (B, C, h, w), timesteps (B,), conditioning, w (B,) or None) -> model output like x_t."""
 
-WEIGHTINGS = ("none", "min_snr", "truncated_snr")
-TIMESTEP_SAMPLINGS = ("uniform", "lognormal")
 _LOG_SIGMA_MEAN, _LOG_SIGMA_SPREAD = -1.1, 2.0  # arXiv 2310.14189 Sec. 3.5
 
 
@@ -95,7 +99,7 @@ class Sample:
 
 
 def draw_timesteps(
-    size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator
+    size: int, config: ConsistencyConfig, alphas_cumprod: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """(t, s), each (B,) int64: t on the skipping grid, or shifted down by `grid_jitter`; s one skip below, at least 0.
 
@@ -125,16 +129,6 @@ def draw_timesteps(
     if config.grid_jitter:
         t = t - torch.randint(skip, (size,), generator=generator)
     return t, (t - skip).clamp(min=0)
-
-
-def check_phases(config: MethodConfig) -> None:
-    """Refuse what no sampler can visit.
-
-    Raises:
-        InputError: more phases than grid points, or none.
-    """
-    if not 1 <= config.phases <= config.original_steps:
-        raise InputError(f"phases={config.phases} must be 1 to original_steps={config.original_steps}")
 
 
 def draw_guidance(size: int, config: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -199,7 +193,12 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def teacher_jump(
-    teacher: Network, x_t: Tensor, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+    teacher: Network,
+    x_t: Tensor,
+    sample: Sample,
+    alphas_cumprod: Tensor,
+    config: TeacherJumpConfig,
+    prediction_type: str,
 ) -> Tensor:
     """x_s, like x_t: one solver step along the augmented PF-ODE, whose noise is the guided one."""
     abar = widen(alphas_cumprod)
@@ -227,13 +226,15 @@ def noised(sample: Sample, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return add_noise(sample.x0, sample.eps, at(alphas_cumprod, t))
 
 
-def weighted_distance(guess: Tensor, aim: Tensor, t: Tensor, alphas_cumprod: Tensor, config: MethodConfig) -> Tensor:
+def weighted_distance(
+    guess: Tensor, aim: Tensor, t: Tensor, alphas_cumprod: Tensor, config: ConsistencyConfig
+) -> Tensor:
     """The distance of each sample, (B,), times the weight of its timestep."""
     c = config.huber_c or adaptive_c(config.original_steps)
     return snr_weight(at(alphas_cumprod, t).flatten(), config) * distance(guess, aim, config.loss, c)
 
 
-def snr_weight(abar: Tensor, config: MethodConfig) -> Tensor:
+def snr_weight(abar: Tensor, config: ConsistencyConfig) -> Tensor:
     """Weight of a loss between clean samples at SNR = abar / (1 - abar), (B,) -> (B,).
 
     none: 1. min_snr: min(SNR, gamma) (arXiv 2303.09556 Sec. 3.4). truncated_snr: max(SNR, 1) (arXiv 2202.00512 Sec. 4).

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.solver import ddim_jump
-from lcm_core.errors import InputError
-from trainer.config import MethodConfig
+from trainer.methods.config import TcdConfig, TeacherJumpConfig
 from trainer.methods.shared import (
     Network,
     Networks,
@@ -26,21 +25,15 @@ from trainer.methods.shared import (
 )
 
 
-def draw(size: int, config: MethodConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
-    """Two neighbours on the grid, and an end: even over the timesteps from 0 to the lower one, or just 0.
-
-    Raises:
-        InputError: `clean_share` is no share.
-    """
-    if not 0 <= config.clean_share <= 1:
-        raise InputError(f"clean_share={config.clean_share:g} must be 0 to 1")
+def draw(size: int, config: TcdConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+    """Two neighbours on the grid, and an end: even over the timesteps from 0 to the lower one, or just 0."""
     t, s = draw_timesteps(size, config, alphas_cumprod, generator)
     end = (torch.rand(s.shape, generator=generator, dtype=torch.float64) * (s + 1)).long()
     return Points(t, s, end * (torch.rand(s.shape, generator=generator) >= config.clean_share))
 
 
 def loss(
-    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: MethodConfig, prediction_type: str
+    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: TeacherJumpConfig, prediction_type: str
 ) -> Tensor:
     """The loss of each sample, (B,), compared at `sample.end`."""
 

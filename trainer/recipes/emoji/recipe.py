@@ -21,7 +21,8 @@ from lcm_core.files.atomic import atomic_write, new_folder
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import read_json, read_safetensors, write_json, write_safetensors
 from lcm_core.pipeline.model import load_model
-from trainer.config import LoopConfig, MethodConfig
+from trainer.config import LoopConfig
+from trainer.methods.config import LcdConfig
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, encode_mean, train_vae
 from trainer.recipes.emoji.benchmark import load_benchmark
@@ -42,7 +43,7 @@ STAGES = {
     "lora": LoopConfig(steps=400, batch_size=32, learning_rate=1e-3, ema_decay=0.95),
 }
 """Each training stage's loop. The numbers are those of the shipped weights."""
-DISTILLATION = MethodConfig(w_min=0.0, w_max=3.0)
+DISTILLATION = LcdConfig(w_min=0.0, w_max=3.0)
 """Guidance that suits the small teacher; Stable Diffusion wants 2 to 14."""
 LORA_DISTILLATION = replace(DISTILLATION, w_min=1.0, w_max=1.0)
 LORA_RANK = 8

@@ -14,9 +14,10 @@ from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.files.checkpoint import Component
 from lcm_core.networks.lora_layers import lora_state_dict
 from lcm_core.networks.unet import exact_output
-from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.config import LoopConfig, StudentConfig
 from trainer.data.cache import Batch
 from trainer.distill import distill
+from trainer.methods.config import MethodConfig
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.teacher import PREDICTION_TYPE, CaptionedLatents
 from trainer.recipes.emoji.words import tokenize

@@ -1,0 +1,208 @@
+"""What a run finds out and checks before anything long begins; `--dry-run` checks the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lcm_core.cli.common import check_output
+from lcm_core.diffusion.schedule import NoiseSchedule
+from lcm_core.errors import InputError
+from lcm_core.files.checkpoint import ModelInfo, read_component
+from lcm_core.files.safetensors import write_json
+from lcm_core.networks.device import choose_device
+from lcm_core.pipeline.model import Source, find_source, noise_schedule
+from trainer.config import DistillConfig
+from trainer.data.teacher import Teacher, find_teacher
+from trainer.distill import check_method
+from trainer.distributed import Processes, join_processes
+from trainer.loop import check_optimizer
+from trainer.machine import describe_machine
+from trainer.options import read_settings, to_dict
+from trainer.ranges import check_choices, check_ranges
+from trainer.state import has_state
+from trainer.students import check_compile, choose_precision
+
+MAY_CHANGE = {
+    "output",
+    "name",
+    "device",
+    "accept_changes",
+    "report",
+    "data.cache",
+    "data.cache_batch",
+    "data.shard_size",
+    "student.gradient_checkpointing",
+    "student.compile",
+    "training.steps",
+    "training.learning_rate",
+    "training.save_every",
+    "training.accumulation",
+    "training.tensorboard",
+}
+"""Settings that a run may be continued with other values of."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run has found out before it trains."""
+
+    config: DistillConfig
+    source: Source
+    info: ModelInfo
+    schedule: NoiseSchedule
+    processes: Processes
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.config.output)
+
+    @property
+    def teacher(self) -> Teacher:
+        """What the cache has to know of it."""
+        return Teacher(self.config.teacher, self.config.tokenizer or None)
+
+
+def examine(config: DistillConfig) -> Setup:
+    """Check everything that can be checked before anything long begins; nothing is written.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    check(config)
+    check_output(Path(config.output) / "config.json")
+    team = join_processes(choose_device(config.device or None))
+    source = find_teacher(config.teacher)
+    info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
+    setup = Setup(config, source, info, noise_schedule(info), team)
+    check_method(config.method, setup.schedule, info.prediction_type)
+    check_start(config)
+    check_optimizer(config.training)
+    check_compile(config.student, team.device)
+    team.rows(config.training.batch_size, config.training.accumulation)
+    weights = read_component(source.unet, "unet").tensors.values()
+    choose_precision(team.device, config.student.precision, sum(tensor.numel() for tensor in weights))
+    setup.teacher.check_tokenizers()
+    file = setup.folder / "config.json"
+    if file.exists() and has_state(setup.folder / "run"):
+        check_same_run(read_settings(file), to_dict(config), file)
+    return setup
+
+
+def begin(setup: Setup) -> None:
+    """Write the run's `config.json`, and tell what the user should know.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    config, team, run = setup.config, setup.processes, setup.folder / "run"
+    if team.is_main:
+        for line in [*notes(config), *_changes(setup)]:
+            say(f"note: {line}")
+        write_json(setup.folder / "config.json", to_dict(replace(config, accept_changes=False)))
+        several = {"processes": str(team.size)} if team.size > 1 else {}
+        write_json(run / "machine.json", {**describe_machine(team.device), **several})
+    team.wait()
+
+
+def check(config: DistillConfig) -> None:
+    """Refuse settings that cannot be meant. Those of the method were judged when they were made.
+
+    Raises:
+        InputError: names the first of them, and what it may be.
+    """
+    for name in ("teacher", "output"):
+        if not getattr(config, name):
+            raise InputError(f"no {name} was given; give --{name}, or --preset emoji to see how everything works")
+    config.data.check()
+    check_ranges(
+        config.training,
+        {
+            "steps": (1, 10**8),
+            "batch_size": (1, 10**6),
+            "learning_rate": (1e-12, 1.0),
+            "warmup_steps": (0, 10**8),
+            "cooldown": (0.0, 1.0),
+            "weight_decay": (0.0, 1000.0),
+            "max_grad_norm": (1e-9, 1e9),
+            "ema_decay": (0.0, 1.0),
+            "seed": (0, 2**40),
+            "save_every": (0.0, 1e9),
+            "accumulation": (1, 10**6),
+        },
+    )
+    check_choices(config.student, {"kind": ("lora", "full")})
+    ranges = {"rank": (1, 4096), "alpha": (0.0, 1e6), "guidance_embedding_dim": (2, 65536)}
+    check_ranges(config.student, ranges)
+    ranges = {"preview_every": (0, 10**8), "preview_steps": (1, 1000), "samples": (0, 10**6)}
+    check_ranges(config.report, ranges)
+    if 0 < config.report.samples < 8:
+        raise InputError(f"samples {config.report.samples} is too few for scores; use 8 or more, or 0 for no table")
+
+
+def notes(config: DistillConfig) -> list[str]:
+    """What the user should know about settings that are allowed but seldom meant, one line each."""
+    method = config.method
+    if config.student.kind == "lora" and method.w_min != method.w_max:
+        return [
+            f"a LoRA cannot read the guidance w, so this one learns a mixture of w {method.w_min:g} to "
+            f"{method.w_max:g}; give one value to --w-min and --w-max, as the presets for LoRAs do"
+        ]
+    return []
+
+
+def _changes(setup: Setup) -> list[str]:
+    """Which of the settings that decide what is learnt are others than when the run began."""
+    file, rate = setup.folder / "config.json", setup.config.training.learning_rate
+    if not (file.exists() and has_state(setup.folder / "run")):
+        return []
+    before = _flat(read_settings(file)).get("training.learning_rate", rate)
+    return [] if before == rate else [f"the learning rate is {rate:g} from here on, no longer {before:g}"]
+
+
+def check_start(config: DistillConfig) -> None:
+    """Refuse a start that is not there.
+
+    Raises:
+        InputError: says what was looked for.
+    """
+    start = config.student.start
+    if not start:
+        return
+    if config.student.kind == "full":
+        find_source(start)
+    elif not Path(start).is_file():
+        raise InputError(f"start {start} is not there; give the .safetensors file of an earlier LoRA, or leave it out")
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+    """Refuse to continue a run with settings that would make it another one.
+
+    Raises:
+        InputError: names the setting with both its values.
+    """
+    was = _flat(before)
+    for key, value in _flat(now).items():
+        old = was.get(key, value)
+        free = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
+        if old != value and not free:
+            raise InputError(
+                f"{file} is of a run with {key} = {old!r}, not {value!r}; give that, or choose another output folder"
+            )
+
+
+def say(line: str) -> None:
+    """A note to whoever watches."""
+    print(line, file=sys.stderr)
+
+
+def _flat(settings: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{section}.{key}" if section else key
+        flat |= _flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return flat
