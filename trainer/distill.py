@@ -1,11 +1,11 @@
 """Distillation: `distill` trains any student on any latents; `trainer.run` puts a whole run around it.
 
 A host that already has a network in memory needs three things of its own: a `Network`, i.e. a function
-`(x_t, t, conditioning, w) -> model output`; latents with their conditioning as tensors; and its noise schedule:
+`(x_t, t, conditioning, w) -> model output`; latents with their conditioning as tensors; and its `Diffusion`:
 
 >>> student = lora_student(module, network, StudentConfig(rank=16))  # doctest: +SKIP
 >>> data = Latents(latents, conditioning, null_conditioning)  # doctest: +SKIP
->>> distill(student, data, schedule, "epsilon", LcdConfig(), loop, folder, callback=report)  # doctest: +SKIP
+>>> distill(student, data, diffusion, LcdConfig(), loop, folder, callback=report)  # doctest: +SKIP
 >>> tensors = lora_state_dict(module, ema=True)  # doctest: +SKIP
 >>> remove_lora(module)  # doctest: +SKIP
 
@@ -18,16 +18,14 @@ it cannot be trained.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import PREDICTION_TYPES
-from lcm_core.diffusion.schedule import NoiseSchedule
-from lcm_core.errors import InputError
+from lcm_core.diffusion.diffusion import Diffusion
 from trainer.config import LoopConfig
 from trainer.data.cache import Batch
 from trainer.distributed import Processes
@@ -78,8 +76,7 @@ class Latents:
 def distill(
     student: Student,
     data: Source,
-    schedule: NoiseSchedule,
-    prediction_type: str,
+    diffusion: Diffusion,
     method: MethodConfig,
     loop: LoopConfig,
     folder: Path,
@@ -92,7 +89,7 @@ def distill(
     Args:
         student: from `lora_student` or `full_student`.
         data: latents and conditioning.
-        schedule, prediction_type: the teacher's.
+        diffusion: the teacher's.
         method: how it learns.
         loop: how long and how fast.
         folder: keeps the state and the log.
@@ -103,36 +100,31 @@ def distill(
     Raises:
         InputError: settings that do not fit together, a state of another run, or a loss that is not finite.
     """
-    check_method(method, schedule, prediction_type)
+    diffusion = for_method(diffusion, method)
     team, chosen = processes or Processes(), get_method(method)
     parts = team.rows(loop.batch_size, loop.accumulation)
     mine = slice(parts[0].start, parts[-1].stop)
     device = next(student.trained.parameters()).device
-    alphas_cumprod = schedule.alphas_cumprod.float().to(device)
 
     def loss_fn(step: int, generator: torch.Generator) -> Iterator[Tensor]:
         picks = data.draw(loop.batch_size, generator, caption_dropout)
         batch = data.read(picks[mine])
-        sample = make_sample(batch, method, schedule.alphas_cumprod, generator, loop.batch_size, mine.start, step)
+        sample = make_sample(batch, method, diffusion, generator, loop.batch_size, mine.start, step)
         for part in parts:
             rows = sample.part(slice(part.start - mine.start, part.stop - mine.start)).to(device)
-            losses = chosen.loss(student.networks, rows, alphas_cumprod, method, prediction_type)
+            losses = chosen.loss(student.networks, rows, diffusion, method)
             yield losses.sum() / loop.batch_size
 
     train(student.trained, loss_fn, loop, folder, student.average, callback, team, student.critic)
 
 
-def check_method(method: MethodConfig, schedule: NoiseSchedule, prediction_type: str) -> None:
-    """Refuse what cannot work before anything long begins.
+def for_method(diffusion: Diffusion, method: MethodConfig) -> Diffusion:
+    """The teacher's diffusion with the grid that the method trains on.
 
     Raises:
-        InputError: unknown prediction type, timesteps that the method cannot draw, or epsilon with zero terminal SNR.
+        InputError: a grid that the process does not have.
     """
-    get_method(method).draw(1, method, schedule.alphas_cumprod, torch.Generator())
-    if prediction_type not in PREDICTION_TYPES:
-        raise InputError(f"unknown prediction_type {prediction_type!r}; choose {', '.join(PREDICTION_TYPES)}")
-    if prediction_type == "epsilon" and schedule.zero_terminal_snr:
-        raise InputError("the teacher predicts epsilon but its schedule has zero terminal SNR; give prediction_type")
+    return replace(diffusion, original_steps=method.original_steps)
 
 
 def _take(conditioning: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

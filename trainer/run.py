@@ -73,8 +73,7 @@ def learn(setup: Setup) -> tuple[Student, list[str]]:
     distill(
         student,
         cache,
-        setup.schedule,
-        setup.info.prediction_type,
+        setup.diffusion,
         config.method,
         config.training,
         folder / "run",

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.cli.common import check_output
-from lcm_core.diffusion.schedule import NoiseSchedule
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import ModelInfo, read_component
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.device import choose_device
-from lcm_core.pipeline.model import Source, find_source, noise_schedule
+from lcm_core.pipeline.model import Source, diffusion_of, find_source
 from trainer.config import DistillConfig
 from trainer.data.teacher import Teacher, find_teacher
-from trainer.distill import check_method
+from trainer.distill import for_method
 from trainer.distributed import Processes, join_processes
 from trainer.loop import check_optimizer
 from trainer.machine import describe_machine
@@ -53,7 +53,7 @@ class Setup:
     config: DistillConfig
     source: Source
     info: ModelInfo
-    schedule: NoiseSchedule
+    diffusion: Diffusion
     processes: Processes
 
     @property
@@ -78,8 +78,7 @@ def examine(config: DistillConfig) -> Setup:
     team = join_processes(choose_device(config.device or None))
     source = find_teacher(config.teacher)
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
-    setup = Setup(config, source, info, noise_schedule(info), team)
-    check_method(config.method, setup.schedule, info.prediction_type)
+    setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), team)
     check_start(config)
     check_optimizer(config.training)
     check_compile(config.student, team.device)

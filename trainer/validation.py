@@ -43,8 +43,7 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
         unet=UNet(network),
         vae=vae,
         text=text,
-        schedule=setup.schedule,
-        prediction_type=setup.info.prediction_type,
+        diffusion=setup.diffusion,
         resolution=int(card.get("resolution") or network.config.sample_size * vae.scale),
         teacher_guidance_scale=float(card.get("teacher_guidance_scale", 7.5)),
     )

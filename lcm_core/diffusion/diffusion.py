@@ -59,6 +59,10 @@ class Diffusion:
                 "the training timesteps"
             )
 
+    def grid(self, index: Tensor) -> Tensor:
+        """Timesteps of points 0 (clean) to `original_steps` (noise) of the skipping grid, same shape."""
+        return self.process.grid(index, self.original_steps)
+
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) at timesteps t (B,), each (B, 1, ...) to go with `like` (B, ...), in float32, float64 if that is."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
         latents: (B, C, h, w), scaled as the U-Net wants.
-        conditioning: as `lcm_core.pipeline.model.Model.encode` gives it: `encoder_hidden_states` (B, L, D); for SDXL also
+        conditioning: as `Model.encode` gives it: `encoder_hidden_states` (B, L, D); for SDXL also
             `added_cond_kwargs` with `text_embeds` (B, P) and `time_ids` (B, 6) of each picture's size and crop.
         null_conditioning: the same for the empty prompt.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.consistency import Denoiser
+from lcm_core.diffusion.grids import get_sigmas_trailing
 from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_dpmpp_2m
-from lcm_core.diffusion.schedule import get_sigmas_trailing
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.settings import check_size
@@ -52,8 +53,10 @@ class Prompts:
         """Load the teacher."""
         config, source = self.config, self.teacher.source
         model = load_model(self.teacher.name, device, unet=source.chosen, tokenizer=self.teacher.tokenizer)
-        denoiser = Denoiser(model.unet, model.schedule, self.prediction_type or model.prediction_type)
-        sigmas = get_sigmas_trailing(model.schedule, config.teacher_steps or model.teacher_steps)
+        prediction_type = self.prediction_type or model.diffusion.prediction_type
+        diffusion = replace(model.diffusion, prediction_type=prediction_type)
+        denoiser, process = Denoiser(model.unet, diffusion), diffusion.process
+        sigmas = get_sigmas_trailing(process, config.teacher_steps or model.teacher_steps)
         scale = config.teacher_guidance or model.teacher_guidance_scale
         shape = (model.vae.latent_channels, self.side // model.vae.scale, self.side // model.vae.scale)
         time_ids = (self.side, self.side, 0, 0, self.side, self.side)
@@ -64,7 +67,8 @@ class Prompts:
             cond, uncond = (model.encode(words, self.side, self.side) for words in (captions, [""] * len(captions)))
             guided = guide(denoiser, cond, uncond, scale, model.guidance_embedding_dim)
             noise = initial_noise([config.teacher_seed + number for number in numbers], shape, model.device)
-            return sample_dpmpp_2m(guided, initial_latents(noise, float(sigmas[0])), sigmas, disable=True).cpu()
+            x = initial_latents(noise, sigmas[0], process=process)
+            return sample_dpmpp_2m(guided, x, sigmas, disable=True, process=process).cpu()
 
         def make(numbers: range) -> dict[str, Tensor]:
             rows = Rows()

@@ -12,86 +12,88 @@ Sec. 4.5 of DMD2). Each batch is one of `phases`, half as many, ..., one steps, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import add_noise, prediction_target, to_x0
-from lcm_core.diffusion.schedule import get_timesteps_lcm
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.grids import get_timesteps_lcm
 from trainer.methods.config import Dmd2Config
-from trainer.methods.shared import (
-    Networks,
-    Points,
-    Sample,
-    at,
-    consistency,
-    guided_eps,
-    predict,
-    widen,
-)
+from trainer.methods.shared import Asked, Networks, Sample
 
 _LEAST, _MOST = 0.02, 0.98
 """Shares of the timesteps between which the scores are compared: at the ends they say nothing."""
 
 
-def draw(size: int, config: Dmd2Config, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
-    """t, one of a sampler's timesteps, and the path to it; s, where the scores are compared; end, where the critic
-    learns."""
-    total = len(alphas_cumprod)
-    halvings = int(torch.randint(config.phases.bit_length(), (), generator=generator))
-    steps = config.phases >> halvings
-    visited = get_timesteps_lcm(steps, config.original_steps, 1.0, total).tolist()
-    number = int(torch.randint(steps, (), generator=generator))
-    s = torch.randint(round(_LEAST * total), round(_MOST * total) + 1, (size,), generator=generator)
-    end = torch.randint(total, (size,), generator=generator)
-    t = torch.full((size,), visited[number])
-    return Points(t, s, end, tuple(visited[:number]), noises=config.phases + 1)
+@dataclass(frozen=True)
+class Simulation:
+    """What is drawn for a batch: how the student comes to its pictures, and where they are looked at."""
+
+    path: Tensor
+    """Timesteps of the sampler up to the one that is trained, (B, N), the same in every row."""
+    score_t: Tensor
+    """Where the scores of teacher and critic are compared, (B,)."""
+    critic_t: Tensor
+    """Where the critic is trained, (B,)."""
+    path_noise: Tensor
+    """Fresh noise of each step of the path behind the first, (B, N - 1, ...)."""
+    score_noise: Tensor
+    """Noise at `score_t`, (B, ...)."""
+    critic_noise: Tensor
+    """Noise at `critic_t`, (B, ...)."""
 
 
-def loss(
-    networks: Networks, sample: Sample, alphas_cumprod: Tensor, config: Dmd2Config, prediction_type: str
-) -> Tensor:
+def draw(
+    size: int, config: Dmd2Config, diffusion: Diffusion, generator: torch.Generator, shape: torch.Size
+) -> Simulation:
+    """A path of one of the numbers of steps that the student serves, cut off at one of them; `shape` is a sample's."""
+    process = diffusion.process
+    steps = config.phases >> int(torch.randint(config.phases.bit_length(), (), generator=generator))
+    visited = get_timesteps_lcm(steps, diffusion.original_steps, process=process)
+    length = 1 + int(torch.randint(steps, (), generator=generator))
+    score_t = process.draw(size, generator, _LEAST, _MOST)
+    critic_t = process.draw(size, generator)
+    noises = torch.randn(size, length + 1, *shape, generator=generator)
+    path = visited[:length].expand(size, length)
+    return Simulation(path, score_t, critic_t, noises[:, : length - 1], noises[:, -2], noises[:, -1])
+
+
+def loss(networks: Networks, sample: Sample, d: Diffusion, config: Dmd2Config) -> Tensor:
     """The critic's loss of each sample, and in the student's turn the student's, (B,)."""
-    x_t = simulate(networks, sample, alphas_cumprod, prediction_type)
+    online, _, teacher, critic = networks.given(sample)
+    x_t, t = simulate(online, sample, d), sample.points.path[:, -1]
     with torch.set_grad_enabled(sample.student_turn):
-        x = consistency(networks.online, x_t, sample.t, sample, alphas_cumprod, prediction_type)
-    total = critic_loss(networks, x.detach(), sample, alphas_cumprod, prediction_type)
-    if sample.student_turn:
-        total = total + matching_loss(networks, x, sample, alphas_cumprod, prediction_type)
-    return total
+        x = d.f(online(x_t, t), x_t, t)
+    total = critic_loss(critic, x.detach(), sample, d)
+    return total + matching_loss(teacher, critic, x, sample, d) if sample.student_turn else total
 
 
 @torch.no_grad()
-def simulate(networks: Networks, sample: Sample, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
+def simulate(online: Asked, sample: Sample, d: Diffusion) -> Tensor:
     """x_t as the student's own sampler comes to it from noise: in each step the clean sample, noised again."""
-    ones = torch.ones_like(sample.t)
-    times = [*(ones * t for t in sample.path), sample.t]
-    x = add_noise(torch.zeros_like(sample.eps), sample.eps, at(alphas_cumprod, times[0]))
-    for number, t in enumerate(times[1:]):
-        x0 = consistency(networks.online, x, times[number], sample, alphas_cumprod, prediction_type)
-        x = add_noise(x0, sample.noises[:, number], at(alphas_cumprod, t))
+    times = sample.points.path.unbind(1)
+    x = d.noise(torch.zeros_like(sample.eps), sample.eps, times[0])
+    for before, t, noise in zip(times, times[1:], sample.points.path_noise.unbind(1), strict=False):
+        x = d.noise(d.f(online(x, before), x, before), noise, t)
     return x
 
 
-def critic_loss(networks: Networks, x: Tensor, sample: Sample, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
+def critic_loss(critic: Asked, x: Tensor, sample: Sample, d: Diffusion) -> Tensor:
     """The denoising loss on the student's pictures x, (B,), in what the teacher predicts (Eq. 6 of DMD)."""
-    eps, abar = sample.noises[:, -1], at(alphas_cumprod, sample.end)
-    output = networks.critic(add_noise(x, eps, abar), sample.end, sample.conditioning, sample.w)
-    return (output - prediction_target(x, eps, abar, prediction_type)).square().flatten(1).mean(1)
+    eps, t = sample.points.critic_noise, sample.points.critic_t
+    return (critic(d.noise(x, eps, t), t) - d.target(x, eps, t)).square().flatten(1).mean(1)
 
 
-def matching_loss(
-    networks: Networks, x: Tensor, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
-) -> Tensor:
+def matching_loss(teacher: Asked, critic: Asked, x: Tensor, sample: Sample, d: Diffusion) -> Tensor:
     """|x - sg(x - g)|^2 / 2 of each sample, (B,), whose gradient in x is g / elements (Eqs. 7 and 8 of DMD).
 
     g = (x0_critic(x_s) - x0_teacher(x_s)) / mean|x - x0_teacher(x_s)|, with x_s the pictures noised to s.
     """
+    s = sample.points.score_t
     with torch.no_grad():
-        wide = widen(alphas_cumprod)
-        x_s = add_noise(x, sample.noises[:, -2], at(alphas_cumprod, sample.s))
-        eps = guided_eps(networks.teacher, sample, wide, prediction_type)(widen(x_s), sample.s)
-        real = to_x0(eps, widen(x_s), at(wide, sample.s), "epsilon").to(x.dtype)
-        fake, _ = predict(networks.critic, x_s, sample.s, sample, alphas_cumprod, prediction_type)
-        size = (x - real).abs().mean((1, 2, 3), keepdim=True)
+        x_s = d.noise(x, sample.points.score_noise, s)
+        real, fake = (d.x0(network(x_s, s), x_s, s) for network in (teacher, critic))
+        size = (x - real).abs().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
         aim = x - (fake - real) / size
     return (x - aim).square().flatten(1).mean(1) / 2

@@ -8,23 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.files.recommended import Stated
 from trainer.data.cache import Batch
 from trainer.methods import dmd2, finetune, lcd, segmented, tcd
 from trainer.methods.config import ConsistencyConfig, Dmd2Config, MethodConfig, SegmentedConfig, config_class
-from trainer.methods.shared import Networks, Points, Sample, draw_guidance, draw_noise, pair
+from trainer.methods.shared import Networks, Sample, draw_guidance, draw_noise, each, pair_noise
 
 
 class Method(NamedTuple):
     """What sets one method apart."""
 
-    draw: Callable[[int, Any, Tensor, torch.Generator], Points]
-    """(B, the method's own config, alphas_cumprod (T,), generator) -> the timesteps of a batch."""
-    loss: Callable[[Networks, Sample, Tensor, Any, str], Tensor]
-    """(networks, sample, alphas_cumprod (T,), config, prediction_type) -> (B,)."""
+    draw: Callable[..., Any]
+    """(B, the method's own config, diffusion, generator) -> the timesteps of a batch, a record of its own; dmd2 draws
+    noise too and is told a sample's shape."""
+    loss: Callable[[Networks, Sample, Diffusion, Any], Tensor]
+    """(networks, sample, diffusion, config) -> (B,)."""
     needs_teacher: bool = True
     needs_critic: bool = False
-    """Whether a second network learns beside the student."""
+    """Whether a second network is trained beside the student."""
 
 
 TRAJECTORY_METHODS = ("tcd", "segmented")
@@ -59,7 +61,7 @@ def sampling_of(config: MethodConfig) -> Stated:
 def make_sample(
     batch: Batch,
     config: MethodConfig,
-    alphas_cumprod: Tensor,
+    diffusion: Diffusion,
     generator: torch.Generator,
     batch_size: int | None = None,
     first: int = 0,
@@ -73,7 +75,7 @@ def make_sample(
     Args:
         batch: this process's rows, on the CPU.
         config: the method.
-        alphas_cumprod: (T,).
+        diffusion: the teacher's, with the method's `original_steps`.
         generator: on the CPU.
         batch_size: rows of the whole batch; None where `batch` is all of it.
         first: number of this process's first row.
@@ -81,22 +83,23 @@ def make_sample(
     """
     latents = batch.latents
     total, rows = batch_size or len(latents), slice(first, first + len(latents))
-    points = get_method(config).draw(total, config, alphas_cumprod, generator)
+    critic = isinstance(config, Dmd2Config)
+    shape = {"shape": latents.shape[1:]} if critic else {}
+    points = get_method(config).draw(total, config, diffusion, generator, **shape)
     w = draw_guidance(total, config, generator)
     eps = draw_noise(torch.Size((total, *latents.shape[1:])), config, generator)
     paired = isinstance(config, ConsistencyConfig) and config.pair_noise
-    own = pair(latents, eps[rows]) if paired else eps[rows]
-    noises = torch.randn(total, points.noises, *latents.shape[1:], generator=generator)
     return Sample(
         x0=latents,
-        eps=own,
-        t=points.t[rows],
-        s=points.s[rows],
-        end=points.end[rows],
+        eps=pair_noise(latents, eps[rows]) if paired else eps[rows],
+        points=each(points, lambda drawn: _narrow(drawn[rows])),
         w=w[rows],
         conditioning=batch.conditioning,
         null_conditioning=batch.null_conditioning,
-        noises=noises[rows],
-        path=points.path,
-        student_turn=not isinstance(config, Dmd2Config) or step % config.critic_updates == 0,
+        student_turn=not critic or step % config.critic_updates == 0,
     )
+
+
+def _narrow(drawn: Tensor) -> Tensor:
+    # drawn in double precision, so that a flow's timesteps are even; not every device has it
+    return drawn.float() if drawn.dtype == torch.float64 else drawn

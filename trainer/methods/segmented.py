@@ -9,27 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.grids import get_timesteps_lcm
 from trainer.methods.config import SegmentedConfig
-from trainer.methods.shared import Points, draw_timesteps
+from trainer.methods.shared import Pair, draw_pair
 
 
-def phase_edges(config: SegmentedConfig, total: int) -> Tensor:
-    """Where the phases end, (phases,) int64 rising from 0: the edge of phase p is grid point ceil(p N / phases).
+def phase_edges(config: SegmentedConfig, diffusion: Diffusion) -> Tensor:
+    """Where the phases end, (phases,) rising from 0: 0, and the lower timesteps of `get_timesteps_lcm`.
 
-    With N = 50 and four phases: 0, 259, 499, 759, the lower ones of the four timesteps of `get_timesteps_lcm`.
+    With N = 50 and four phases these are 0, 259, 499, 759 for Stable Diffusion.
     """
-    points = -(-torch.arange(config.phases) * config.original_steps // config.phases)  # rounded up
-    return (points * (total // config.original_steps) - 1).clamp(min=0)
+    visited = get_timesteps_lcm(config.phases, diffusion.original_steps, process=diffusion.process).flip(0)
+    return torch.cat([torch.zeros_like(visited[:1]), visited[:-1]])
 
 
-def draw(size: int, config: SegmentedConfig, alphas_cumprod: Tensor, generator: torch.Generator) -> Points:
+def draw(size: int, config: SegmentedConfig, diffusion: Diffusion, generator: torch.Generator) -> Pair:
     """Two neighbours on the grid, and the end of the phase that the upper one lies in: the greatest edge below it."""
-    t, s = draw_timesteps(size, config, alphas_cumprod, generator)
-    end = phase_end(t, config, len(alphas_cumprod))
-    return Points(t, torch.maximum(s, end), end)  # a jump from a shifted grid must not leave its phase
+    pair = draw_pair(size, config, diffusion, generator)
+    end = phase_end(pair.t, phase_edges(config, diffusion))
+    return Pair(pair.t, torch.maximum(pair.s, end), end)  # a jump from a shifted grid must not leave its phase
 
 
-def phase_end(t: Tensor, config: SegmentedConfig, total: int) -> Tensor:
-    """The end of the phase that t lies in, (B,) int64; 0 for t = 0."""
-    edges = phase_edges(config, total)
+def phase_end(t: Tensor, edges: Tensor) -> Tensor:
+    """The end of the phase that t lies in, same shape; 0 for t = 0."""
     return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]

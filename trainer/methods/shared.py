@@ -1,35 +1,29 @@
-"""The pieces of which the methods' losses are made: what is drawn, the guided teacher's jump, the weights.
+"""The pieces of which the methods' losses are made: what is drawn, how the networks are asked, the weights.
 
-Samples are variance-preserving, x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; f, w and the jump are those of
-arXiv 2310.04378.
+f, w and the jump are those of arXiv 2310.04378; what a timestep means, and what a network predicts, is `Diffusion`'s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import add_noise, apply_boundary, to_eps, to_x0
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.guidance import guide
-from lcm_core.diffusion.solver import solver_jump
 from lcm_core.errors import InputError
-from trainer.methods.config import (
-    TIMESTEP_SAMPLINGS,
-    WEIGHTINGS,
-    ConsistencyConfig,
-    MethodConfig,
-    TeacherJumpConfig,
-)
+from trainer.methods.config import ConsistencyConfig, MethodConfig
 from trainer.methods.distances import adaptive_c, distance
 
 Conditioning = dict[str, Any]
 Network = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
-"""(x_t (B, C, h, w), timesteps (B,), conditioning, w (B,) or None) -> model output like x_t."""
+"""(x_t (B, ...), timesteps (B,), conditioning, w (B,) or None) -> model output like x_t."""
+Asked = Callable[[Tensor, Tensor], Tensor]
+"""The same for a known batch: (x_t, timesteps) -> model output, like x_t."""
 
 _LOG_SIGMA_MEAN, _LOG_SIGMA_SPREAD = -1.1, 2.0  # arXiv 2310.14189 Sec. 3.5
 
@@ -42,20 +36,36 @@ class Networks(NamedTuple):
     teacher: Network
     critic: Network
 
+    def given(self, sample: Sample) -> AskedNetworks:
+        """The networks with a batch's conditioning and guidance, the teacher with both halves of its guidance."""
 
-class Points(NamedTuple):
-    """The timesteps of a batch of B samples, as a method draws them. What each stands for is the method's to say."""
+        def student(network: Network) -> Asked:
+            return lambda x, t: network(x, t, sample.conditioning, sample.w)
+
+        return AskedNetworks(
+            student(self.online), student(self.target), guided_teacher(self.teacher, sample), student(self.critic)
+        )
+
+
+class AskedNetworks(NamedTuple):
+    """`Networks` for one batch."""
+
+    online: Asked
+    target: Asked
+    teacher: Asked
+    critic: Asked
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The timesteps of a consistency method, each (B,)."""
 
     t: Tensor
-    """Where the online network looks, (B,) int64."""
+    """Where the online network looks."""
     s: Tensor
-    """Where it is compared with another network, alike."""
+    """One skip below, at least 0: where the teacher jumps to and the target network looks."""
     end: Tensor
-    """A further timestep, alike."""
-    path: tuple[int, ...] = ()
-    """Timesteps of the sampler before t, which is the same for the whole batch then."""
-    noises: int = 0
-    """How many noises a sample needs besides its first."""
+    """Where the two predictions are compared, at most s; 0 for the plain method."""
 
 
 @dataclass(frozen=True)
@@ -63,72 +73,47 @@ class Sample:
     """All that is given and drawn for a batch of B samples, on one device."""
 
     x0: Tensor
-    """Clean latents (B, C, h, w)."""
+    """Clean latents (B, C, h, w), or of video (B, C, T, h, w)."""
     eps: Tensor
     """Their noise, alike."""
-    t: Tensor
-    """Noisy timesteps (B,) int64: where the online network looks."""
-    s: Tensor
-    """For consistency one skip below, at least 0: where the teacher jumps to and the target network looks. For `dmd2`
-    where the two scores are compared."""
-    end: Tensor
-    """For consistency where the two predictions are compared, at most s; 0 for the plain one. For `dmd2` where the
-    critic learns."""
+    points: Any
+    """The timesteps, and what else the method draws: its own record of (B, ...) tensors."""
     w: Tensor
     """Guidance (B,)."""
     conditioning: Conditioning
     """What the networks are given, (B, ...) tensors and dicts of them."""
     null_conditioning: Conditioning
     """The same of the empty prompt."""
-    noises: Tensor
-    """Further noises (B, M, C, h, w), as many as the method wants."""
-    path: tuple[int, ...] = ()
-    """Timesteps of the sampler before t."""
     student_turn: bool = True
-    """Whether the student learns in this step; where there is a critic, that one learns in every step."""
+    """Whether the student is updated in this step; where there is a critic, that one is updated in every step."""
 
     def part(self, rows: slice) -> Sample:
         """Some of the samples."""
-        return Sample(**{f.name: _each(getattr(self, f.name), lambda v: v[rows]) for f in fields(self)})
+        return each(self, lambda value: value[rows])
 
     def to(self, device: torch.device) -> Sample:
         """The same on another device."""
-        return Sample(
-            **{f.name: _each(getattr(self, f.name), lambda v: v.to(device, non_blocking=True)) for f in fields(self)}
-        )
+        return each(self, lambda value: value.to(device, non_blocking=True))
 
 
-def draw_timesteps(
-    size: int, config: ConsistencyConfig, alphas_cumprod: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(t, s), each (B,) int64: t on the skipping grid, or shifted down by `grid_jitter`; s one skip below, at least 0.
+def draw_pair(size: int, config: ConsistencyConfig, diffusion: Diffusion, generator: torch.Generator) -> Pair:
+    """Two neighbours on the skipping grid, or shifted down by `grid_jitter`; the end is 0.
 
-    lognormal: grid point n has the share of a normal distribution of log sigma that lies between it and its
-    predecessor (arXiv 2310.14189 Sec. 3.5).
-
-    Raises:
-        InputError: `original_steps` out of range, or an unknown sampling.
+    lognormal: grid point n has the share of a normal distribution of log sigma = log(b / a) that lies between it and
+    its predecessor (arXiv 2310.14189 Sec. 3.5).
     """
-    total = len(alphas_cumprod)
-    if not 1 <= config.original_steps <= total:
-        raise InputError(f"original_steps={config.original_steps} must be 1 to {total}")
-    skip = total // config.original_steps
+    steps, skip = diffusion.original_steps, diffusion.process.num_train_timesteps // diffusion.original_steps
     if config.timestep_sampling == "uniform":
-        n = torch.randint(1, config.original_steps + 1, (size,), generator=generator)
-    elif config.timestep_sampling == "lognormal":
-        grid = torch.arange(config.original_steps + 1) * skip - 1
-        abar = alphas_cumprod.cpu().double()[grid.clamp(min=0)]
-        log_sigma = ((1 - abar) / abar).log() / 2
-        shares = torch.erf((log_sigma - _LOG_SIGMA_MEAN) / (math.sqrt(2) * _LOG_SIGMA_SPREAD)).diff()
-        n = 1 + torch.multinomial(shares, size, replacement=True, generator=generator)
+        index = torch.randint(1, steps + 1, (size,), generator=generator)
     else:
-        raise InputError(
-            f"unknown timestep_sampling {config.timestep_sampling!r}; choose {', '.join(TIMESTEP_SAMPLINGS)}"
-        )
-    t = n * skip - 1
+        a, b = diffusion.process.coefficients(diffusion.grid(torch.arange(steps + 1)))
+        log_sigma = (b.double() / a.double()).log()
+        shares = torch.erf((log_sigma - _LOG_SIGMA_MEAN) / (math.sqrt(2) * _LOG_SIGMA_SPREAD)).diff()
+        index = 1 + torch.multinomial(shares, size, replacement=True, generator=generator)
     if config.grid_jitter:
-        t = t - torch.randint(skip, (size,), generator=generator)
-    return t, (t - skip).clamp(min=0)
+        index = index - torch.randint(skip, (size,), generator=generator).double() / skip
+    t, s = diffusion.grid(index), diffusion.grid(index - 1)
+    return Pair(t, s, torch.zeros_like(s))
 
 
 def draw_guidance(size: int, config: MethodConfig, generator: torch.Generator) -> Tensor:
@@ -137,16 +122,17 @@ def draw_guidance(size: int, config: MethodConfig, generator: torch.Generator) -
 
 
 def draw_noise(shape: torch.Size, config: MethodConfig, generator: torch.Generator) -> Tensor:
-    """Noise (B, C, h, w), with `noise_offset` times another number for each whole channel."""
+    """Noise (B, C, ...), with `noise_offset` times another number for each whole channel."""
     eps = torch.randn(shape, generator=generator)
     if config.noise_offset:
-        eps = eps + config.noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
+        whole = (*shape[:2], *[1] * (len(shape) - 2))
+        eps = eps + config.noise_offset * torch.randn(whole, generator=generator)
     return eps
 
 
-def pair(x0: Tensor, eps: Tensor) -> Tensor:
-    """The same noises in the order in which they lie nearest to the samples, (B, C, h, w): the assignment with the
-    least sum of squared distances (minibatch optimal transport, arXiv 2302.00482 Sec. 3.2).
+def pair_noise(x0: Tensor, eps: Tensor) -> Tensor:
+    """The same noises in the order in which they lie nearest to the samples, (B, ...): the assignment with the least
+    sum of squared distances (minibatch optimal transport, arXiv 2302.00482 Sec. 3.2).
 
     Raises:
         InputError: scipy is not installed.
@@ -160,99 +146,39 @@ def pair(x0: Tensor, eps: Tensor) -> Tensor:
     return eps[torch.from_numpy(columns)]
 
 
-def at(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
-    """alphas_cumprod (T,) at whole or fractional timesteps (B,) -> (B, 1, 1, 1); linear in log sigma as samplers do."""
-    if not t.is_floating_point():
-        return alphas_cumprod[t].view(-1, 1, 1, 1)
-    log_sigma = (((1 - alphas_cumprod) / alphas_cumprod).log()) / 2
-    low = t.floor().long().clamp(0, len(alphas_cumprod) - 2)
-    value = torch.lerp(log_sigma[low], log_sigma[low + 1], (t - low).to(log_sigma.dtype))
-    return torch.sigmoid(-2 * value).view(-1, 1, 1, 1)
+def guided_teacher(teacher: Network, sample: Sample) -> Asked:
+    """(1 + w) output(c) - w output(null) (Eq. 15), as a function of (x, t) and like x, at least float32.
 
-
-def guided_eps(
-    teacher: Network, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The noise (1 + w) eps(c) - w eps(null) (Eq. 15) that the teacher sees, as a function of (x, t) and like x.
-
-    Both halves of the guidance run in one batch of twice the size.
+    What a network predicts is linear in the noise that it sees, so that guiding the outputs guides the noise. Both
+    halves run in one batch of twice the size.
     """
-    dtype = sample.x0.dtype
 
-    def eps_of(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
-        output = teacher(x.to(dtype), t, conditioning, None)
-        return to_eps(output.to(x.dtype), x, at(alphas_cumprod, t), prediction_type)
+    def output(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        return teacher(x.to(sample.x0.dtype), t, conditioning, None).to(x.dtype)
 
-    scale = 1 + sample.w.to(alphas_cumprod.dtype)
-    return guide(eps_of, sample.conditioning, sample.null_conditioning, scale)
+    return guide(output, sample.conditioning, sample.null_conditioning, 1 + sample.w)
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """In double precision where there is one: with zero terminal SNR, eps to x0 multiplies rounding by 4519."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-
-
-def teacher_jump(
-    teacher: Network,
-    x_t: Tensor,
-    sample: Sample,
-    alphas_cumprod: Tensor,
-    config: TeacherJumpConfig,
-    prediction_type: str,
-) -> Tensor:
-    """x_s, like x_t: one solver step along the augmented PF-ODE, whose noise is the guided one."""
-    abar = widen(alphas_cumprod)
-    guided = guided_eps(teacher, sample, abar, prediction_type)
-    return solver_jump(guided, widen(x_t), sample.t, sample.s, abar, config.solver).to(x_t.dtype)
-
-
-def predict(
-    network: Network, x: Tensor, t: Tensor, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
-) -> tuple[Tensor, Tensor]:
-    """(x0, eps) that a student sees in x at t, each like x."""
-    output, abar = network(x, t, sample.conditioning, sample.w), at(alphas_cumprod, t)
-    return to_x0(output, x, abar, prediction_type), to_eps(output, x, abar, prediction_type)
-
-
-def consistency(
-    network: Network, x: Tensor, t: Tensor, sample: Sample, alphas_cumprod: Tensor, prediction_type: str
-) -> Tensor:
-    """f of Eq. 9, like x: the clean sample that a student sees in x at t."""
-    return apply_boundary(predict(network, x, t, sample, alphas_cumprod, prediction_type)[0], x, t)
-
-
-def noised(sample: Sample, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The samples with their noise at timesteps t."""
-    return add_noise(sample.x0, sample.eps, at(alphas_cumprod, t))
-
-
-def weighted_distance(
-    guess: Tensor, aim: Tensor, t: Tensor, alphas_cumprod: Tensor, config: ConsistencyConfig
-) -> Tensor:
+def weighted_distance(guess: Tensor, aim: Tensor, t: Tensor, diffusion: Diffusion, config: ConsistencyConfig) -> Tensor:
     """The distance of each sample, (B,), times the weight of its timestep."""
     c = config.huber_c or adaptive_c(config.original_steps)
-    return snr_weight(at(alphas_cumprod, t).flatten(), config) * distance(guess, aim, config.loss, c)
+    return snr_weight(diffusion.snr(t), config).to(guess.dtype) * distance(guess, aim, config.loss, c)
 
 
-def snr_weight(abar: Tensor, config: ConsistencyConfig) -> Tensor:
-    """Weight of a loss between clean samples at SNR = abar / (1 - abar), (B,) -> (B,).
+def snr_weight(snr: Tensor, config: ConsistencyConfig) -> Tensor:
+    """Weight of a loss between clean samples at SNR = a^2 / b^2, (B,) -> (B,).
 
     none: 1. min_snr: min(SNR, gamma) (arXiv 2303.09556 Sec. 3.4). truncated_snr: max(SNR, 1) (arXiv 2202.00512 Sec. 4).
-
-    Raises:
-        InputError: unknown weighting.
     """
     if config.weighting == "none":
-        return torch.ones_like(abar)
-    snr = abar / (1 - abar)
-    if config.weighting == "min_snr":
-        return snr.clamp(max=config.snr_gamma)
-    if config.weighting == "truncated_snr":
-        return snr.clamp(min=1)
-    raise InputError(f"unknown weighting {config.weighting!r}; choose {', '.join(WEIGHTINGS)}")
+        return torch.ones_like(snr)
+    return snr.clamp(max=config.snr_gamma) if config.weighting == "min_snr" else snr.clamp(min=1)
 
 
-def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`function` of every tensor in nested records and dicts; anything else as it is."""
     if isinstance(value, dict):
-        return {key: _each(inner, function) for key, inner in value.items()}
+        return {key: each(inner, function) for key, inner in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: each(getattr(value, f.name), function) for f in fields(value)})
     return function(value) if isinstance(value, Tensor) else value
