@@ -37,6 +37,7 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> argpars
         help=summary,
         description=summary,
         epilog=f"example: python -m lcm_core {example}",
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
@@ -125,16 +126,19 @@ def check_output(path: Path, folder: bool = False) -> None:
         InputError: `path` is a folder (or, for a folder, exists at all), or write-protected; or its own folder
             cannot be made or written.
     """
-    if folder and path.exists():
-        raise InputError(f"cannot write {path}: it exists already; choose a new folder")
-    if not folder and path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give a file name")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise InputError(f"cannot write {path}: it is write-protected; choose another output path")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    from lcm_core.files.atomic import check_name
+
+    check_name(path)
     try:
+        if folder and path.exists():
+            raise InputError(f"cannot write {path}: it exists already; choose a new folder")
+        if not folder and path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; give a file name")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"cannot write {path}: it is write-protected; choose another output path")
+        parent = path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:

@@ -65,11 +65,12 @@ def _to_layout(args: argparse.Namespace) -> None:
     check_output(args.path, folder=args.to == "diffusers")
     source = find_source(args.model, args.unet)
     components = _components(source, args.lora or (), args.dtype)
+    stated = _stated(source, components, args.lora or ())
     if args.to == "single-file":
-        save_single_file(args.path, components, source.info, _own_words(source, components))
+        save_single_file(args.path, components, source.info, _own_words(source, components), stated)
     else:
         with new_folder(args.path) as folder:
-            save_diffusers(folder, components, source.info)
+            save_diffusers(folder, components, source.info, stated)
             for name, files in source.read_tokenizers().items():
                 (folder / name).mkdir()
                 for file, text in files.items():
@@ -98,13 +99,19 @@ def _to_host(args: argparse.Namespace) -> None:
 
 
 def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> list[Path]:
-    from lcm_core.export import GUIDANCE_KEY
-
     components = _components(source, args.lora or (), args.dtype)
     name = f"{source.root.stem}_{source.chosen}" if source.chosen else source.root.stem
-    stated = {GUIDANCE_KEY: str(source.card["guidance_scale"])} if source.chosen == "lcm" else None
+    stated = _stated(source, components, args.lora or ())
     words = _own_words(source, components)
     return host.export_checkpoint(args.path, name, components, source.info, words, metadata=stated)
+
+
+def _stated(source: Source, components: Mapping[str, Component], loras: Any) -> dict[str, str]:
+    """How the copy wants to be sampled: like the model itself."""
+    from lcm_core.pipeline.model import find_lora, stated_metadata
+
+    is_full = components["unet"].config.get("time_cond_proj_dim") is not None
+    return stated_metadata(source, is_full, [find_lora(path, source.root) for path, _ in loras])
 
 
 def _own_words(source: Source, components: Mapping[str, Component]) -> dict[str, str] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.pipeline import Pipeline
     from lcm_core.pipeline.settings import Settings
+
+_FAR = 1.6  # times a model's own size; 768 x 512 is 1.2 for one of 512
+_SMALL_MODEL = 256  # pixels
 
 
 def add_to(commands: Any) -> None:
@@ -50,6 +54,8 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Paint, and write each picture as soon as it is done."""
+    from lcm_core.pipeline.image import check_storable
+
     stored = _stored(args.source) if args.source else {}
     options = {**stored, **{name: value for name, value in _given(args).items() if value is not None}}
     if options.get("prompt") is None:
@@ -60,11 +66,13 @@ def run(args: argparse.Namespace) -> None:
     seeds = range(options.get("seed", 0), options.get("seed", 0) + args.count)
     paths = _outputs(args, options["prompt"], seeds)
     if stored:
+        _tell_files(args.source, stored, options)
         _use_threads(options.pop("threads", None))
     pipe, load_seconds = load_pipeline(options)
     image, mask = options.pop("image", None), options.pop("mask", None)
     first = pipe.resolve(image=image, **{k: v for k, v in options.items() if k not in MODEL_OPTIONS})
     _warn(pipe, first)
+    check_storable(paths[0], pipe.describe(replace(first, seed=seeds[-1]), image, mask))
     with Progress(pipe.count_steps(first) * args.count, "painting") as progress:
         pictures = [replace(first, seed=seed) for seed in seeds]
         painted = pipe.paint(pictures, image, mask, args.batch, progress.step)
@@ -80,29 +88,50 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _stored(path: Path) -> dict[str, Any]:
     """The options that a picture of this command carries."""
     from lcm_core.pipeline.image import read_settings
-    from lcm_core.pipeline.settings import from_dict
+    from lcm_core.pipeline.settings import known_options, known_settings
 
     stored = read_settings(path)
     if "prompt" not in stored:
         raise InputError(f"{path} was not made by `generate`; give a picture that was")
-    extra = {name: stored[name] for name in (*MODEL_OPTIONS, "image", "mask", "threads") if name in stored}
-    return {**asdict(from_dict(stored)), **extra}
+    try:
+        return {**known_settings(stored), **known_options(stored)}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
-def _use_threads(count: object) -> None:
+def _use_threads(count: int | None) -> None:
     """Sums are split among the CPU's threads, so that another number of them rounds to other last bits."""
     import torch
 
-    if isinstance(count, int) and count > 0:
+    cores = max(os.cpu_count() or 1, torch.get_num_threads())
+    if count is None:
+        return
+    if count <= cores:
         torch.set_num_threads(count)
+    else:
+        note(f"the picture was painted with {count} threads, here are {cores}: its last bits may differ")
+
+
+def _tell_files(source: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Say which files a picture's settings open: it may come from anybody."""
+    names = [name for name in ("model", "vae", "tokenizer", "image", "mask") if name in stored]
+    asked = [f"{name} {stored[name]!r}" for name in names if options[name] == stored[name]]
+    if options.get("lora") is not None and options["lora"] == stored.get("lora"):
+        asked += [f"lora {path!r}" for path, _ in stored["lora"]]
+    if asked and asked != ["model 'emoji'"]:
+        note(f"{source} uses {', '.join(asked)}")
 
 
 def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> list[Path]:
     """Where each picture goes; checked now, so that no work is lost later."""
+    from lcm_core.files.atomic import check_name
     from lcm_core.pipeline.image import IMAGE_SUFFIXES
 
-    slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode("utf-8", "ignore")[:120].decode("utf-8", "ignore")
+    slug = slug or "picture"
     out = args.out
+    if out is not None:
+        check_name(out)
     if out is None:
         out = args.source.with_name(f"{args.source.stem}-again{args.source.suffix}") if args.source else None
     if out is None or out.is_dir() or not out.suffix:
@@ -130,6 +159,11 @@ def _warn(pipe: Pipeline, settings: Settings) -> None:
         note("a full LCM has no negative pass; --negative has no effect")
     elif settings.negative_prompt and settings.guidance_scale == 1:
         note("--negative has no effect at guidance 1; raise --guidance")
+    own, side = pipe.model.resolution, (settings.width * settings.height) ** 0.5
+    if own < _SMALL_MODEL:  # larger ones may well be upscaled: their details are small beside the picture
+        side *= settings.upscale
+    if not 1 / _FAR <= side / own <= _FAR:
+        note(f"{pipe.model.name} was trained at {own}x{own} pixels; at {side:.0f} it may show no more than texture")
     if settings.sampler in ("lcm", "tcd") and not pipe.model.is_distilled:
         note(
             f"{pipe.model.name} looks like a plain model; few steps need an LCM-LoRA (--lora PATH), "

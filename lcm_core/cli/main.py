@@ -6,6 +6,7 @@ Importing this loads neither torch nor any other library, so that `--help` answe
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m lcm_core",
         description="Latent Consistency Models: text to image in 1 to 4 steps.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --n would be taken for --negative
         epilog='example: python -m lcm_core generate "a slice of pizza, noto style" --out pizza.png',
     )
     parser.add_argument("--version", action="version", version=f"lcm-suite {__version__}")
@@ -61,6 +63,7 @@ def run_command(args: argparse.Namespace, interrupted: str, out_of_memory: str) 
         interrupted: what to say after Ctrl-C.
         out_of_memory: what to do against that.
     """
+    _accept_all_letters()
     try:
         with warnings.catch_warnings():
             # The libraries' talk to developers is not for users; our own warnings become notes of one line.
@@ -73,6 +76,8 @@ def run_command(args: argparse.Namespace, interrupted: str, out_of_memory: str) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         return _fail(USER_ERROR, f"error: {error}")
+    except OSError as error:  # what no door has foreseen: a file that is too long in name, locked, or gone meanwhile
+        return _fail(USER_ERROR, f"error: cannot use {error.filename or 'a file'}: {error.strerror}; check the path")
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, interrupted)
     except (MemoryError, RuntimeError) as error:
@@ -80,6 +85,13 @@ def run_command(args: argparse.Namespace, interrupted: str, out_of_memory: str) 
             raise
         return _fail(USER_ERROR, f"error: out of memory; {out_of_memory}")
     return 0
+
+
+def _accept_all_letters() -> None:
+    """Let letters that the terminal does not have come out as escapes, not as an error after the work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(code: int, message: str) -> int:

@@ -151,6 +151,8 @@ def webui_yaml(components: Mapping[str, Component], info: ModelInfo, text_folder
         InputError: something that this description has no words for.
     """
     unet, vae = components["unet"].config, components["vae"].config
+    if info.trained_betas is not None:
+        raise InputError("the web UI cannot be told the model's trained_betas; export it --to single-file or diffusers")
     if info.prediction_type not in _PARAMETERIZATIONS or info.beta_schedule not in _BETA_SCHEDULES:
         raise InputError(
             f"the web UI knows no model with prediction type {info.prediction_type} on schedule {info.beta_schedule}; "

@@ -97,7 +97,7 @@ def check_name(path: Path) -> None:
     """
     if "\0" in str(path):
         raise InputError(f"cannot write {str(path)!r}: a file name has no null byte; choose another output path")
-    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
         raise InputError(f"cannot write {path}: its name has more than {_LONGEST_NAME} bytes; choose a shorter one")
 
 

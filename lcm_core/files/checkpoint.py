@@ -16,7 +16,16 @@ from lcm_core.errors import InputError
 from lcm_core.files import architecture, ldm_convert
 from lcm_core.files import safetensors as weights
 from lcm_core.files.architecture import Family
-from lcm_core.files.safetensors import PathLike, check_finite, read_safetensors, write_json, write_safetensors
+from lcm_core.files.reading import parse_json
+from lcm_core.files.recommended import FOLDER_KEY
+from lcm_core.files.safetensors import (
+    PathLike,
+    check_checksum,
+    check_finite,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 __all__ = [
     "COMPONENTS",
@@ -31,7 +40,6 @@ __all__ = [
     "read_component",
     "read_info",
     "read_safetensors",
-    "read_tokenizer_files",
     "save_component",
     "save_diffusers",
     "save_single_file",
@@ -46,6 +54,7 @@ TOKENIZER_KEY = "lcm_suite.tokenizer"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Spread of a norm's bias above which an SD 2.x U-Net was trained for v-prediction; ComfyUI's rule of thumb.
 _V_PREDICTION_SPREAD = 0.09
+_checked: set[tuple[str, int, int]] = set()
 _MODELSPEC = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -60,6 +69,8 @@ class ModelInfo:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
+    trained_betas: tuple[float, ...] | None = None
+    """The variances themselves, in place of the named schedule."""
 
 
 @dataclass
@@ -123,11 +134,11 @@ def read_info(path: PathLike, prediction_type: str | None = None) -> ModelInfo:
         family = _named(root, detect_architecture, state)
         if unknown := ldm_convert.unknown_keys(state):
             warnings.warn(f"{root}: {len(unknown)} weights are not used (first: '{unknown[0]}')", stacklevel=2)
-        stated = _stated(metadata, root).get("scheduler", {})
+        file, stated = root, _stated(metadata, root, "scheduler")
         if not stated:
             prediction, zero_snr = detect_prediction(state, metadata)
             stated = {"prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
-    info = _info(family, stated)
+    info = _info(family, stated, file)
     return replace(info, prediction_type=prediction_type) if prediction_type else info
 
 
@@ -157,17 +168,13 @@ def read_component(path: PathLike, name: str) -> Component:
         config = weights.read_json(folder / "config.json")
         return Component(_modern(name, weights.read_folder(folder)), config, str(folder))
     state, metadata = read_safetensors(root)
+    _check_once(root, state, metadata)
     components = _named(root, _split, state)
     if name not in components:
         held = ", ".join(components) or f"no known network; first weight '{next(iter(state), 'nothing')}'"
         raise InputError(f"{root} has no {name} (it has: {held}); give a model that has one")
     config = _named(root, _infer_config, components, name, ldm_convert.is_openclip(state, name))
-    return Component(components[name], {**config, **_stated(metadata, root).get(name, {})}, str(root))
-
-
-def read_tokenizer_files(path: PathLike) -> dict[str, str]:
-    """The tokenizer's files that one of our own single files carries in its metadata, name to text; else empty."""
-    return json.loads(weights.read_metadata(path).get(TOKENIZER_KEY, "{}"))
+    return Component(components[name], {**config, **_stated(metadata, root, name)}, str(root))
 
 
 def save_single_file(
@@ -207,12 +214,18 @@ def save_component(folder: PathLike, component: Component, metadata: Mapping[str
     write_json(target / "config.json", component.config)
 
 
-def save_diffusers(folder: PathLike, components: Mapping[str, Component], info: ModelInfo) -> None:
-    """Write networks as a diffusers folder with scheduler and `model_index.json`; the caller copies tokenizers."""
+def save_diffusers(
+    folder: PathLike, components: Mapping[str, Component], info: ModelInfo, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write networks as a diffusers folder with scheduler and `model_index.json`; the caller copies tokenizers.
+
+    `metadata` is what a single file would have; it goes into the scheduler's configuration.
+    """
     target = Path(folder)
     for name, component in components.items():
         save_component(target / name, component)
-    write_json(target / "scheduler" / "scheduler_config.json", scheduler_config(info))
+    own = {FOLDER_KEY: dict(metadata)} if metadata else {}
+    write_json(target / "scheduler" / "scheduler_config.json", scheduler_config(info) | own)
     write_json(target / "model_index.json", _model_index(components, info))
 
 
@@ -224,6 +237,7 @@ def scheduler_config(info: ModelInfo) -> dict[str, Any]:
         "beta_start": info.beta_start,
         "beta_end": info.beta_end,
         "beta_schedule": info.beta_schedule,
+        "trained_betas": None if info.trained_betas is None else list(info.trained_betas),
         "prediction_type": info.prediction_type,
         "rescale_betas_zero_snr": info.zero_terminal_snr,
         "timestep_spacing": "trailing" if info.zero_terminal_snr else "leading",
@@ -284,12 +298,22 @@ def _component_folder(root: Path, name: str) -> Path:
     raise InputError(f"{root} has no {name} folder (it has: {held}); give a diffusers folder or a single file")
 
 
-def _stated(metadata: Mapping[str, str], root: Path) -> dict[str, Any]:
-    """The configurations that one of our own files states, by network."""
-    try:
-        return json.loads(metadata.get(CONFIG_KEY, "{}"))
-    except ValueError as error:
-        raise InputError(f"{root}: its metadata '{CONFIG_KEY}' is no JSON ({error}); export it again") from error
+def _stated(metadata: Mapping[str, str], root: Path, name: str) -> dict[str, Any]:
+    """The configuration that one of our own files states for a network, or for the scheduler."""
+    where = f"the metadata '{CONFIG_KEY}' of {root}"
+    stated = parse_json(metadata.get(CONFIG_KEY, "{}"), where, "export it again").get(name, {})
+    if not isinstance(stated, dict):
+        raise InputError(f"{where} holds no JSON object for {name}; export it again")
+    return stated
+
+
+def _check_once(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Check a file's checksum the first time that this process takes weights of it."""
+    known = file.stat()
+    key = (str(file.absolute()), known.st_size, known.st_mtime_ns)
+    if key not in _checked:
+        check_checksum(file, state, metadata)
+        _checked.add(key)
 
 
 def _family_of_config(unet: Mapping[str, Any]) -> Family:
@@ -298,10 +322,14 @@ def _family_of_config(unet: Mapping[str, Any]) -> Family:
     return "sd2" if unet.get("use_linear_projection") else "sd1"
 
 
-def _info(family: Family, scheduler: Mapping[str, Any]) -> ModelInfo:
+def _info(family: Family, scheduler: Mapping[str, Any], source: Path) -> ModelInfo:
     names = {"zero_terminal_snr": "rescale_betas_zero_snr"}
     fields = (f for f in ModelInfo.__dataclass_fields__ if f != "family")
-    stated = {f: scheduler[names.get(f, f)] for f in fields if names.get(f, f) in scheduler}
+    stated = {f: scheduler[names.get(f, f)] for f in fields if scheduler.get(names.get(f, f)) is not None}
+    architecture.check_scheduler(stated, source)
+    if "trained_betas" in stated:
+        stated["trained_betas"] = tuple(map(float, stated["trained_betas"]))
+        stated["num_train_timesteps"] = len(stated["trained_betas"])
     return ModelInfo(family, **stated)
 
 

@@ -91,6 +91,20 @@ def parse_json(text: str | bytes, name: str, remedy: str = "get it again") -> di
     return content
 
 
+def check_text(what: str, text: str) -> None:
+    """Refuse a text that no file can hold: with a null byte, or with half a character (a lone surrogate).
+
+    Raises:
+        InputError: names `what` it is.
+    """
+    if "\0" in text:
+        raise InputError(f"the {what} {text[:60]!r} holds a null byte; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the {what} {text[:60]!r} is no valid text ({error.reason}); write it as UTF-8") from None
+
+
 def is_plain_name(name: object) -> bool:
     """Whether a name from a file is that of a file in the same folder, on every system: no way out of the folder."""
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w .()+=@,-]*", name) is not None and name[-1] not in ". "

@@ -79,7 +79,8 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     layout = [(key, str(tensors[key].dtype), list(tensors[key].shape)) for key in sorted(tensors)]
     code = zlib.crc32(json.dumps([layout, sorted(own.items())]).encode())
     for key, *_ in layout:
-        code = zlib.crc32(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), code)
+        data = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        code = zlib.crc32(memoryview(data.numpy()), code)
     return f"{code:08x}"
 
 
@@ -103,14 +104,28 @@ def check_finite(tensors: Mapping[str, Tensor], source: PathLike) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The weights of one network's folder: diffusers' or transformers' name, half precision variant, or in shards."""
+    """The weights of one network's folder: diffusers' or transformers' name, half precision variant, or in shards.
+
+    Raises:
+        InputError: as `read_safetensors`; there are none; or they are not what was written.
+    """
+    return {key: value for file in _weights_files(folder) for key, value in _read_checked(file).items()}
+
+
+def _read_checked(file: Path) -> dict[str, Tensor]:
+    tensors, metadata = read_safetensors(file)
+    check_checksum(file, tensors, metadata)
+    return tensors
+
+
+def _weights_files(folder: Path) -> list[Path]:
     for stem in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):
         for name in (stem, stem.replace(".safetensors", ".fp16.safetensors")):
             if (folder / name).is_file():
-                return read_safetensors(folder / name)[0]
+                return [folder / name]
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return {k: v for shard in _shards(index) for k, v in read_safetensors(folder / shard)[0].items()}
+            return [folder / shard for shard in _shards(index)]
     for pickle in sorted(p for p in folder.iterdir() if p.suffix in _PICKLES):
         check_file(pickle)
     raise InputError(f"{folder} holds no weights ({DIFFUSERS_WEIGHTS} or {TRANSFORMERS_WEIGHTS}); give a model folder")

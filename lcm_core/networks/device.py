@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lcm_core.errors import InputError
+from lcm_core.files.architecture import check_config
 from lcm_core.files.checkpoint import Component, check_finite
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -22,7 +24,7 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def choose_device(device: Device | None = None) -> torch.device:
-    """The given device, or the fastest one here: CUDA (or ROCm), Apple's, else the CPU.
+    """The given device, or the fastest one here: CUDA (or ROCm), Intel's XPU, Apple's, else the CPU.
 
     Raises:
         InputError: the device is not known or not here.
@@ -32,15 +34,18 @@ def choose_device(device: Device | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}' is not available here; use 'cpu' or '{_fastest_device()}'") from error
+        if chosen.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except Exception as error:  # of each back end its own
+        here = " or ".join(f"'{name}'" for name in dict.fromkeys(("cpu", _fastest_device())))
+        raise InputError(f"device '{device}' is not available here; use {here}") from error
     return chosen
 
 
 def choose_dtype(device: Device, dtype: str | torch.dtype | None = None, parameters: int = LARGE_ON_CPU) -> torch.dtype:
     """The given number format, or the fastest one that is safe.
 
-    That is bfloat16 where the hardware has it, else float16 on CUDA, else float32.
+    That is bfloat16 where the hardware has it (all of Intel's GPUs do), else float16 on CUDA, else float32.
 
     Args:
         device: where the network will run.
@@ -58,7 +63,9 @@ def choose_dtype(device: Device, dtype: str | torch.dtype | None = None, paramet
         return _DTYPES[name]
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if _cuda_has_bfloat16() else torch.float16
+    if kind == "xpu":
+        return torch.bfloat16
     is_large = parameters >= LARGE_ON_CPU
     return torch.bfloat16 if kind == "cpu" and is_large and _cpu_has_bfloat16() else torch.float32
 
@@ -80,12 +87,13 @@ def assemble(
     """Build a network without initialising it and give it a component's weights; frozen, and in evaluation mode.
 
     Raises:
-        InputError: a weight is missing, left over, of another shape, or not finite.
+        InputError: a weight is missing, left over, of another shape or type, or not finite; or the configuration makes
+            no network.
     """
     check_finite(component.tensors, component.source)
-    with torch.device("meta"):
-        network = build()
+    network = build_network(build, component)
     expected, given = network.state_dict(), component.tensors
+    check_types(component, expected)
     for what, keys in (("lacks", expected.keys() - given.keys()), ("has too many", given.keys() - expected.keys())):
         if keys:
             raise InputError(
@@ -103,10 +111,58 @@ def assemble(
     return network.to(memory_format=memory_format).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 
+def build_network(build: Callable[[], Network], component: Component) -> Network:
+    """Build a network from a component's configuration, without memory for its weights.
+
+    Raises:
+        InputError: the configuration makes no network; the libraries' reasons are many, and of many types.
+    """
+    check_config(component.config, component.source)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return build()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"the configuration of {component.source} makes no network ({reason}); get the model again"
+        ) from error
+
+
+def check_types(component: Component, expected: Mapping[str, Tensor]) -> None:
+    """Refuse whole numbers and truth values where a network has weights: they would be taken for the weights.
+
+    Raises:
+        InputError: names the first.
+    """
+    for key, tensor in component.tensors.items():
+        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{component.source}: weight '{key}' is stored as {kind}; a quantised model cannot be used, "
+                "get one in float32, float16, bfloat16 or float8"
+            )
+
+
 def _fastest_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
+    if _has_xpu():
+        return "xpu"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _has_xpu() -> bool:
+    """Whether there is a GPU of Intel's; torch 2.1 does not know them."""
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def _cuda_has_bfloat16() -> bool:
+    """Whether the hardware has it: NVIDIA's does since Ampere, and before that torch emulates it, slowly."""
+    try:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    except TypeError:  # torch 2.1 neither emulates nor knows the word
+        return torch.cuda.is_bf16_supported()
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.safetensors import PathLike
-from lcm_core.networks.device import Device, assemble, choose_device, choose_dtype
-from lcm_core.networks.tokenizer import Tokenizer, find_tokenizer
+from lcm_core.networks.device import Device, assemble, build_network, choose_device, choose_dtype
+from lcm_core.networks.tokenizer import Tokenizer, build_tokenizer, find_tokenizer_files
 
 Size = tuple[int, int]
 CACHED_PROMPTS = 64
@@ -116,7 +116,7 @@ def load_text(
         path: a diffusers folder or a single file.
         device: None chooses for this machine.
         dtype: None chooses float32 on a CPU, where prompts cost little, else what `choose_dtype` says.
-        tokenizer: see `tokens.find_tokenizer`.
+        tokenizer: see `tokens.find_tokenizer_files`.
         clip_skip: see `TextEncoder`.
 
     Raises:
@@ -125,13 +125,15 @@ def load_text(
     place = choose_device(device)
     number = torch.float32 if dtype is None and place.type == "cpu" else choose_dtype(place, dtype)
     names = [name for name in list_components(path) if name.startswith("text_encoder")] or ["text_encoder"]
+    # the words first: a single file often lacks them, which is found before seconds of loading
+    words = [find_tokenizer_files(path, tokenizer, name.replace("text_encoder", "tokenizer")) for name in names]
     encoders = []
-    for name in names:
+    for name, found in zip(names, words, strict=True):
         component = read_component(path, name)
-        words = find_tokenizer(path, tokenizer, name.replace("text_encoder", "tokenizer"))
-        length = component.config.get("max_position_embeddings", 77)
-        row = Tokenizer(words, length, _OPENCLIP_PAD if _pads_with_zero(path, component) else None)
-        encoders.append(Encoder(_load_encoder(component, place, number), row))
+        model = _load_encoder(component, place, number)
+        pad = _OPENCLIP_PAD if _pads_with_zero(path, component) else None
+        row = Tokenizer(build_tokenizer(*found), model.config.max_position_embeddings, pad)
+        encoders.append(Encoder(model, row))
     if not 0 <= clip_skip < encoders[0].model.config.num_hidden_layers:
         raise InputError(f"clip_skip {clip_skip} is out of range; use 0 for the layers that the model was trained with")
     return TextEncoder(encoders, clip_skip)
@@ -147,11 +149,12 @@ def _load_encoder(component: Component, device: torch.device, dtype: torch.dtype
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
-    kind = (component.config.get("architectures") or ["CLIPTextModel"])[0]
-    if kind not in kinds:
+    architectures = component.config.get("architectures") or ["CLIPTextModel"]
+    kind = architectures[0] if isinstance(architectures, list) else architectures
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{component.source} holds a {kind}; give a model with a CLIP text encoder")
-    with torch.device("meta"):
-        model: Any = kinds[kind](CLIPTextConfig.from_dict(component.config))
+    build: Any = kinds[kind]
+    model: Any = build_network(lambda: build(CLIPTextConfig.from_dict(component.config)), component)
     names = model.state_dict().keys()
     tensors = {_transformers_name(key, names): value for key, value in component.tensors.items()}
     # left out: the last layer of SD 2.x, the logit scale, buffers that older versions stored
@@ -167,7 +170,13 @@ def _transformers_name(key: str, names: Collection[str]) -> str:
 
 
 def _run(encoder: Encoder, prompt: str) -> Any:
-    ids = torch.tensor([encoder.tokenizer(prompt)], device=encoder.model.device)  # (1, 77)
+    numbers = encoder.tokenizer(prompt)
+    if max(numbers) >= encoder.model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer knows word {max(numbers)}, the text encoder only {encoder.model.config.vocab_size} words; "
+            "give the tokenizer that belongs to the model"
+        )
+    ids = torch.tensor([numbers], device=encoder.model.device)  # (1, 77)
     return encoder.model(input_ids=ids, output_hidden_states=True)
 
 

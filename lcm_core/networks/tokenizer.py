@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -11,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
-from lcm_core.files.checkpoint import read_tokenizer_files
-from lcm_core.files.safetensors import PathLike, check_file
+from lcm_core.files.checkpoint import TOKENIZER_KEY
+from lcm_core.files.reading import check_text, open_file, parse_json, read_text
+from lcm_core.files.safetensors import PathLike, check_file, read_metadata
 
-CLIP_WORDS = Path(__file__).parent / "models" / "clip_tokenizer" / "merges.txt.gz"
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""All files that a CLIP tokenizer consists of; no other name is read or written, whatever a model's file says."""
+CLIP_WORDS = Path(__file__).parents[1] / "models" / "clip_tokenizer" / "merges.txt.gz"
 """CLIP's byte-pair merges, which come with this package."""
 _CLIP_VOCABULARY = 49408
+_BPE_LIMIT = 16 * 2**20  # bytes, unpacked; CLIP's list has 3 MB
 _CLIP_MERGES = 49152 - 256 - 2  # what CLIP uses of the longer list
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -33,9 +45,16 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, length: int = 77, pad: int | None = None) -> None:
         self.tokenizer, self.length = tokenizer, length
         self.pad: int = tokenizer.pad_token_id if pad is None else pad
+        if None in (self.pad, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            raise InputError("the tokenizer has no token for start, end or padding; get its files again")
 
     def __call__(self, prompt: str) -> list[int]:
-        """Token numbers of one prompt. What does not fit is left out, with a warning that names it."""
+        """Token numbers of one prompt. What does not fit is left out, with a warning that names it.
+
+        Raises:
+            InputError: it holds a null byte or half a character.
+        """
+        check_text("prompt", prompt)
         words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.length - 2
         if len(words) > room:
@@ -48,6 +67,20 @@ class Tokenizer:
 def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str = "tokenizer") -> Any:
     """The transformers CLIPTokenizer of a model, without a network.
 
+    Args:
+        model, tokenizer, name: see `find_tokenizer_files`.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    return build_tokenizer(*find_tokenizer_files(model, tokenizer, name))
+
+
+def find_tokenizer_files(
+    model: PathLike, tokenizer: PathLike | None = None, name: str = "tokenizer"
+) -> tuple[dict[str, str], Path]:
+    """The files of a model's tokenizer, name to text, and where they were found.
+
     From the first of these that exists: the folder given; the model's own folder, or a single file's metadata; a folder
     beside a single file; for a single file with CLIP's number of words, CLIP's own list.
 
@@ -58,19 +91,19 @@ def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str
         name: "tokenizer" or "tokenizer_2".
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is none, or a file cannot be read.
     """
     root = Path(model)
     if tokenizer is not None:
-        return _load(Path(tokenizer), name)
+        return _read_given(Path(tokenizer), name)
     if root.is_file() and (files := read_tokenizer_files(root)):
-        return _from_files(files)
+        return files, root
     near = [root, root.parent] if root.is_dir() else [root.with_suffix(""), root.parent]
     for folder in (place / kind for kind in (name, "tokenizer") for place in near):
-        if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
-            return _load(folder, name)
+        if _has_words(folder):
+            return read_tokenizer_folder(folder), folder
     if root.is_file() and _has_clip_words(root):
-        return _from_files(_clip_files(CLIP_WORDS))
+        return _clip_files(CLIP_WORDS), CLIP_WORDS
     raise InputError(
         f"{root} has no tokenizer; put its tokenizer folder (vocab.json, merges.txt) beside it, or name one"
     )
@@ -79,41 +112,93 @@ def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str
 def _has_clip_words(file: Path) -> bool:
     """Whether the text encoders in a single file have as many words as CLIP, and none has words of its own."""
     header = check_file(file)
-    rows = {header[key]["shape"][0] for key in header if key.endswith("token_embedding.weight")}
-    return rows == {_CLIP_VOCABULARY}
+    shapes = [value.get("shape") for key, value in header.items() if key.endswith("token_embedding.weight")]
+    return bool(shapes) and all(isinstance(shape, list) and shape[:1] == [_CLIP_VOCABULARY] for shape in shapes)
 
 
-def _load(path: Path, name: str) -> Any:
-    if path.name.endswith(".txt.gz"):
-        return _from_files(_clip_files(path))
-    folder = path / name if (path / name).is_dir() else path
-    folder = path / "tokenizer" if not (folder / "vocab.json").is_file() and (path / "tokenizer").is_dir() else folder
-    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{path} has no vocab.json; give a folder with CLIP's vocab.json and merges.txt")
-    return _from_folder(folder)
+def read_tokenizer_files(path: PathLike) -> dict[str, str]:
+    """The tokenizer's files that one of our own single files carries in its metadata, name to text; else empty.
+
+    Only those of `TOKENIZER_FILES`: the names come from outside, and files of these names are written by `export`.
+
+    Raises:
+        InputError: the metadata are broken.
+    """
+    where = f"the metadata '{TOKENIZER_KEY}' of {os.fspath(path)}"
+    files = parse_json(read_metadata(path).get(TOKENIZER_KEY, "{}"), where, "export it again")
+    for name, text in files.items():
+        if name not in TOKENIZER_FILES:
+            warnings.warn(f"{where} holds a file {name!r}, which is not used", stacklevel=2)
+        elif not isinstance(text, str):
+            raise InputError(f"{where} holds no text for {name}; export it again")
+    return {name: text for name, text in files.items() if name in TOKENIZER_FILES}
 
 
-def _from_folder(folder: Path) -> Any:
+def read_tokenizer_folder(folder: Path) -> dict[str, str]:
+    """The tokenizer's files in a folder, name to text."""
+    return {name: read_text(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def build_tokenizer(files: Mapping[str, str], source: Path) -> Any:
+    """A transformers CLIPTokenizer of files, name to text.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    ready = _checked(files, source)
+    if source.is_dir() and ready == files:
+        return _from_folder(source, source)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in ready.items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            return _from_folder(Path(folder), source)
+    except OSError as error:
+        raise InputError(f"cannot write a temporary file: {error.strerror}; free some space") from error
+
+
+def _checked(files: Mapping[str, str], source: Path) -> dict[str, str]:
+    """The files, where they are what they should be, without what leads elsewhere."""
+    ready = dict(files)
+    for name in ready.keys() & {"vocab.json", "tokenizer_config.json", "tokenizer.json"}:
+        content = parse_json(files[name], f"{name} of {source}")
+        if name == "vocab.json" and not all(type(number) is int and 0 <= number < 2**31 for number in content.values()):
+            raise InputError(f"{source} holds no usable CLIP tokenizer (a word without number); get its files again")
+        if name == "tokenizer_config.json":  # it may name files of its own, anywhere on the disk
+            own = {key: value for key, value in content.items() if not key.endswith("_file") and key != "auto_map"}
+            ready[name] = files[name] if own == content else json.dumps(own)
+    return ready
+
+
+def _from_folder(folder: Path, source: Path) -> Any:
     from transformers import CLIPTokenizer
 
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more precise
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder} holds no usable CLIP tokenizer ({reason}); get its files again") from error
+        reason = " ".join(str(error).replace(str(folder), str(source)).split())
+        raise InputError(f"{source} holds no usable CLIP tokenizer ({reason}); get its files again") from error
 
 
-def _from_files(files: Mapping[str, str]) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return _from_folder(Path(folder))
+def _read_given(path: Path, name: str) -> tuple[dict[str, str], Path]:
+    if path.name.endswith(".txt.gz"):
+        return _clip_files(path), path
+    folder = path / name if (path / name).is_dir() else path
+    folder = path / "tokenizer" if not (folder / "vocab.json").is_file() and (path / "tokenizer").is_dir() else folder
+    if not _has_words(folder):
+        raise InputError(f"{path} has no vocab.json; give a folder with CLIP's vocab.json and merges.txt")
+    return read_tokenizer_folder(folder), folder
+
+
+def _has_words(folder: Path) -> bool:
+    return (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists()
 
 
 def _clip_files(bpe: Path) -> dict[str, str]:
     """CLIP's vocabulary from its merges: 256 bytes, the same ending a word, one token per merge, start and end."""
     try:
-        lines = gzip.decompress(bpe.read_bytes()).decode("utf-8").split("\n")
+        with open_file(bpe) as stream, gzip.open(stream) as unpacked:
+            lines = unpacked.read(_BPE_LIMIT).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{bpe} is not CLIP's word list ({error}); get it again") from error
     merges = lines[1 : _CLIP_MERGES + 1]

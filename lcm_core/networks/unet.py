@@ -98,6 +98,11 @@ def load_unet(
     kind = component.config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise InputError(f"{component.source} holds a {kind}, not a U-Net; give a model of Stable Diffusion's kind")
+    if (first := component.tensors.get("conv_in.weight")) is not None and first.ndim == 4 and first.shape[1] == 9:
+        raise InputError(
+            f"{component.source} is an inpainting U-Net, which takes the mask and the picture in 5 channels more; "
+            "give the text-to-image model that it was made from: a mask works with any"
+        )
     place = choose_device(device)
     model = assemble(
         lambda: UNet2DConditionModel.from_config(component.config),

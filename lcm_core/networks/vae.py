@@ -119,7 +119,7 @@ def load_vae(
     component = source if isinstance(source, Component) else _read_vae(Path(source))
     kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     kind = component.config.get("_class_name", "AutoencoderKL")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{component.source} holds a {kind}; give an AutoencoderKL or an AutoencoderTiny")
     place = choose_device(device)
     weights = sum(tensor.numel() for tensor in component.tensors.values())

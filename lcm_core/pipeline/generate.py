@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
 from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.interpolation import interpolate, travel_noise_sampler
 from lcm_core.diffusion.samplers import (
@@ -25,7 +26,6 @@ from lcm_core.diffusion.samplers import (
     sample_tcd,
     seeded_noise_sampler,
 )
-from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import Model
 from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings, check_size

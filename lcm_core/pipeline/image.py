@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
+from lcm_core.files.reading import open_file, parse_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +35,10 @@ _PARAMETERS = {
     "Model": "model",
 }
 _SAMPLER_NAMES = {"lcm": "LCM", "tcd": "TCD", "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "dpm_2m": "DPM 2M"}
+_PNG_LIMIT = 2**20 - 2**10  # bytes; Pillow refuses to read a longer text
+_EXIF_LIMIT = 2**16 - 2**10  # bytes; a JPEG's segment has 64 KB, and other tags need some
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
+"""Kinds of pictures that are opened. Pillow would run another program for some others."""
 _EXIF_DESCRIPTION = 0x010E  # JPEG and WebP have no text chunks; the image description carries the same JSON
 
 
@@ -79,12 +84,14 @@ def open_image(source: str | os.PathLike[str] | Image) -> Image:
 
     if isinstance(source, Image.Image):
         return source
+    Image.init()
     try:
-        with Image.open(source) as image:
+        with open_file(source) as stream:
+            image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise InputError(f"picture {source} does not exist; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise whatever comes out of a broken file
         raise InputError(f"cannot read {source} as a picture ({error}); give a PNG, JPEG or WebP file") from error
 
 
@@ -134,7 +141,7 @@ def encode_image(image: Image, suffix: str, settings: Settings | None = None) ->
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    text = json.dumps(settings, sort_keys=True) if settings is not None else None
+    text = None if settings is None else _settings_text(settings)
     buffer = io.BytesIO()
     if suffix.lower() == ".png":
         info = PngInfo()
@@ -152,6 +159,22 @@ def encode_image(image: Image, suffix: str, settings: Settings | None = None) ->
     return buffer.getvalue()
 
 
+def check_storable(path: str | os.PathLike[str], settings: Settings) -> None:
+    """Refuse, before a picture is painted, settings that its file could not hold.
+
+    Raises:
+        InputError: names the limit, and the remedy.
+    """
+    suffix = Path(path).suffix.lower()
+    limit = _PNG_LIMIT if suffix == ".png" else _EXIF_LIMIT
+    if len(_settings_text(settings)) > limit:
+        remedy = "" if suffix == ".png" else ", or write a .png"
+        raise InputError(
+            f"the prompt is too long to be stored in {os.fspath(path)}, which holds {limit:,} bytes of settings; "
+            f"shorten it (a network reads 75 tokens){remedy}"
+        )
+
+
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings inside a picture.
 
@@ -159,14 +182,27 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: no picture, or one that this suite did not write.
     """
     image = open_image(path)
-    text = image.info.get(SETTINGS_KEY) or image.getexif().get(_EXIF_DESCRIPTION)
     try:
-        settings = json.loads(text or "")
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no settings of this suite; give a picture that `generate` wrote")
-    return settings
+        text = image.info.get(SETTINGS_KEY) or image.getexif().get(_EXIF_DESCRIPTION)
+    except Exception:  # tags that are broken, in as many ways
+        text = None
+    remedy = "give a picture that `generate` wrote"
+    if not isinstance(text, str):
+        raise InputError(f"{path} holds no settings of this suite; {remedy}")
+    return parse_json(text, f"{path} holds no settings of this suite: its text", remedy)
+
+
+def _settings_text(settings: Settings) -> str:
+    """Half characters, which paths may hold on Linux, are no text for a file."""
+    return json.dumps(_whole(settings), sort_keys=True)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {key: _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def parameters_text(settings: Settings) -> str:
@@ -182,7 +218,7 @@ def parameters_text(settings: Settings) -> str:
     if settings.get("strength") is not None and settings.get("image"):
         fields["Denoising strength"] = settings["strength"]
     lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in fields.items()))
-    return "\n".join(lines)
+    return _whole("\n".join(lines))
 
 
 def _quoted(value: object) -> str:

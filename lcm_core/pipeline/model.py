@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,26 @@ import torch
 
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.process import VariancePreserving
-from lcm_core.diffusion.schedule import get_alphas_cumprod
+from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_terminal_snr
 from lcm_core.errors import InputError
-from lcm_core.files.checkpoint import ModelInfo, read_info, read_tokenizer_files
+from lcm_core.files.architecture import SAMPLE_SIZES, check_scheduler
+from lcm_core.files.checkpoint import ModelInfo, list_components, read_info
 from lcm_core.files.lora import merge, read_lora
 from lcm_core.files.lora_keys import Part
-from lcm_core.files.recommended import FOLDER_KEY, Stated, read_stated
+from lcm_core.files.recommended import (
+    FOLDER_KEY,
+    GUIDANCE_KEY,
+    SAMPLING_KEY,
+    Stated,
+    check_sampling,
+    read_sampling,
+    read_stated,
+)
 from lcm_core.files.safetensors import read_json, read_metadata
 from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
 from lcm_core.networks.device import choose_device
 from lcm_core.networks.text_encoder import TextEncoder, load_text
+from lcm_core.networks.tokenizer import read_tokenizer_files, read_tokenizer_folder
 from lcm_core.networks.unet import UNet, load_unet
 from lcm_core.networks.vae import VAE, load_vae
 
@@ -89,9 +100,7 @@ class Model:
 
     def follow(self, stated: Stated) -> None:
         """Take over what a file states of how to sample."""
-        self.sampler = stated.sampler
-        self.steps = self.steps if stated.steps is None else stated.steps
-        for name, value in stated.options.items():
+        for name, value in stated.sampling.items():
             setattr(self, name, value)
 
     def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
@@ -140,9 +149,12 @@ def load_model(
     source = find_source(name, unet)
     place = choose_device(device)
     files = [(find_lora(path, source.root), strength) for path, strength in lora]
-    network = UNet(load_unet(source.unet, place, dtype, memory_format))
-    loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
+    if vae is None and source.vae.is_file() and "vae" not in list_components(source.vae):
+        raise InputError(f"{source.vae} has no VAE; give one with --vae PATH (vae=), e.g. that of the model it is from")
+    # what is often missing comes first, before seconds of loading
     text = load_text(source.text, place, None if place.type == "cpu" else dtype, tokenizer)
+    loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
+    network = UNet(load_unet(source.unet, place, dtype, memory_format))
     _check_channels(source.root, network, loaded_vae)
     merge_loras(network, text, files)
     if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
@@ -155,12 +167,14 @@ def load_model(
         vae=loaded_vae,
         text=text,
         diffusion=diffusion_of(source.info),
-        resolution=network.model.config.sample_size * loaded_vae.scale,
+        resolution=_own_size(network, source.info) * loaded_vae.scale,
         origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
     )
     if lora:
         model.origin["lora"] = [[os.fspath(path), float(strength)] for path, strength in lora]
-    _set_defaults(model, source, [path for path, _ in files])
+    defaults = _sampling(source, network.guidance_embedding_dim is not None, [path for path, _ in files])
+    for key, value in defaults.items():
+        setattr(model, key, value)
     return model
 
 
@@ -184,8 +198,9 @@ class Source:
             files = read_tokenizer_files(self.root)
             return {"tokenizer": files} if files else {}
         return {
-            folder.name: {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())}
-            for folder in sorted(self.root.glob("tokenizer*"))
+            name: read_tokenizer_folder(self.root / name)
+            for name in ("tokenizer", "tokenizer_2")
+            if (self.root / name).is_dir()
         }
 
 
@@ -205,8 +220,14 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
         raise InputError(f"unknown unet {unet!r}; choose {' or '.join(SHIPPED_UNETS)}")
     card = read_json(root / CARD)
     folder = root / f"unet_{chosen}"
-    stated = {_CARD_NAMES.get(key, key): value for key, value in card["schedule"].items()}
-    info = replace(read_info(folder), prediction_type=card["prediction_type"], **stated)
+    schedule = card.get("schedule")
+    if not isinstance(schedule, dict) or "prediction_type" not in card:
+        raise InputError(f"{root / CARD} has no schedule or prediction_type; get the model again")
+    stated: dict[str, Any] = {_CARD_NAMES.get(key, key): value for key, value in schedule.items()}
+    stated["prediction_type"] = card["prediction_type"]
+    check_scheduler(stated, root / CARD)
+    names = {field.name for field in fields(ModelInfo)}
+    info = replace(read_info(folder), **{name: value for name, value in stated.items() if name in names})
     return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, card)
 
 
@@ -259,6 +280,12 @@ def _load_vae(
     return vae
 
 
+def _own_size(unet: UNet, info: ModelInfo) -> int:
+    """Latent pixels along each side that a U-Net was trained at; a configuration may give two sides, or none."""
+    size = unet.model.config.sample_size or SAMPLE_SIZES[info.family]
+    return size if isinstance(size, int) else max(size)
+
+
 def _check_channels(root: Path, unet: UNet, vae: VAE) -> None:
     if unet.in_channels != vae.latent_channels:
         raise InputError(
@@ -282,35 +309,76 @@ def find_lora(path: PathLike, root: Path) -> Path:
 
 def diffusion_of(info: ModelInfo) -> Diffusion:
     """The noise process that a model was trained with, and what it predicts."""
+    if info.trained_betas is not None:
+        abar = torch.cumprod(1 - torch.tensor(info.trained_betas, dtype=torch.float64), dim=0)
+        abar = rescale_zero_terminal_snr(abar) if info.zero_terminal_snr else abar
+        return Diffusion(VariancePreserving(abar), info.prediction_type)
     name = _SCHEDULES.get(info.beta_schedule, info.beta_schedule)
     steps, start, end = info.num_train_timesteps, info.beta_start, info.beta_end
     process = VariancePreserving(get_alphas_cumprod(name, steps, start, end, info.zero_terminal_snr))
     return Diffusion(process, info.prediction_type)
 
 
-def _set_defaults(model: Model, source: Source, loras: Sequence[Path]) -> None:
-    """What the model's own files, and those of its LoRAs, say about how to use it."""
-    for name in ("resolution", "original_steps", "teacher_steps", "teacher_guidance_scale"):
-        if name in source.card:
-            setattr(model, name, source.card[name])
-    if model.guidance_embedding_dim is not None:
-        model.guidance_scale = model.teacher_guidance_scale = source.card.get("guidance_scale", _PAPER_GUIDANCE)
-    elif not loras:
-        model.is_distilled = _read_scheduler(source.root) is not None
-        if source.chosen == "teacher":
-            model.sampler = "dpmpp_2m"
+def stated_metadata(source: Source, guidance_embedding: bool, loras: Sequence[Path] = ()) -> dict[str, str]:
+    """What to write into a copy of a model, with `loras` merged, so that it is sampled like the model itself.
+
+    Args:
+        source: the model.
+        guidance_embedding: whether its U-Net is a full LCM.
+        loras: files.
+    """
+    sampling = _sampling(source, guidance_embedding, loras)
+    metadata = {SAMPLING_KEY: json.dumps(sampling)}
+    if guidance_embedding:
+        metadata[GUIDANCE_KEY] = str(sampling["guidance_scale"])
     for path in (source.root, *loras):
-        stated = read_stated(read_metadata(path), str(path)) if path.is_file() else _read_scheduler(path)
-        if stated is not None:
-            model.follow(stated)
+        stated = _read_stated(path)
+        metadata |= {} if stated is None else stated.metadata()
+    return metadata
 
 
-def _read_scheduler(root: Path) -> Stated | None:
-    """What a diffusers folder states; None where it names no few-step scheduler."""
+def _sampling(source: Source, guidance_embedding: bool, loras: Sequence[Path]) -> dict[str, Any]:
+    """What the model's own files, and those of its LoRAs, say about how to use it, by the names of `SAMPLING`."""
+    card = check_sampling(source.card, f"{source.root / CARD}")
+    guidance = card.pop("guidance_scale", _PAPER_GUIDANCE)
+    values = card
+    if guidance_embedding:
+        values["guidance_scale"] = values["teacher_guidance_scale"] = guidance
+    elif not loras:
+        values["is_distilled"] = _read_stated(source.root) is not None
+        if source.chosen == "teacher":
+            values["sampler"] = "dpmpp_2m"
+    own = read_sampling(_read_own(source.root), str(source.root))
+    if loras:  # they decide how the model is sampled, and whether in few steps
+        own = {name: value for name, value in own.items() if name not in ("sampler", "is_distilled")}
+    values |= own
+    for path in (source.root, *loras):
+        if (stated := _read_stated(path)) is not None:
+            values |= stated.sampling
+    return values
+
+
+def _read_own(path: Path) -> dict[str, str]:
+    """The metadata of this suite in a file, or in a diffusers folder's scheduler configuration."""
+    if path.is_file():
+        return read_metadata(path)
+    own = _read_scheduler(path).get(FOLDER_KEY, {})
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: {FOLDER_KEY} of its scheduler holds no JSON object; get the model again")
+    return {key: str(value) for key, value in own.items()}
+
+
+def _read_stated(path: Path) -> Stated | None:
+    """What a file or a diffusers folder states; None where it names no few-step sampler."""
+    if path.is_file():
+        return read_stated(read_metadata(path), str(path))
+    content = _read_scheduler(path)
+    sampler = _FEW_STEP_SCHEDULERS.get(str(content.get("_class_name")))
+    steps = content.get("original_inference_steps")
+    usual = {} if sampler is None else Stated(sampler, original_steps=steps).metadata()
+    return read_stated(usual | _read_own(path), str(path))
+
+
+def _read_scheduler(root: Path) -> dict[str, Any]:
     file = root / "scheduler" / "scheduler_config.json"
-    content = read_json(file) if file.is_file() else {}
-    sampler = _FEW_STEP_SCHEDULERS.get(content.get("_class_name", ""))
-    if sampler is None:
-        return None
-    usual = Stated(sampler, original_steps=content.get("original_inference_steps"))
-    return read_stated(usual.metadata() | content.get(FOLDER_KEY, {}), str(root))
+    return read_json(file) if file.exists() else {}

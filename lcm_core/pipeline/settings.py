@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lcm_core.errors import InputError
+from lcm_core.files.reading import check_text
 
 FEW_STEP_SAMPLERS = ("lcm", "tcd")
 """For distilled models: they walk the grid of `original_steps`."""
@@ -57,7 +58,11 @@ class Settings:
     def __post_init__(self) -> None:
         # Equal settings must be written as equal JSON: 8 and 8.0 would not be.
         for name in ("guidance_scale", "gamma", "strength", "upscale", "upscale_strength"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+            try:
+                number = float(getattr(self, name))
+            except OverflowError:  # a whole number of hundreds of digits
+                number = math.inf
+            object.__setattr__(self, name, number)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(int(t) for t in self.timesteps))
 
@@ -67,6 +72,8 @@ class Settings:
         Raises:
             InputError: names the first setting that is wrong, and what it may be.
         """
+        for name in ("prompt", "negative_prompt"):
+            check_text(name, getattr(self, name))
         self._check_steps()
         for name in ("strength", "upscale_strength"):
             value = getattr(self, name)
@@ -80,6 +87,8 @@ class Settings:
             raise InputError(f"gamma {self.gamma} is outside [0, 1]; 0 adds no fresh noise, 1 the most")
         if not (math.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 100):
             raise InputError(f"guidance_scale {self.guidance_scale} is out of range; 1 is off, 1 to 15 is usual")
+        if not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"seed {self.seed} does not fit 64 bits; use 0 to {2**64 - 1}")
         check_size(self.width, self.height)
         return self
 
@@ -114,17 +123,65 @@ def check_size(width: int, height: int, multiple: int = 1) -> None:
         raise InputError(f"size {width}x{height} does not fit this model; use multiples of {multiple}, e.g. {near}")
 
 
+_TEXTS = ("model", "unet", "vae", "tokenizer", "device", "dtype", "vae_dtype", "image", "mask")
+"""What a picture says beside `Settings`: the model, and how it ran."""
+
+
 def from_dict(values: Mapping[str, Any]) -> Settings:
     """`Settings` of a dict such as a picture carries; entries of other kinds (the model's) are left out.
 
     Raises:
         InputError: a value of the wrong type.
     """
+    return replace(Settings(), **known_settings(values))
+
+
+def known_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries of a dict that `Settings` knows; what is missing stays missing, for the model to choose.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
     known = {field.name: values[field.name] for field in fields(Settings) if values.get(field.name) is not None}
-    defaults = asdict(Settings())
+    for name, default in asdict(Settings()).items():
+        if name not in known:
+            continue
+        value = known[name]
+        if name == "timesteps":
+            good = isinstance(value, (list, tuple)) and all(type(number) is int for number in value)
+        else:
+            good = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if not good:
+            like = [999, 749] if default is None else default
+            raise InputError(f"the setting {name}={value!r} has the wrong type; it should be like {like!r}")
+    return known
+
+
+def known_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries of a dict such as a picture carries that say which model made it, and how it ran.
+
+    Raises:
+        InputError: a value of the wrong type, or a path that leads to another computer.
+    """
+    known = {name: values[name] for name in (*_TEXTS, "lora", "threads") if values.get(name) is not None}
     for name, value in known.items():
-        default = defaults[name]
-        kinds = (int, float) if isinstance(default, float) else (list, tuple) if default is None else (type(default),)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise InputError(f"the setting {name}={value!r} has the wrong type; it should be like {default!r}")
-    return replace(Settings(), **known)
+        if name == "threads":
+            good, like = type(value) is int and value > 0, "4"
+        elif name == "lora":
+            good, like = isinstance(value, list) and all(map(_is_lora, value)), '[["style.safetensors", 0.8]]'
+        else:
+            good, like = isinstance(value, str), "a text"
+        if not good:
+            raise InputError(f"the setting {name}={value!r} has the wrong type; it should be like {like}")
+    paths = [known[name] for name in ("model", "vae", "tokenizer", "image", "mask") if name in known]
+    for path in (*paths, *(path for path, _ in known.get("lora", ()))):
+        check_text("path", path)
+        if path.replace("\\", "/").startswith("//"):  # Windows would log in there
+            raise InputError(f"the settings ask for {path!r}, on another computer; copy it here and give its path")
+    return known
+
+
+def _is_lora(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
+        return False
+    return type(value[1]) in (int, float) and math.isfinite(value[1])

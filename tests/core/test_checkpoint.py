@@ -24,11 +24,11 @@ from lcm_core.files.checkpoint import (
     read_component,
     read_info,
     read_safetensors,
-    read_tokenizer_files,
     save_diffusers,
     save_single_file,
     write_safetensors,
 )
+from lcm_core.networks.tokenizer import read_tokenizer_files
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 PART_NAMES = {"sd1": 3, "sd2": 3, "sdxl": 4}

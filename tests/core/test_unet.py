@@ -148,7 +148,7 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path: Path)
     cases = {
         r"lacks 1 weights .*'conv_out.bias'": lacking,
         r"has too many 1 weights .*'odd'": {**good.tensors, "odd": torch.zeros(1)},
-        r"'conv_in.weight' has shape \(32, 9, 3, 3\)": {**good.tensors, "conv_in.weight": torch.zeros(32, 9, 3, 3)},
+        r"'conv_in.weight' has shape \(32, 5, 3, 3\)": {**good.tensors, "conv_in.weight": torch.zeros(32, 5, 3, 3)},
         r"'conv_out.bias' is NaN": {**good.tensors, "conv_out.bias": torch.full((4,), torch.nan)},
     }
     for words, tensors in cases.items():
