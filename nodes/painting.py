@@ -24,8 +24,8 @@ from lcm_core.diffusion.samplers import (
 )
 from lcm_core.diffusion.schedule import get_sigmas_lcm
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import Stated
-from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Stated
+from lcm_core.pipeline.settings import Settings
 
 from .hostmodel import Facts, LcmSampling, inspect_model, schedule_of, with_guidance, with_sampling
 

@@ -8,9 +8,17 @@ from typing import Any, TypeVar
 
 from lcm_core.errors import InputError
 from lcm_core.files.reading import parse_json
-from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, MAX_SIDE, SAMPLERS
 
 Number = TypeVar("Number", int, float)
+
+FEW_STEP_SAMPLERS = ("lcm", "tcd")
+"""For distilled models: they walk the grid of `original_steps`."""
+TEACHER_SAMPLERS = ("euler", "dpmpp_2m", "dpm_2m")
+"""For plain models, 20 to 50 steps. "euler" is deterministic DDIM."""
+SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
+MAX_SIDE = 8192
+"""Pixels along one side."""
+
 KIND_KEY = "lcm_suite.kind"
 """Safetensors metadata: which sampler a distilled model or LoRA was made for, lcm or tcd."""
 STEPS_KEY = "lcm_suite.steps"

@@ -27,8 +27,9 @@ from lcm_core.diffusion.samplers import (
     seeded_noise_sampler,
 )
 from lcm_core.errors import InputError
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.model import Model
-from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings, check_size
+from lcm_core.pipeline.settings import Settings, check_size
 
 Callback = Callable[[dict[str, Any]], object]
 Conditioning = dict[str, Any]

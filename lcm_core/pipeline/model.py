@@ -223,7 +223,7 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     schedule = card.get("schedule")
     if not isinstance(schedule, dict) or "prediction_type" not in card:
         raise InputError(f"{root / CARD} has no schedule or prediction_type; get the model again")
-    stated: dict[str, Any] = {_CARD_NAMES.get(key, key): value for key, value in schedule.items()}
+    stated: dict[str, Any] = {_CARD_NAMES.get(str(key), str(key)): value for key, value in schedule.items()}
     stated["prediction_type"] = card["prediction_type"]
     check_scheduler(stated, root / CARD)
     names = {field.name for field in fields(ModelInfo)}

@@ -15,10 +15,11 @@ import torch
 
 from lcm_core.diffusion.interpolation import plan_frames
 from lcm_core.errors import InputError
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
 from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
-from lcm_core.pipeline.settings import FEW_STEP_SAMPLERS, Settings
+from lcm_core.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,15 +9,8 @@ from typing import Any
 
 from lcm_core.errors import InputError
 from lcm_core.files.reading import check_text
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS, MAX_SIDE, SAMPLERS
 
-FEW_STEP_SAMPLERS = ("lcm", "tcd")
-"""For distilled models: they walk the grid of `original_steps`."""
-TEACHER_SAMPLERS = ("euler", "dpmpp_2m", "dpm_2m")
-"""For plain models, 20 to 50 steps. "euler" is deterministic DDIM."""
-SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
-
-MAX_SIDE = 8192
-"""Pixels along one side."""
 MAX_PIXELS = 4096 * 4096
 """Pixels in all. Attention takes time and memory by the square of it."""
 
