@@ -16,7 +16,7 @@ from lcm_core.export import GUIDANCE_KEY
 from lcm_core.files.checkpoint import read_component, save_single_file
 from lcm_core.files.recommended import read_stated
 from lcm_core.files.safetensors import check_file
-from lcm_core.pipeline.model import find_source
+from lcm_core.pipeline.sources import find_source
 
 from .host import say, schema
 from .hostmodel import PAPER_GUIDANCE, Guidance, attach_guidance, attach_stated, inspect_model

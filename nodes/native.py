@@ -17,7 +17,7 @@ from comfy.model_base import ModelType
 
 from lcm_core.diffusion.guidance import guidance_bias
 from lcm_core.files.safetensors import read_json
-from lcm_core.pipeline.model import CARD, MODELS
+from lcm_core.pipeline.sources import CARD, MODELS
 
 FOLDER = MODELS / "emoji"
 _CARD = read_json(FOLDER / CARD)

@@ -19,7 +19,7 @@ from torch import nn
 
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.networks.device import choose_device
-from lcm_core.pipeline.model import Source
+from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
 from trainer.data.cache import EMOJI
 from trainer.data.settings import DataConfig

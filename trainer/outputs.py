@@ -23,7 +23,7 @@ from lcm_core.files.lora import save_lora
 from lcm_core.files.recommended import FOLDER_KEY, Stated
 from lcm_core.files.safetensors import read_json, write_json
 from lcm_core.networks.lora_layers import lora_state_dict
-from lcm_core.pipeline.model import Source
+from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig, MethodConfig
 from trainer.methods.method import sampling_of
 from trainer.options import to_dict

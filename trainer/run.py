@@ -13,7 +13,7 @@ import torch
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_safetensors, write_json
 from lcm_core.networks.unet import exact_output, load_unet
-from lcm_core.pipeline.model import find_source
+from lcm_core.pipeline.sources import find_source
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
 from trainer.distill import distill

@@ -14,7 +14,8 @@ from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import ModelInfo, read_component
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.device import choose_device
-from lcm_core.pipeline.model import Source, diffusion_of, find_source
+from lcm_core.pipeline.model import diffusion_of
+from lcm_core.pipeline.sources import Source, find_source
 from trainer.config import DistillConfig
 from trainer.data.teacher import Teacher, find_teacher
 from trainer.distill import for_method

@@ -71,7 +71,7 @@ def _teacher(args: argparse.Namespace, lcm: dict[str, Any]) -> dict[str, Any]:
         return {**lcm, "model": args.teacher, "lora": None, "unet": None}
     if args.lora:
         return {**lcm, "lora": None}
-    from lcm_core.pipeline.model import CARD, find_model
+    from lcm_core.pipeline.sources import CARD, find_model
 
     if (find_model(args.model or "emoji") / CARD).is_file():
         return {**lcm, "unet": "teacher"}

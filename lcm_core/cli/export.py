@@ -14,7 +14,7 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.files.checkpoint import Component
     from lcm_core.files.lora_keys import Part
-    from lcm_core.pipeline.model import Source
+    from lcm_core.pipeline.sources import Source
 
 HOSTS = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge"}
 """Programs with a module of their own in `lcm_core.export`, and their names."""
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 def _to_layout(args: argparse.Namespace) -> None:
     from lcm_core.files.atomic import new_folder
     from lcm_core.files.checkpoint import save_diffusers, save_single_file
-    from lcm_core.pipeline.model import find_source
+    from lcm_core.pipeline.sources import find_source
 
     if args.to == "single-file" and args.path.suffix != ".safetensors":
         raise InputError(f"--path {args.path} should end in .safetensors for a single file")
@@ -80,7 +80,7 @@ def _to_layout(args: argparse.Namespace) -> None:
 
 def _to_host(args: argparse.Namespace) -> None:
     """Put a model where a program looks for it; of a shipped one, when nothing is chosen, all that there is."""
-    from lcm_core.pipeline.model import SHIPPED_UNETS, find_source
+    from lcm_core.pipeline.sources import SHIPPED_UNETS, find_source
 
     host = importlib.import_module(f"lcm_core.export.{args.to}")
     host.check_host(args.path)
@@ -108,7 +108,7 @@ def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> 
 
 def _stated(source: Source, components: Mapping[str, Component], loras: Any) -> dict[str, str]:
     """How the copy wants to be sampled: like the model itself."""
-    from lcm_core.pipeline.model import find_lora, stated_metadata
+    from lcm_core.pipeline.sources import find_lora, stated_metadata
 
     is_full = components["unet"].config.get("time_cond_proj_dim") is not None
     return stated_metadata(source, is_full, [find_lora(path, source.root) for path, _ in loras])
@@ -145,7 +145,7 @@ def _merge(source: Source, components: dict[str, Component], loras: Any) -> None
     from lcm_core.files.lora import merge, read_lora
     from lcm_core.networks.text_encoder import load_text
     from lcm_core.networks.unet import load_unet
-    from lcm_core.pipeline.model import find_lora
+    from lcm_core.pipeline.sources import find_lora
 
     files = [(read_lora(find_lora(path, source.root)), strength) for path, strength in loras]
     unet = components["unet"]

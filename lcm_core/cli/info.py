@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _describe_model(name: str) -> Iterator[tuple[str, object]]:
     from lcm_core.files.safetensors import read_safetensors
-    from lcm_core.pipeline.model import find_model
+    from lcm_core.pipeline.sources import find_model
 
     root = find_model(name)
     if root.is_dir():
@@ -85,7 +85,7 @@ def _describe_checkpoint(path: Path) -> Iterator[tuple[str, object]]:
 
 def _describe_folder(root: Path) -> Iterator[tuple[str, object]]:
     from lcm_core.files.safetensors import read_folder, read_json
-    from lcm_core.pipeline.model import CARD
+    from lcm_core.pipeline.sources import CARD
 
     yield "kind", "model folder"
     if (root / CARD).is_file():

@@ -10,8 +10,8 @@ from PIL import Image
 
 from lcm_core.cli.main import main
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import read_sampling
-from lcm_core.pipeline.model import SAMPLING_KEY, load_model
+from lcm_core.files.recommended import SAMPLING_KEY, read_sampling
+from lcm_core.pipeline.model import load_model
 
 HOSTS = {"comfyui": "models/checkpoints", "a1111": "models/Stable-diffusion"}
 
@@ -61,8 +61,10 @@ def test_export_of_the_teacher_is_sampled_in_another_way(
 
 @pytest.mark.parametrize(
     "text",
-    ["[", "[1]", '{"steps": "4"}', '{"steps": 0}', '{"steps": true}', '{"sampler": "heun"}', '{"guidance_scale": NaN}']
-    + ['{"resolution": 1000000}', '{"is_distilled": 1}', '{"sampler": ["lcm"]}'],
+    [
+        *("[", "[1]", '{"steps": "4"}', '{"steps": 0}', '{"steps": true}', '{"sampler": "heun"}'),
+        *('{"guidance_scale": NaN}', '{"resolution": 1000000}', '{"is_distilled": 1}', '{"sampler": ["lcm"]}'),
+    ],
 )
 def test_statement_that_makes_no_sense_is_followed(text: str) -> None:
     with pytest.raises(InputError, match=r"lcm_suite\.sampling.*it"):

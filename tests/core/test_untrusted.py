@@ -26,8 +26,9 @@ from lcm_core.networks.tokenizer import TOKENIZER_FILES, find_tokenizer, read_to
 from lcm_core.networks.unet import load_unet
 from lcm_core.networks.vae import load_vae
 from lcm_core.pipeline.image import encode_image, open_image, read_settings, save_image
-from lcm_core.pipeline.model import find_source, load_model, noise_schedule
+from lcm_core.pipeline.model import diffusion_of, load_model
 from lcm_core.pipeline.settings import Settings, known_options, known_settings
+from lcm_core.pipeline.sources import find_model, find_source
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and devices in the file system")
 
@@ -301,6 +302,13 @@ def test_file_without_vae_or_words_is_refused_after_loading(
         load_model(tmp_path / "mute.safetensors", "cpu")
 
 
+def test_model_index_and_name_of_a_hub_are_no_model(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert find_model(tmp_path / "model_index.json") == tmp_path
+    with pytest.raises(InputError, match="hf download owner/some-model --local-dir FOLDER, then give the FOLDER"):
+        find_model("owner/some-model")
+
+
 # --- noise schedules --------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +326,7 @@ def test_trained_betas_are_ignored(models: Path, tmp_path: Path) -> None:
     betas = torch.linspace(0.001, 0.02, 500).tolist()
     info = read_info(scheduler(tmp_path, models, trained_betas=betas))
     expected = DDIMScheduler(trained_betas=betas).alphas_cumprod.double()
-    torch.testing.assert_close(noise_schedule(info).alphas_cumprod, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(diffusion_of(info).process.alphas_cumprod, expected, rtol=1e-5, atol=1e-7)
     save_single_file(tmp_path / "a.safetensors", {"unet": read_component(tmp_path, "unet")}, info)
     assert read_info(tmp_path / "a.safetensors") == info
 

@@ -20,8 +20,9 @@ from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from lcm_core.networks.lora_layers import add_lora, lora_state_dict
 from lcm_core.networks.unet import load_unet
 from lcm_core.pipeline import generate
-from lcm_core.pipeline.model import Model, find_source, load_model
+from lcm_core.pipeline.model import Model, load_model
 from lcm_core.pipeline.settings import Settings
+from lcm_core.pipeline.sources import find_source
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 pytestmark = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcm_core.pipeline.model import MODELS
+from lcm_core.pipeline.sources import MODELS
 
 WIDTH = 128  # of the embedded model's text embedding
 SCHEDULER = {

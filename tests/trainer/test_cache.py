@@ -20,7 +20,8 @@ from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import to_pil
-from lcm_core.pipeline.model import MODELS, load_model
+from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.sources import MODELS
 from trainer.cli.main import main
 from trainer.data.cache import Pick, prepare
 from trainer.data.encode import text_maker

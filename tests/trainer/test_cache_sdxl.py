@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lcm_core.networks.text_encoder import load_text
-from lcm_core.pipeline.model import MODELS
+from lcm_core.pipeline.sources import MODELS
 from trainer.data.cache import Pick, prepare
 from trainer.data.settings import DataConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.tokenizer import find_tokenizer
-from lcm_core.pipeline.model import CARD, Source, find_model, find_source
+from lcm_core.pipeline.sources import CARD, Source, find_model, find_source
 from trainer.data.hashing import hash_json, hash_tensors
 
 

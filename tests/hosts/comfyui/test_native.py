@@ -67,7 +67,7 @@ def test_stock_nodes_paint_the_picture_of_the_pipeline(
 def test_the_other_prediction_type_is_followed(server: Server, tmp_path: Path) -> None:
     """Wrong when the prediction type is not read from the file. The picture means nothing, but must be the same."""
     from lcm_core.cli.main import main
-    from lcm_core.pipeline.model import MODELS
+    from lcm_core.pipeline.sources import MODELS
 
     other = tmp_path / "other"
     other.mkdir()
@@ -95,7 +95,7 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     from lcm_core.diffusion.schedule import get_sigmas_lcm
     from lcm_core.files.safetensors import read_safetensors
     from lcm_core.pipeline.image import load_image, to_pil
-    from lcm_core.pipeline.model import MODELS
+    from lcm_core.pipeline.sources import MODELS
 
     sketch = server.base / "input" / SKETCH
     g = Graph()

@@ -21,7 +21,8 @@ from lcm_core.diffusion.consistency import add_noise
 from lcm_core.files.safetensors import write_safetensors
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
-from lcm_core.pipeline.model import MODELS, load_model
+from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.sources import MODELS
 
 LOW, HIGH = 0.2, 0.4  # thresholds of the outlines, as in the example workflow
 STYLES = ("noto", "fluent", "twemoji")

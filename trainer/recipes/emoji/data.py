@@ -18,7 +18,7 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
-from lcm_core.pipeline.model import MODELS
+from lcm_core.pipeline.sources import MODELS
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
