@@ -13,28 +13,25 @@ from modules import shared
 from extension_a1111 import host
 from extension_a1111.embedding import no_embedding, read_cond_proj, read_guidance
 from extension_a1111.loras import find_loras, read_accelerated
-from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, Options, read_options
-from extension_a1111.recommend import MOST_STEPS, Recommendation, Wishes, recommend
+from extension_a1111.options import Options, read_options
+from extension_a1111.recommend import MOST_STEPS, Recommendation, Request, Wishes, recommend, remarks
 
-_KNOWN = (LCM_SAMPLER, TCD_SAMPLER, "LCM")  # whoever chose one of these knows
 NOTHING = "No LCM-LoRA in the prompt, and the checkpoint is no LCM: nothing was changed."
 
 
 def apply(p: Any, args: Sequence[Any], axes: Mapping[str, Any]) -> None:
-    """Set a request's sampler, steps and CFG where that is wished for; else say what would suit it.
+    """Set a request's sampler, steps and CFG where that is wished for; say what is wrong with it then.
 
     Raises:
         InputError: options out of range, or a LoRA file that cannot be read.
     """
     advised = _advise(host.chosen_checkpoint(p), host.prompts_of(p), p.steps, p.cfg_scale)
-    if advised is None:
-        return
     options = read_options(args, axes)
-    if options.auto:
+    if options.auto and advised is not None:
         _set(p, advised)
         p.lcm_suite = functools.partial(read_options, args, {**_stated(advised, options), **axes})
-    elif p.sampler_name not in _KNOWN and (p.steps, p.cfg_scale) != (advised.steps, advised.guidance_scale):
-        p.comment(f"LCM Suite: {advised} would suit it; the button in the accordion 'LCM Suite' sets them.")
+    for remark in remarks(_request(p), advised, host.say()):
+        p.comment(f"LCM Suite: {remark}")
 
 
 def offer(
@@ -47,10 +44,10 @@ def offer(
     except ValueError as error:
         return *old, html.escape(str(error))
     if advised is None:
-        return *old, NOTHING
+        return *old, host.say()(NOTHING)
     gamma = gamma if advised.stated.gamma is None else advised.stated.gamma
     grid = advised.stated.original_steps or Options.original_steps  # not what an earlier model left
-    said = html.escape(f"{advised}.")
+    said = html.escape(f"{advised.text(host.say())}.")
     return advised.sampler, advised.steps, advised.guidance_scale, gamma, grid, said
 
 
@@ -61,18 +58,36 @@ def check_guidance_embedding(p: Any) -> None:
         InputError: it has none.
     """
     file = host.chosen_checkpoint(p)
-    if file is not None and read_cond_proj(file) is None:
+    if file is not None and not _is_full_lcm(file):
         raise no_embedding(file)
 
 
 def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Recommendation | None:
     name = file.stem if file else ""
-    full_lcm = name if file is not None and read_cond_proj(file) is not None else None
+    full_lcm = name if _is_full_lcm(file) else None
     # A full LCM's own file comes first: LoRAs on top of it change its style, not its sampler.
     loras = [] if full_lcm else [read_accelerated(lora.name, host.lora_file(lora.name)) for lora in find_loras(prompt)]
     stated = read_guidance(file) if file is not None else None
     models = [*loras, read_accelerated(name, file)]
     return recommend(steps, cfg_scale, models, full_lcm, _wishes(), stated)
+
+
+def _request(p: Any) -> Request:
+    file, refiner = host.chosen_checkpoint(p), host.refiner_file(p)
+    return Request(
+        file.stem if file else "",
+        p.sampler_name,
+        p.steps,
+        p.cfg_scale,
+        is_full_lcm=_is_full_lcm(file),
+        has_negative=bool(host.negative_prompts_of(p).strip()),
+        refiner=refiner.stem if refiner else None,
+        refiner_is_full_lcm=_is_full_lcm(refiner),
+    )
+
+
+def _is_full_lcm(file: Path | None) -> bool:
+    return file is not None and read_cond_proj(file) is not None
 
 
 def _stated(advised: Recommendation, options: Options) -> dict[str, float]:

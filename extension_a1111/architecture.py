@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from lcm_core.files.lora_keys import parse_key
 from lcm_core.files.safetensors import check_file
 
 _CONTEXT = "attn2.to_k.weight"
+_PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}
+_OTHER_PROCESSES = ("EDM", "X0", "IMG_TO_IMG", "CONST", "COSMOS_RFLOW")
+# The first part of a key in a LoRA for a transformer, in kohya's, ComfyUI's and diffusers' names.
+_TRANSFORMER = re.compile(
+    r"(?:base_model\.model\.)?(?:transformer\.|lora_transformer_|(?:lora_unet_|diffusion_model\.)(?:double|single|joint)_)"
+)
 
 
 def check_network(name: str, network: nn.Module, prediction_type: str) -> None:
@@ -25,6 +32,19 @@ def check_network(name: str, network: nn.Module, prediction_type: str) -> None:
             f"{name} is no model for LCM or TCD, which skip the timesteps of SD 1.x, SD 2.x and SDXL; "
             "for SD3, Flux and others of their kind choose a sampler such as Euler"
         )
+
+
+def prediction_of(process: object) -> str:
+    """What a network predicts, told by the part of a host that knows its noise process.
+
+    Forge's has the name in `prediction_type`. ComfyUI's, which reForge uses, is a class made of `EPS`, `V_PREDICTION`
+    and others that derive from these two and mean something else: the nearest name counts.
+    """
+    stated = getattr(process, "prediction_type", None)
+    if stated is not None:
+        return str(stated)
+    names = [kind.__name__ for kind in type(process).__mro__]
+    return next((_PREDICTIONS.get(name, name) for name in names if name in (*_PREDICTIONS, *_OTHER_PROCESSES)), "other")
 
 
 def network_width(network: nn.Module) -> int | None:
@@ -43,6 +63,21 @@ def context_width(file: Path) -> int | None:
     return None
 
 
+def checkpoint_width(file: Path) -> int | None:
+    """Width of the text that a checkpoint's U-Net reads, from the file's header; None if it has none.
+
+    Raises:
+        InputError: no safetensors file.
+    """
+    shapes = (entry["shape"] for key, entry in check_file(file).items() if key.endswith(_CONTEXT))
+    return next((int(shape[1]) for shape in shapes if len(shape) == 2), None)
+
+
+def is_for_transformer(file: Path) -> bool:
+    """Whether a LoRA was made for Flux, SD3 or another network that is no U-Net."""
+    return file.suffix == ".safetensors" and any(_TRANSFORMER.match(key) for key in check_file(file))
+
+
 def check_loras(found: Mapping[str, Path | None], width: int | None) -> None:
     """Refuse LoRAs of another architecture, which the host would leave out without a word in the picture.
 
@@ -54,6 +89,11 @@ def check_loras(found: Mapping[str, Path | None], width: int | None) -> None:
         InputError: one of them is for a network that reads text of another width.
     """
     for name, file in found.items():
+        if file is not None and width is not None and is_for_transformer(file):
+            raise InputError(
+                f"LoRA '{name}' was made for a transformer such as Flux or SD3, but the loaded checkpoint is "
+                f"{_name(width)}, where it does nothing; take it out of the prompt"
+            )
         made_for = context_width(file) if file is not None else None
         if None not in (made_for, width) and made_for != width:
             raise InputError(

@@ -14,12 +14,14 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from extension_a1111 import distil_runner
+from extension_a1111.architecture import checkpoint_width
 from lcm_core.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,6 +29,9 @@ EMOJI = "emoji"
 """The embedded model, as a teacher."""
 PRESETS = (EMOJI, "sd15-lora", "sd21-lora", "sdxl-lora")
 """The trainer's presets that make a LoRA."""
+AUTO = "auto"
+"""The preset that suits the teacher."""
+_PRESET_OF_WIDTH = {768: "sd15-lora", 1024: "sd21-lora", 2048: "sdxl-lora"}  # by the text that the network reads
 NEEDED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "PIL", "tqdm")
 _NAME = re.compile(r"[\w][\w .-]*")
 JOB = "job"
@@ -53,8 +58,8 @@ class Order:
 
     name: str
     teacher: str = EMOJI
-    preset: str = ""
-    """One of `PRESETS`; empty for the embedded model's, or SD 1.x."""
+    preset: str = AUTO
+    """One of `PRESETS`, or `AUTO`."""
     data: str = ""
     """Folder of pictures with captions; the embedded model has its own."""
     prompts: str = ""
@@ -65,6 +70,11 @@ class Order:
     rank: int = 0
     more: str = ""
     """More options of `python -m trainer distill`, as on a command line."""
+
+    @property
+    def preset_name(self) -> str:
+        """The preset, chosen by the teacher if need be; see `preset_for`."""
+        return preset_for(self.teacher) if self.preset in ("", AUTO) else self.preset
 
 
 def command(order: Order, places: Places) -> list[str]:
@@ -85,9 +95,8 @@ def command(order: Order, places: Places) -> list[str]:
         more = shlex.split(order.more)
     except ValueError as error:
         raise InputError(f"the additional options {order.more!r} cannot be read ({error}); check the quotes") from error
-    preset = order.preset or (EMOJI if is_emoji else PRESETS[1])
     given = {
-        "--preset": preset,
+        "--preset": order.preset_name,
         "--teacher": order.teacher,
         "--name": order.name,
         "--output": str(places.root / order.name),
@@ -100,6 +109,21 @@ def command(order: Order, places: Places) -> list[str]:
     }
     options = [word for flag, value in given.items() if value for word in (flag, str(value))]
     return [places.python, "-m", "trainer", "distill", *options, *more]
+
+
+def preset_for(teacher: str) -> str:
+    """The preset for a teacher, told by the header of its file.
+
+    Raises:
+        InputError: a file of another format, or of a network that no preset is for.
+    """
+    if teacher == EMOJI:
+        return EMOJI
+    width = checkpoint_width(Path(teacher))
+    if width not in _PRESET_OF_WIDTH:
+        read = "no U-Net" if width is None else f"a U-Net that reads text of width {width}"
+        raise InputError(f"{teacher} has {read}, for which no preset is known; choose a preset yourself")
+    return _PRESET_OF_WIDTH[width]
 
 
 def start(order: Order, places: Places) -> str:
@@ -125,10 +149,11 @@ def start(order: Order, places: Places) -> str:
         "lora": str(lora),
         "order": order.__dict__,
     }
-    (run / JOB).mkdir(parents=True, exist_ok=True)
-    distil_runner.write(run / JOB / "job.json", job)
-    _launch(run / JOB, places)
-    distil_runner.write(places.root / "current.json", {"name": order.name})
+    with _written(run):
+        (run / JOB).mkdir(parents=True, exist_ok=True)
+        distil_runner.write(run / JOB / "job.json", job)
+        distil_runner.write(places.root / "current.json", {"name": order.name})
+        _launch(run / JOB, places)
     return order.name
 
 
@@ -157,7 +182,7 @@ def stop(places: Places) -> None:
     if name is None or not is_running(places):
         raise InputError("no distillation is running")
     job = places.root / name / JOB
-    with open(job / "stop", "a", encoding="utf-8") as file:
+    with _written(job), open(job / "stop", "a", encoding="utf-8") as file:
         file.write("x")
     if not _is_locked(job / distil_runner.RUNNER_LOCK):  # it was killed; the run's lock says that the trainer was not
         distil_runner.interrupt(read_json(job / "pids.json")["trainer"])
@@ -224,11 +249,23 @@ def _launch(job: Path, places: Places) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Around what writes into a run's folder: a full disk is said in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); free some space, "
+            "or choose another folder of the runs in Settings > LCM Suite"
+        ) from error
+
+
 def _check_writable(folder: Path, what: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still makes empty files
     except OSError as error:
         raise InputError(f"{what} {folder} cannot be written ({error.strerror}); choose or free another") from error
 

@@ -1,4 +1,4 @@
-"""Looks after one distillation: starts the trainer, passes on a wish to stop, and hands its LoRA over at the end.
+"""Looks after one distillation: starts the trainer, passes on a wish to stop, and hands its LoRA over once written.
 
 Runs as a program of its own, `python distil_runner.py FOLDER`, so that training outlives a reload or a crash of the web
 UI. Standard library only; the same file is imported by the web UI for the lock.
@@ -7,11 +7,13 @@ While training goes on, the lock file is held by this program and by the trainer
 the lock knows that a run is alive, and that it is ours; a number from a file of process ids could be anybody's by now.
 
 FOLDER/job.json is read: {"command", "cwd", "lock", "result", "lora"}. Written beside it are pids.json when training has
-started and exit.json at the end: {"code", "stopped", "lora", "error"}. A file `stop` is a wish to stop.
+started, lora.json when the LoRA was handed over, {"lora", "error"}, which is long before the trainer has scored it, and
+exit.json at the end: {"code", "stopped", "lora", "error"}. A file `stop` is a wish to stop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,7 +64,8 @@ def main(folder: Path) -> int:
     if lock is None or alive is None:
         return BUSY
     (folder / "stop").unlink(missing_ok=True)
-    (folder / "exit.json").unlink(missing_ok=True)
+    for old in ("exit.json", "lora.json"):
+        (folder / old).unlink(missing_ok=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the web UI was started in the background; inherited
     inherited: Any = {} if os.name == "nt" else {"pass_fds": (lock.fileno(),)}
     try:
@@ -70,9 +73,14 @@ def main(folder: Path) -> int:
     except OSError as error:
         write(folder / "exit.json", {"code": -1, "stopped": False, "lora": None, "error": f"cannot start: {error}"})
         return 1
-    write(folder / "pids.json", {"runner": os.getpid(), "trainer": child.pid})
-    code = _watch(child, folder / "stop")
-    lora, mistake = _hand_over(job) if code == 0 else (None, None)
+    try:
+        write(folder / "pids.json", {"runner": os.getpid(), "trainer": child.pid})
+    except OSError:  # a full disk; nobody could stop that trainer later
+        child.kill()
+        raise
+    code = _watch(child, folder, Path(job["result"]), Path(job["lora"]))
+    handed = _hand_over(folder, Path(job["result"]), Path(job["lora"])) if code == 0 else _handed(folder)
+    lora, mistake = handed.get("lora"), handed.get("error")
     stopped = (folder / "stop").exists()
     write(folder / "exit.json", {"code": code, "stopped": stopped, "lora": lora, "error": mistake})
     return 0
@@ -90,30 +98,57 @@ def _wait_for_lock(path: Path) -> IO[bytes] | None:
     return lock
 
 
-def _watch(child: subprocess.Popen[bytes], stop: Path) -> int:
-    """Wait for the trainer; each new wish to stop is one more signal, for a second one makes it stop at once."""
-    heard = 0
+def _watch(child: subprocess.Popen[bytes], folder: Path, result: Path, target: Path) -> int:
+    """Wait for the trainer; each new wish to stop is one more signal, for a second one makes it stop at once.
+
+    The trainer puts a finished LoRA in place whole: a new one is handed over as soon as it is there.
+    """
+    heard, stop = 0, folder / "stop"
+    before = _version(result)
     while (code := child.poll()) is None:
         wishes = stop.stat().st_size if stop.exists() else 0
         if wishes > heard:
             heard = wishes
             interrupt(child.pid)
+        if (now := _version(result)) != before:
+            before = now
+            _hand_over(folder, result, target)
         time.sleep(0.3)
     return code
 
 
-def _hand_over(job: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Copy the finished LoRA to where the web UI looks. Returns where it is, or what went wrong."""
-    result, target = Path(job["result"]), Path(job["lora"])
-    if not result.is_file():
-        return None, None
-    temporary = target.with_name(f".{target.name}.part")
+def _version(file: Path) -> tuple[int, int] | None:
     try:
-        shutil.copyfile(result, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        return None, f"the LoRA is {result}, but it could not be copied to {target} ({error.strerror})"
-    return str(target), None
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino
+
+
+def _hand_over(folder: Path, result: Path, target: Path) -> dict[str, Any]:
+    """Copy the LoRA to where the web UI looks, and write down where it is, or what went wrong."""
+    handed: dict[str, Any] = {"lora": None, "error": None}
+    temporary = target.with_name(f".{target.name}.part")
+    if result.is_file():
+        try:
+            shutil.copyfile(result, temporary)
+            os.replace(temporary, target)
+            handed["lora"] = str(target)
+        except OSError as error:
+            handed["error"] = f"the LoRA is {result}, but it could not be copied to {target} ({error.strerror})"
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk; exit.json says it again
+            write(folder / "lora.json", handed)
+    return handed
+
+
+def _handed(folder: Path) -> dict[str, Any]:
+    """What was handed over before; nothing where nothing was."""
+    try:
+        return dict(json.loads((folder / "lora.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 if __name__ == "__main__":

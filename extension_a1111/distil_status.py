@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from extension_a1111.distil import JOB, Places, current, is_running, read_json
+from extension_a1111.words import Say, english
 
 _TAIL = 512 * 1024  # bytes of a log that are read: the last thousands of steps
 _POINTS = 400  # of the curve
@@ -20,10 +21,10 @@ _STATES = {
     "none": "No run yet.",
     "running": "Running.",
     "stopping": "Stopping: saving the state after this step.",
-    "stopped": 'Stopped. "Continue" goes on from here.',
+    "stopped": "Stopped. It can be continued from here.",
     "finished": "Finished.",
     "failed": "Failed.",
-    "interrupted": 'Ended without a word. "Continue" goes on from the last saved state.',
+    "interrupted": "Ended without a word. It can be continued from the last saved state.",
 }
 
 
@@ -57,12 +58,12 @@ def look(places: Places) -> Status:
         return Status("none")
     run = places.root / name
     job = run / JOB
-    ended = read_json(job / "exit.json")
+    ended, handed = read_json(job / "exit.json"), read_json(job / "lora.json")
     state = _state(places, job, ended)
     log = _tail(job / "run.log")
     bars = list(_BAR.finditer(log))
     bar = bars[-1] if bars else None
-    message = ended.get("error") or ""
+    message = ended.get("error") or handed.get("error") or ""
     if state in ("failed", "interrupted") and not message:
         message = next((line.strip() for line in reversed(re.split(r"[\r\n]+", log)) if line.strip()), "")
     return Status(
@@ -75,7 +76,7 @@ def look(places: Places) -> Status:
         losses=read_losses(run / "run" / "log.jsonl"),
         preview=max((run / "previews").glob("*.png"), default=None),
         folder=str(run),
-        lora=ended.get("lora") or "",
+        lora=ended.get("lora") or handed.get("lora") or "",
         message=message,
     )
 
@@ -104,37 +105,42 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
     return [(stretch[-1][0], sum(loss for _, loss in stretch) / len(stretch)) for stretch in stretches]
 
 
-def render(status: Status) -> str:
+def render(status: Status, say: Say = english) -> str:
     """The status as HTML: one line in words, a bar, the curve of the loss, the last preview."""
     title = f"<b>{escape(status.name)}</b> " if status.name else ""
     # gradio fades what is being updated; every two seconds that is a flicker
     parts = ["<style>#lcm_distil_view .pending {opacity: 1}</style>"]
-    parts += [f'<p class="lcm-state-{status.state}">{title}{escape(_STATES[status.state])}</p>']
-    for label, path in (("LoRA", status.lora), ("All files", status.folder)):
-        if path:
-            parts.append(f"<p>{label}: {escape(path)}</p>")
+    parts += [f'<p class="lcm-state-{status.state}">{title}{escape(say(_STATES[status.state]))}</p>']
+    if status.lora:
+        parts.append(f"<p>{escape(say('LoRA: {path}', path=status.lora))}</p>")
+    if status.folder:
+        parts.append(f"<p>{escape(say('All files: {path}', path=status.folder))}</p>")
     if status.message:
         parts.append(f'<p class="error">{escape(status.message)}</p>')
     if status.total:
-        parts.append(_bar(status))
+        parts.append(_bar(status, say))
     if len(status.losses) > 1:
-        parts.append(_curve(status.losses))
+        parts.append(_curve(status.losses, say))
     if status.preview is not None:
         parts.append(_picture(status.preview))
     return "\n".join(parts)
 
 
-def _bar(status: Status) -> str:
+def _bar(status: Status, say: Say) -> str:
     share = 100 * status.done / status.total
-    label = "step " if status.label == "run" else f"{status.label} " if status.label else ""
+    counted = {"done": status.done, "total": status.total, "details": status.details}
+    if status.label == "run":
+        said = say("step {done} of {total} ({details})", **counted)
+    else:
+        said = say("{label} {done} of {total} ({details})", label=status.label, **counted).strip()
     return (
         '<div style="background:rgba(128,128,128,.25);border-radius:4px;height:8px">'
         f'<div style="background:#3b82f6;border-radius:4px;height:8px;width:{share:.1f}%"></div></div>'
-        f"<p>{escape(label)}{status.done} of {status.total} ({escape(status.details)})</p>"
+        f"<p>{escape(said)}</p>"
     )
 
 
-def _curve(losses: Sequence[tuple[int, float]], width: int = 640, height: int = 160) -> str:
+def _curve(losses: Sequence[tuple[int, float]], say: Say, width: int = 640, height: int = 160) -> str:
     """The loss over the steps as SVG."""
     first, last = losses[0][0], losses[-1][0]
     low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
@@ -145,11 +151,12 @@ def _curve(losses: Sequence[tuple[int, float]], width: int = 640, height: int = 
     )
     return (
         f'<svg viewBox="-4 -16 {width + 8} {height + 36}" style="max-width:{width}px;width:100%" role="img">'
-        f"<title>loss, steps {first} to {last}</title>"
+        f"<title>{escape(say('loss, steps {first} to {last}', first=first, last=last))}</title>"
         f'<polyline points="{points}" fill="none" stroke="#3b82f6" stroke-width="1.5"/>'
-        f'<g fill="currentColor" font-size="11"><text y="-4">loss {high:.4g}</text>'
+        f'<g fill="currentColor" font-size="11"><text y="-4">{escape(say("loss {loss}", loss=f"{high:.4g}"))}</text>'
         f'<text y="{height + 14}">{low:.4g}</text>'
-        f'<text x="{width}" y="{height + 14}" text-anchor="end">step {last}</text></g></svg>'
+        f'<text x="{width}" y="{height + 14}" text-anchor="end">'
+        f"{escape(say('step {last}', last=last))}</text></g></svg>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Models of unusual size in Forge: what its table of known models must be told, read from the exported folder."""
+"""Models of unusual size in Forge and Neo: what their tables must be told, read from the exported folder."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def find_entries(root: Path) -> list[Entry]:
             match = {"context_dim": sizes[0], "model_channels": sizes[1]}
             entries[sizes] = Entry(folder.resolve(), match, {"num_heads": heads, "num_head_channels": -1})
     return list(entries.values())
+
+
+def replace_ours(table: list[Any], found: list[Any]) -> None:
+    """Put classes at the front of a host's table, in place of those that an earlier load of the page put there."""
+    table[:] = [*reversed(found), *(known for known in table if not getattr(known, "lcm_suite", False))]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from extension_a1111.words import Say, english
 from lcm_core.diffusion.schedule import NoiseSchedule, get_sigmas_lcm
+
+ORIGINAL_STEPS = 50
+"""Timesteps of the usual grid (arXiv 2310.04378 Sec. 4.3)."""
 
 
 def get_sigmas_padded(
@@ -21,3 +25,34 @@ def get_sigmas_padded(
     """
     sigmas = get_sigmas_lcm(schedule, num_inference_steps, original_steps, strength)
     return torch.cat([sigmas[:1].expand(max(host_steps - num_inference_steps, 0)), sigmas])
+
+
+def fit_steps(num_inference_steps: int, original_steps: int = ORIGINAL_STEPS, strength: float = 1.0) -> int:
+    """As many of N steps as the grid has left at `strength`, and at least one."""
+    return max(min(num_inference_steps, int(original_steps * strength)), 1)
+
+
+def fit_strength(original_steps: int, strength: float) -> float:
+    """`strength`, or the least that leaves a step on a grid: that of its lowest timestep."""
+    return max(strength, 1 / original_steps)
+
+
+def fit_remarks(asked: int, steps: int, strength: float, fitted: float, say: Say = english) -> list[str]:
+    """What to tell the user whose steps or strength did not fit; nothing where they did."""
+    found = []
+    if steps < asked:
+        words = "{asked} steps are more than the grid has at strength {strength}; {steps} were taken."
+        found.append(say(words, asked=asked, strength=f"{strength:g}", steps=steps))
+    if fitted > strength:
+        words = "strength {strength} is below the lowest step of the grid; {fitted} was taken."
+        found.append(say(words, strength=f"{strength:g}", fitted=f"{fitted:g}"))
+    return found
+
+
+def get_sigmas_host(schedule: NoiseSchedule, host_steps: int) -> Tensor:
+    """The grid as a schedule for any sampler, (host_steps + 1,); one of more steps than usual where more are asked for.
+
+    For image to image at a low strength hosts ask for many times the steps that they use, and must get that many.
+    """
+    steps = min(host_steps, schedule.num_train_timesteps)
+    return get_sigmas_padded(schedule, steps, host_steps, max(ORIGINAL_STEPS, steps))

@@ -1,4 +1,7 @@
-"""Where AUTOMATIC1111's versions and Forge differ: every such question is answered here."""
+"""Where AUTOMATIC1111's versions, Forge, Forge Neo and reForge differ: every such question is answered here.
+
+A host is asked for what it has and never for its name: forks mix the parts of their parents.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from typing import Any
 from modules import sd_models, sd_samplers, sd_samplers_common, shared
 from torch import nn
 
-from extension_a1111.architecture import check_network
+from extension_a1111.architecture import check_network, prediction_of
 from extension_a1111.denoising import PositiveRows
-from extension_a1111.grids import get_sigmas_padded
+from extension_a1111.grids import get_sigmas_host
+from extension_a1111.words import Say, speaker
 from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma
 
 try:  # 1.9 split schedules from samplers
@@ -23,18 +27,25 @@ except ImportError:
     sd_schedulers = None
 
 AUTOMATIC = "Automatic"
+# The noise of every step is drawn from seeds that "Eta noise seed delta" moves, so that it belongs into the infotext.
+_SAMPLER_OPTIONS = {"scheduler": "lcm_skip", "uses_ensd": True}
 
 
-def is_forge() -> bool:
-    """Whether this is Forge, with its own model classes."""
-    return hasattr(shared.sd_model, "forge_objects")
+def _patched() -> Any:
+    """The wrapper around the network of hosts that call it by a function of their own; None in A1111."""
+    objects = getattr(shared.sd_model, "forge_objects", None)
+    return None if objects is None else objects.unet.model
+
+
+def _process() -> Any:
+    """What knows the noise process in those hosts: Forge's and Neo's `predictor`, reForge's `model_sampling`."""
+    patched = _patched()
+    return getattr(patched, "predictor", None) or getattr(patched, "model_sampling", None)
 
 
 def unet() -> nn.Module:
     """The network that the host paints with now."""
-    if is_forge():
-        return shared.sd_model.forge_objects.unet.model.diffusion_model
-    return shared.sd_model.model.diffusion_model
+    return (_patched() or shared.sd_model.model).diffusion_model
 
 
 def time_embed() -> nn.Module:
@@ -44,10 +55,11 @@ def time_embed() -> nn.Module:
 
 def check_supported() -> None:
     """Refuse a loaded model that LCM and TCD cannot sample from; see `check_network`."""
-    if is_forge():
-        prediction = shared.sd_model.forge_objects.unet.model.predictor.prediction_type
-    else:
+    process = _process()
+    if process is None:
         prediction = "v_prediction" if getattr(shared.sd_model, "parameterization", "eps") == "v" else "epsilon"
+    else:
+        prediction = prediction_of(process)
     check_network(checkpoint_file().stem, unet(), prediction)
 
 
@@ -55,18 +67,26 @@ def noise_schedule(model_wrap: Any = None) -> NoiseSchedule:
     """The noise levels of the loaded model, which options such as zero terminal SNR may have changed.
 
     Args:
-        model_wrap: the sampler's denoiser, which has them in `sigmas`; None reads the model itself.
+        model_wrap: A1111's denoiser, which has them in `sigmas`; None reads the model itself.
     """
-    if model_wrap is None:
-        model_wrap = shared.sd_model.forge_objects.unet.model.predictor if is_forge() else None
-    if model_wrap is None:
+    source = _process() or model_wrap
+    if source is None:
         return NoiseSchedule(shared.sd_model.alphas_cumprod)
-    return NoiseSchedule(abar_from_sigma(model_wrap.sigmas.cpu().double()))
+    return NoiseSchedule(abar_from_sigma(source.sigmas.cpu().double()))
 
 
 def checkpoint_file() -> Path:
     """The file of the model that is loaded now."""
     return Path(shared.sd_model.sd_checkpoint_info.filename)
+
+
+def refiner_file(p: Any) -> Path | None:
+    """The file of the model that a request goes over to in the middle; None without one."""
+    named = getattr(p, "refiner_checkpoint", None)
+    if named in (None, "", "None", "none") or not 0 < (getattr(p, "refiner_switch_at", None) or 0) < 1:
+        return None
+    info = sd_models.get_closet_checkpoint_match(named)
+    return Path(info.filename) if info else None
 
 
 def chosen_checkpoint(p: Any = None) -> Path | None:
@@ -96,6 +116,16 @@ def prompts_of(p: Any) -> str:
     return " ".join(shared.prompt_styles.apply_styles_to_prompt(text, p.styles or []) for text in given)
 
 
+def negative_prompts_of(p: Any) -> str:
+    """All negative prompts of a request, in one string; those of its styles are not counted as the user's."""
+    return " ".join(_listed(p.negative_prompt))
+
+
+def say() -> Say:
+    """Speaks the page's language."""
+    return speaker(getattr(shared.opts, "localization", None))
+
+
 def cfg_scale(p: Any) -> float:
     """The CFG slider of the current pass: Forge has one of its own for hires."""
     hires = getattr(p, "hr_cfg", None) if getattr(p, "is_hr_pass", False) else None
@@ -116,8 +146,8 @@ def at_scale(p: Any, guidance_scale: float) -> Iterator[None]:
 
 
 def prepare_denoiser(model_wrap: Any, rows: PositiveRows) -> None:
-    """Make the host's denoiser ask at whole timesteps, and compute no idle negative rows. Forge does both itself."""
-    if is_forge():
+    """Make A1111's denoiser ask at whole timesteps, and compute no idle negative rows. Others do both themselves."""
+    if _patched() is not None:
         return
     model_wrap.quantize = True
     model_wrap.forward = rows.wrap(model_wrap.forward)
@@ -125,7 +155,7 @@ def prepare_denoiser(model_wrap: Any, rows: PositiveRows) -> None:
 
 def positive_rows(denoiser: Any, x: Any, cond: Any, guidance_scale: float) -> int | None:
     """How many rows a step needs where the negative prompt does nothing; None where it does something."""
-    if is_forge() or guidance_scale != 1 or getattr(denoiser, "cond_scale_miltiplier", 1.0) != 1:
+    if _patched() is not None or guidance_scale != 1 or getattr(denoiser, "cond_scale_miltiplier", 1.0) != 1:
         return None
     if getattr(shared.sd_model, "cond_stage_key", "") == "edit":
         return None
@@ -146,7 +176,7 @@ def register_samplers(entries: Sequence[tuple[str, Callable[[Any], Any], list[st
         entries: name, constructor from the loaded model, and aliases.
     """
     ours = {
-        name: sd_samplers_common.SamplerData(name, constructor, aliases, {"scheduler": "lcm_skip"})
+        name: sd_samplers_common.SamplerData(name, constructor, aliases, dict(_SAMPLER_OPTIONS))
         for name, constructor, aliases in entries
     }
     every = sd_samplers.all_samplers
@@ -174,7 +204,7 @@ def register_schedule(name: str, label: str) -> None:
 def _schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> Any:
     check_supported()
     # From the model: the denoiser of the built-in LCM knows every twentieth noise level only.
-    return get_sigmas_padded(noise_schedule(), n, n).to(device)
+    return get_sigmas_host(noise_schedule(), n).to(device)
 
 
 def _forget_pairs() -> None:

@@ -11,6 +11,8 @@ from lcm_core.errors import InputError
 
 LCM_SAMPLER = "LCM Suite"
 TCD_SAMPLER = "TCD Suite"
+AUTO_FIELD = "LCM Suite auto"
+"""Name by which pasting finds `Options.auto`; no infotext has it."""
 GAMMA_FIELD = "TCD gamma"
 """Name in the infotext of `Options.gamma`."""
 ORIGINAL_STEPS_FIELD = "LCM original steps"
@@ -47,9 +49,18 @@ class Options:
         said: dict[str, float] = {}
         if sampler == TCD_SAMPLER:
             said[GAMMA_FIELD] = self.gamma
-        if self.original_steps != Options.original_steps:
-            said[ORIGINAL_STEPS_FIELD] = self.original_steps
+        said[ORIGINAL_STEPS_FIELD] = self.original_steps  # the default too: pasting must undo another value
         return said
+
+
+def reset_unnamed(params: dict[str, Any]) -> None:
+    """Add the defaults of what a pasted infotext, as `params`, does not name, or the page would keep another value.
+
+    No infotext switches `auto` on: a picture names what it was made with, which `auto` might change.
+    """
+    params.setdefault(AUTO_FIELD, False)
+    params.setdefault(GAMMA_FIELD, Options.gamma)
+    params.setdefault(ORIGINAL_STEPS_FIELD, Options.original_steps)
 
 
 def read_options(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> Options:

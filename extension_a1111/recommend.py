@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from extension_a1111.loras import Accelerated
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
+from extension_a1111.words import Say, english
 from lcm_core.files.recommended import Stated
 
 MOST_STEPS = 8
@@ -27,17 +28,83 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Sampler, steps and CFG scale for one picture, the reason, and what the model's file states."""
+    """Sampler, steps and CFG scale for one picture, the model that wants them, and what its file states."""
 
     sampler: str
     steps: int
     guidance_scale: float
-    reason: str
+    model: str
+    is_full_lcm: bool
     stated: Stated
 
-    def __str__(self) -> str:
-        said = f"{self.sampler}, {self.steps} steps, CFG {self.guidance_scale:g}{self.stated.remark}"
-        return f"{self.reason}: {said}"
+    def text(self, say: Say = english) -> str:
+        """The reason and the settings, in one line."""
+        kind = "{model} is a full LCM" if self.is_full_lcm else "{model} is made for few steps"
+        parts = [
+            say("{sampler}, {steps} steps, CFG {cfg}", sampler=self.sampler, steps=self.steps, cfg=self._cfg()),
+            *([say("gamma {gamma}", gamma=f"{self.stated.gamma:g}")] if self.stated.gamma is not None else []),
+            *([say("{steps} original steps", steps=grid)] if (grid := self.stated.original_steps) is not None else []),
+        ]
+        return f"{say(kind, model=self.model)}: {', '.join(parts)}"
+
+    def _cfg(self) -> str:
+        return f"{self.guidance_scale:g}"
+
+    __str__ = text
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a picture is going to be painted with, as the user has set it."""
+
+    checkpoint: str
+    sampler: str
+    steps: int
+    guidance_scale: float
+    is_full_lcm: bool = False
+    has_negative: bool = False
+    refiner: str | None = None
+    refiner_is_full_lcm: bool = False
+
+
+def remarks(request: Request, advised: Recommendation | None, say: Say = english) -> list[str]:
+    """What is wrong with a request, one line each; none where all is as it should be.
+
+    Args:
+        request: as it was sent; nothing is changed.
+        advised: what suits its models; None where none of them is for few steps.
+        say: the user's language.
+    """
+    found = []
+    is_ours = request.sampler in _SAMPLERS.values()
+    if advised is not None and (request.steps, request.guidance_scale) != (advised.steps, advised.guidance_scale):
+        found.append(
+            say("{settings} would suit it; the button in the accordion sets them.", settings=advised.text(say))
+        )
+    if not is_ours:
+        return found
+    if advised is None:
+        found.append(
+            say(
+                "{model} is no LCM and no LCM-LoRA is in the prompt, so few steps give a poor picture; "
+                "add an LCM-LoRA or choose another sampler.",
+                model=request.checkpoint,
+            )
+        )
+    if request.is_full_lcm and request.has_negative:
+        found.append(say("{model} is a full LCM, which reads no negative prompt.", model=request.checkpoint))
+    if request.refiner is not None and request.refiner_is_full_lcm != request.is_full_lcm:
+        full, plain = request.checkpoint, request.refiner
+        full, plain = (full, plain) if request.is_full_lcm else (plain, full)
+        found.append(
+            say(
+                "{full} is a full LCM and {plain} is none, so that the refiner's guidance is wrong; "
+                "choose two of one kind.",
+                full=full,
+                plain=plain,
+            )
+        )
+    return found
 
 
 def recommend(
@@ -61,20 +128,15 @@ def recommend(
     if full_lcm is not None:
         model = model or Accelerated(full_lcm, Stated("lcm"))
         span = (stated_guidance / 2, stated_guidance * 2) if stated_guidance else _FULL_GUIDANCE
-        kept, reason = (
-            _within(guidance_scale, span, stated_guidance or wishes.full_guidance),
-            f"{full_lcm} is a full LCM",
-        )
+        kept = _within(guidance_scale, span, stated_guidance or wishes.full_guidance)
     elif model is not None:
-        kept, reason = (
-            _within(guidance_scale, _LORA_GUIDANCE, wishes.lora_guidance),
-            f"{model.name} is made for few steps",
-        )
+        kept = _within(guidance_scale, _LORA_GUIDANCE, wishes.lora_guidance)
     else:
         return None
     stated = model.stated
     wanted = steps if 1 <= steps <= MOST_STEPS else stated.steps or wishes.steps
-    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, reason, stated)
+    name = model.name if full_lcm is None else full_lcm
+    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, name, full_lcm is not None, stated)
 
 
 def _within(value: float, span: tuple[float, float], otherwise: float) -> float:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import k_diffusion.sampling
 from modules.sd_samplers_kdiffusion import CFGDenoiserKDiffusion, KDiffusionSampler
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from extension_a1111 import host
 from extension_a1111.architecture import check_loras, network_width
 from extension_a1111.denoising import PositiveRows, consistency
 from extension_a1111.embedding import GuidanceHook, no_embedding, read_cond_proj
-from extension_a1111.grids import get_sigmas_padded
+from extension_a1111.grids import fit_remarks, fit_steps, fit_strength, get_sigmas_padded
 from extension_a1111.loras import find_loras
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, Options
 from lcm_core.diffusion.guidance import Model
@@ -80,7 +79,7 @@ class SuiteSampler(KDiffusionSampler):
             # The host multiplies by sigma; unit variance at the start takes sqrt(1 + sigma^2).
             sigma = self.get_sigmas(p, self.count)[0].item()
             x = initial_latents(x, sigma) / sigma
-        return super().sample(p, x, *args, steps=steps, **kwargs)
+        return super().sample(p, x, *args, steps=self.count, **kwargs)
 
     def sample_img2img(
         self, p: Any, x: Tensor, noise: Tensor, *args: Any, steps: int | None = None, **kwargs: Any
@@ -112,18 +111,38 @@ class SuiteSampler(KDiffusionSampler):
         schedule = host.noise_schedule(self.model_wrap)
         guided, extra_args = self._guided(model, dict(extra_args or {}))
         if self.name == LCM_SAMPLER:
-            return sample_lcm(consistency(guided, schedule), x, sigmas, extra_args, callback, disable, _noise)
+            return sample_lcm(consistency(guided, schedule), x, sigmas, extra_args, callback, disable, self._noise)
         options: dict[str, Any] = {"gamma": self.suite.gamma, "schedule": schedule}
-        return sample_tcd(guided, x, sigmas, extra_args, callback, disable, _noise, **options)
+        return sample_tcd(guided, x, sigmas, extra_args, callback, disable, self._noise, **options)
+
+    def initialize(self, p: Any) -> dict[str, Any]:
+        """As the host's, without eta, which this sampler has not: at 0 its infotext would leave out ENSD."""
+        extra = super().initialize(p)
+        self.eta = None
+        return extra
+
+    def _noise(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        return self.p.rng.next()  # each picture's noise from that picture's own seed
 
     def _begin(self, p: Any, steps: int | None, strength: float) -> None:
         read_options = getattr(p, "lcm_suite", Options)
         self.suite = read_options()
-        self.count = steps or p.steps
-        self.strength = strength
+        self._fit(p, steps or p.steps, strength)
+        if self.suite.guidance is not None:  # the infotext must name what was in force
+            p.cfg_scale = self.suite.guidance
+            if hasattr(p, "hr_cfg"):
+                p.hr_cfg = self.suite.guidance
         p.extra_generation_params.update(self.suite.infotext(self.name))
         loras = find_loras(host.prompts_of(p))
         check_loras({lora.name: host.lora_file(lora.name) for lora in loras}, network_width(host.unet()))
+
+    def _fit(self, p: Any, steps: int, strength: float) -> None:
+        """Take as many steps as the grid has at this strength; hires fix would else end after its first pass."""
+        grid = self.suite.original_steps
+        self.strength = fit_strength(grid, strength)
+        self.count = fit_steps(steps, grid, self.strength)
+        for remark in fit_remarks(steps, self.count, strength, self.strength, host.say()):
+            p.comment(f"LCM Suite: {remark}")
 
     def _guided(self, model: Model, extra_args: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
         """With a full LCM the guidance goes in as embedding and the host runs the positive prompt alone."""
@@ -146,8 +165,3 @@ def register() -> None:
             (TCD_SAMPLER, functools.partial(SuiteSampler, TCD_SAMPLER), ["tcd_suite"]),
         ]
     )
-
-
-def _noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    # The host puts a source into k-diffusion that draws each picture's noise from that picture's own seed.
-    return k_diffusion.sampling.torch.randn_like(sigma)

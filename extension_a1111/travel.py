@@ -18,6 +18,11 @@ from lcm_core.errors import InputError
 Schedule = list[tuple[int, Any]]
 """A prompt over the steps of a picture: (last step, conditioning), in order; a conditioning is (L, D) or a dict."""
 
+Part = tuple[Schedule, float]
+"""One part of a prompt that is joined by AND, and its weight."""
+MAX_SEED = 2**63 - 1
+"""The largest number that every source of noise takes."""
+
 _SEED_AT_END = re.compile(r"(.*)@\s*(-?\d+)\s*", re.DOTALL)
 _NETWORK = re.compile(r"<\w+:[^<>]+>")
 
@@ -39,7 +44,8 @@ def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> 
         start_above: whether the main page is the first point.
 
     Raises:
-        InputError: fewer than two points, or a line with an extra network, which could not change from frame to frame.
+        InputError: fewer than two points, a seed that is too large, or a line with an extra network, which could not
+            change from frame to frame.
     """
     networks = "".join(f" {network}" for network in _NETWORK.findall(prompt))
     points = [Point(prompt, seed)] if start_above else []
@@ -48,6 +54,8 @@ def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> 
             raise InputError(f"the point {line!r} has {found[0]}; write it in the main prompt, for the whole journey")
         match = _SEED_AT_END.fullmatch(line)
         words, number = (match[1].strip(), int(match[2])) if match else (line, seed)
+        if number > MAX_SEED:
+            raise InputError(f"the point {line!r} has a seed that is too large; use at most {MAX_SEED}")
         points.append(Point(words + networks if words else prompt, number))
     if len(points) < 2:
         raise InputError("a journey needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
@@ -101,6 +109,20 @@ def mix_schedules(a: Schedule, b: Schedule, fraction: float, mode: str) -> Sched
     """Two prompts over the steps, mixed: a new stretch begins wherever one of them changes."""
     ends = sorted({end for end, _ in a} | {end for end, _ in b})
     return [(end, mix_conditioning(_at(a, end), _at(b, end), fraction, mode)) for end in ends]
+
+
+def mix_parts(a: Sequence[Part], b: Sequence[Part], fraction: float, mode: str) -> list[Part]:
+    """Two prompts of several parts, mixed part by part; one that the other prompt lacks fades by its weight.
+
+    The parts' guidance is summed with their weights, so that weight 0 is no part.
+    """
+    mixed = [
+        (mix_schedules(one, other, fraction, mode), weight + (other_weight - weight) * fraction)
+        for (one, weight), (other, other_weight) in zip(a, b, strict=False)
+    ]
+    leaving = [(schedule, weight * (1 - fraction)) for schedule, weight in a[len(b) :]]
+    coming = [(schedule, weight * fraction) for schedule, weight in b[len(a) :]]
+    return [*mixed, *leaving, *coming]
 
 
 def describe(end: Point, fraction: float) -> str:

@@ -10,23 +10,26 @@ from typing import Any
 import gradio as gr
 from modules import paths, script_callbacks, sd_models, shared
 
-from extension_a1111 import distil
-from extension_a1111.distil import EMOJI, PRESETS, Order, Places
+from extension_a1111 import distil, host
+from extension_a1111.distil import AUTO, EMOJI, PRESETS, Order, Places
 from extension_a1111.distil_status import look, render
+from extension_a1111.folders import LORA_OPTIONS, option_folders
 from lcm_core.errors import InputError
 
 SECTION = ("lcm_suite", "LCM Suite")
-_HELP = """Distils a checkpoint into an LCM-LoRA that paints in 2 to 8 steps. The trainer runs beside the web UI, in the
-Python that **Settings > LCM Suite** names; it goes on when this page is closed. One run at a time.
-Where video memory is short, first unload the checkpoint in **Settings > Actions**."""
+_HELP = (
+    "Distils a checkpoint into an LCM-LoRA that paints in 2 to 8 steps. The trainer runs beside the web UI, in the "
+    "Python that **Settings > LCM Suite** names; it goes on when this page is closed. One run at a time. "
+    "Where video memory is short, first unload the checkpoint in **Settings > Actions**."
+)
 
 
 def places() -> Places:
     """What the settings say now."""
     root = shared.opts.data.get("lcm_suite_distil_folder") or str(Path(paths.data_path) / "outputs" / "lcm-distil")
     python = shared.opts.data.get("lcm_suite_distil_python") or ""
-    loras = getattr(shared.cmd_opts, "lora_dir", None) or str(Path(paths.models_path) / "Lora")
-    return Places(python.strip(), Path(root).absolute(), Path(loras).absolute())
+    loras = [*option_folders(shared.cmd_opts, *LORA_OPTIONS), Path(paths.models_path, "Lora").absolute()]
+    return Places(python.strip(), Path(root).absolute(), loras[0])
 
 
 def on_ui_settings() -> None:
@@ -39,18 +42,18 @@ def on_ui_settings() -> None:
 def on_ui_tabs() -> list[tuple[Any, str, str]]:
     with gr.Blocks(analytics_enabled=False) as tab, gr.Row():
         with gr.Column():
-            gr.Markdown(_HELP)
+            gr.Markdown(host.say()(_HELP))
             inputs = _inputs()
             with gr.Row():
-                go = gr.Button("Start", variant="primary", elem_id="lcm_distil_start")
-                halt = gr.Button("Stop", elem_id="lcm_distil_stop")
-                again = gr.Button("Continue", elem_id="lcm_distil_continue")
+                go = gr.Button("Start distillation", variant="primary", elem_id="lcm_distil_start")
+                halt = gr.Button("Stop distillation", elem_id="lcm_distil_stop")
+                again = gr.Button("Continue distillation", elem_id="lcm_distil_continue")
         with gr.Column():
             said = gr.HTML(elem_id="lcm_distil_said")
             view = gr.HTML(elem_id="lcm_distil_view")
             shown = gr.State("")
             # javascript/lcm_suite_distil.js presses it, for a gradio timer exists in one of the two hosts only
-            refresh = gr.Button("Refresh", elem_id="lcm_distil_refresh", size="sm")
+            refresh = gr.Button("Refresh the view", elem_id="lcm_distil_refresh", size="sm")
         go.click(_answer(_start), inputs=inputs, outputs=[said])
         halt.click(_answer(_stop), outputs=[said])
         again.click(_answer(_continue), outputs=[said])
@@ -62,18 +65,23 @@ def _inputs() -> list[Any]:
     """The fields of an `Order`, in its order."""
     with gr.Row():
         name = gr.Textbox(label="Name of the LoRA", value="my_lcm", elem_id="lcm_distil_name")
-        teacher = gr.Dropdown(_teachers(), value=EMOJI, label="Teacher", elem_id="lcm_distil_teacher")
-        preset = gr.Dropdown(list(PRESETS), value=PRESETS[0], label="Preset", elem_id="lcm_distil_preset")
+        teacher = gr.Dropdown(_teachers(), value=EMOJI, label="Teacher (checkpoint)", elem_id="lcm_distil_teacher")
+        preset = gr.Dropdown(
+            [AUTO, *PRESETS],
+            value=AUTO,
+            label="Preset (auto: by the teacher)",
+            elem_id="lcm_distil_preset",
+        )
     data = gr.Textbox(
         label="Folder of pictures with captions (.txt beside each); the embedded emoji model has its own",
         elem_id="lcm_distil_data",
     )
     prompts = gr.Textbox(label="Or a text file with one prompt a line: the teacher paints what is learnt from")
     with gr.Row():
-        steps = gr.Number(0, label="Steps (0: the preset's)", precision=0, elem_id="lcm_distil_steps")
-        batch = gr.Number(0, label="Batch size", precision=0, elem_id="lcm_distil_batch")
-        rate = gr.Number(0, label="Learning rate")
-        rank = gr.Number(0, label="Rank", precision=0)
+        steps = gr.Number(0, label="Training steps (0: the preset's)", precision=0, elem_id="lcm_distil_steps")
+        batch = gr.Number(0, label="Pictures per training step", precision=0, elem_id="lcm_distil_batch")
+        rate = gr.Number(0, label="Learning rate of the LoRA")
+        rank = gr.Number(0, label="Rank of the LoRA", precision=0)
     more = gr.Textbox(label="More options of `python -m trainer distill`", elem_id="lcm_distil_more")
     return [name, teacher, preset, data, prompts, steps, batch, rate, rank, more]
 
@@ -98,20 +106,21 @@ def _start(name: str, teacher: str, *rest: Any) -> str:
     if teacher != EMOJI:
         known = sd_models.get_closet_checkpoint_match(teacher)
         teacher = known.filename if known else teacher
-    return f"Started: {distil.start(Order(name.strip(), teacher, *rest), places())}."
+    order = Order(name.strip(), teacher, *rest)
+    return host.say()("Started: {name}, preset {preset}.", name=distil.start(order, places()), preset=order.preset_name)
 
 
 def _stop() -> str:
     distil.stop(places())
-    return "Asked to save and stop. Press again to stop at once."
+    return host.say()("Asked to save and stop. Press again to stop at once.")
 
 
 def _continue() -> str:
-    return f"Continued: {distil.resume(places())}."
+    return host.say()("Continued: {name}.", name=distil.resume(places()))
 
 
 def _refresh(shown: str) -> tuple[Any, str]:
-    page = render(look(places()))
+    page = render(look(places()), host.say())
     return (gr.update() if page == shown else page), page
 
 

@@ -9,7 +9,15 @@ import gradio as gr
 from modules import errors, script_callbacks, scripts, shared
 
 from extension_a1111 import advice, sampler
-from extension_a1111.options import GAMMA_FIELD, LCM_SAMPLER, ORIGINAL_STEPS_FIELD, Options, read_options
+from extension_a1111.options import (
+    AUTO_FIELD,
+    GAMMA_FIELD,
+    LCM_SAMPLER,
+    ORIGINAL_STEPS_FIELD,
+    Options,
+    read_options,
+    reset_unnamed,
+)
 from lcm_core.errors import InputError
 
 _WANTED = ("prompt", "sampling", "steps", "cfg_scale")
@@ -36,7 +44,7 @@ class LcmSuite(scripts.Script):
                 button = gr.Button("Use settings for few steps", elem_id=self.elem_id("lcm_suite_offer"))
                 auto = gr.Checkbox(
                     bool(shared.opts.data.get("lcm_suite_auto", False)),
-                    label="Do so by itself when an LCM-LoRA or an LCM is in use",
+                    label="Apply automatically when an LCM-LoRA or an LCM is in use",
                     elem_id=self.elem_id("lcm_suite_auto"),
                 )
             said = gr.HTML(elem_id=self.elem_id("lcm_suite_said"))
@@ -52,7 +60,7 @@ class LcmSuite(scripts.Script):
                     label=ORIGINAL_STEPS_FIELD,
                     elem_id=self.elem_id("lcm_suite_original_steps"),
                 )
-        self.infotext_fields = [(gamma, GAMMA_FIELD), (original_steps, ORIGINAL_STEPS_FIELD)]
+        self.infotext_fields = [(auto, AUTO_FIELD), (gamma, GAMMA_FIELD), (original_steps, ORIGINAL_STEPS_FIELD)]
         self.paste_field_names = [GAMMA_FIELD, ORIGINAL_STEPS_FIELD]
         self.offer = (button, gamma, original_steps, said)
         self._connect()
@@ -86,7 +94,7 @@ class LcmSuite(scripts.Script):
 
 def _add_settings() -> None:
     for name, default, label, component, span in (
-        ("lcm_suite_auto", False, "Tick 'Do so by itself' when the page is opened", gr.Checkbox, {}),
+        ("lcm_suite_auto", False, "Tick 'Apply automatically' when the page is opened", gr.Checkbox, {}),
         ("lcm_suite_steps", 4, "Steps to set", gr.Slider, {"minimum": 1, "maximum": 8, "step": 1}),
         ("lcm_suite_lora_cfg", 1.0, "CFG to set for an LCM-LoRA", gr.Slider, {"minimum": 1, "maximum": 2, "step": 0.1}),
         ("lcm_suite_full_cfg", 8.0, "CFG to set for a full LCM", gr.Slider, {"minimum": 2, "maximum": 14, "step": 0.5}),
@@ -133,3 +141,4 @@ def _add_axes_or_say() -> None:
 sampler.register()
 script_callbacks.on_ui_settings(_add_settings)
 script_callbacks.on_before_ui(_add_axes_or_say)
+script_callbacks.on_infotext_pasted(lambda _, params: reset_unnamed(params))

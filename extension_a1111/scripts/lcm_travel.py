@@ -14,14 +14,18 @@ import gradio as gr
 from modules import extra_networks, processing, prompt_parser, rng, scripts, shared
 from PIL import Image
 
-from extension_a1111.travel import Point, describe, mix_schedules, read_points, travelling
+from extension_a1111 import host
+from extension_a1111.travel import Point, describe, mix_parts, read_points, travelling
 from lcm_core.diffusion.interpolation import EASINGS, MODES, Frame, plan_frames
+from lcm_core.errors import InputError
 from lcm_core.pipeline.animation import check_animation, save_animation
 
 FORMATS = ["gif", "webp", *(["mp4"] if find_spec("av") else [])]
-_HELP = """One point a line: `a prompt`, `a prompt @ seed`, or `@ seed` for the main prompt with another seed.
-Extra networks such as `<lora:...>` belong into the main prompt.
-Prompt and all noise travel; samplers that draw noise in their own way (DPM++ SDE) mix the first noise only."""
+_HELP = (
+    "One point a line: `a prompt`, `a prompt @ seed`, or `@ seed` for the main prompt with another seed. "
+    "Extra networks such as `<lora:...>` belong into the main prompt. "
+    "Prompt and all noise travel; samplers that draw noise in their own way (DPM++ SDE) mix the first noise only."
+)
 
 
 class LcmTravel(scripts.Script):
@@ -31,21 +35,26 @@ class LcmTravel(scripts.Script):
         return "LCM latent travel"
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        gr.Markdown(_HELP)
+        gr.Markdown(host.say()(_HELP))
         points = gr.Textbox(
-            label="Points", lines=4, placeholder="a green pear @ 7\n@ 8", elem_id=self.elem_id("lcm_travel_points")
+            label="Points of the travel",
+            lines=4,
+            placeholder="a green pear @ 7\n@ 8",
+            elem_id=self.elem_id("lcm_travel_points"),
         )
         with gr.Row():
             above = gr.Checkbox(True, label="Start from the prompt and seed of this page")
             loop = gr.Checkbox(False, label="Travel back to the start (endless loop)")
             keep = gr.Checkbox(False, label="Save every frame")
         with gr.Row():
-            frames = gr.Slider(2, 240, 24, step=1, label="Frames", elem_id=self.elem_id("lcm_travel_frames"))
+            frames = gr.Slider(
+                2, 240, 24, step=1, label="Frames of the travel", elem_id=self.elem_id("lcm_travel_frames")
+            )
             fps = gr.Slider(1, 50, 12, step=1, label="Frames per second")
         with gr.Row():
-            easing = gr.Dropdown(list(EASINGS), value="linear", label="Easing")
-            mode = gr.Dropdown(list(MODES), value="slerp", label="Interpolation")
-            formats = gr.CheckboxGroup(FORMATS, value=["gif"], label="Animation")
+            easing = gr.Dropdown(list(EASINGS), value="linear", label="Easing of the travel")
+            mode = gr.Dropdown(list(MODES), value="slerp", label="Interpolation of the travel")
+            formats = gr.CheckboxGroup(FORMATS, value=["gif"], label="Animation files")
         return [points, above, loop, keep, frames, fps, easing, mode, formats]
 
     def run(
@@ -72,7 +81,14 @@ class LcmTravel(scripts.Script):
             if shared.state.interrupted or shared.state.stopping_generation:
                 break
             shared.state.job = f"frame {number} of {len(plan)}"
-            painted.append(_paint(p, points, frame, mode, keep))
+            try:
+                painted.append(_paint(p, points, frame, mode, keep))
+            except OSError as error:  # a full disk; what is painted is not lost
+                if not painted:
+                    raise
+                words = "Frame {number} could not be written ({reason}); here are the frames before it."
+                p.comment(host.say()(words, number=number, reason=error.strerror or error))
+                break
         return _with_animations(p, painted, formats, fps)
 
 
@@ -124,11 +140,10 @@ def _mix_prompts(p: Any, prompt: str, fraction: float, mode: str, method: str, p
 
 def _mix_multicond(a: Any, b: Any, fraction: float, mode: str) -> Any:
     """The web UI's conditioning of one picture: parts joined by AND, each with a weight and its own schedule."""
+    own, others = ([(part.schedules, part.weight) for part in multi.batch[0]] for multi in (a, b))
     parts = []
-    for one, other in zip(a.batch[0], b.batch[0], strict=True):
-        mixed = mix_schedules(one.schedules, other.schedules, fraction, mode)
+    for mixed, weight in mix_parts(own, others, fraction, mode):
         schedules = [prompt_parser.ScheduledPromptConditioning(end, conditioning) for end, conditioning in mixed]
-        weight = one.weight + (other.weight - one.weight) * fraction
         parts.append(prompt_parser.ComposableScheduledPromptConditioning(schedules, weight))
     return prompt_parser.MulticondLearnedConditioning(shape=(1,), batch=[parts])
 
@@ -152,15 +167,24 @@ def _with_animations(p: Any, painted: list[Any], formats: list[str], fps: float)
         return result
     stem = _free_name(Path(p.outpath_samples), f"travel-{p.seed}")
     files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
-    for file in files:
-        save_animation(images, file, fps)
-    shown = [_shown(file) for file in files if file.suffix != ".mp4"]  # the gallery shows pictures only
+    written = [file for file in files if _save(p, images, file, fps)]
+    shown = [_shown(file) for file in written if file.suffix != ".mp4"]  # the gallery shows pictures only
     result.images[:0], result.infotexts[:0] = shown, texts[:1] * len(shown)
     result.index_of_first_image = len(shown)
-    if files:
-        p.comment(f"Animation: {', '.join(map(str, files))}")
-        result.comments = "".join(f"{comment}\n" for comment in p.comments)
+    if written:
+        p.comment(host.say()("Animation: {files}", files=", ".join(map(str, written))))
+    result.comments = "".join(f"{comment}\n" for comment in p.comments)
     return result
+
+
+def _save(p: Any, images: list[Any], file: Path, fps: float) -> bool:
+    """Whether an animation could be written; a full disk costs that file alone, and is said below the frames."""
+    try:
+        save_animation(images, file, fps)
+    except (InputError, OSError) as error:
+        p.comment(str(error))
+        return False
+    return True
 
 
 def _free_name(folder: Path, name: str) -> Path:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from extension_a1111.options import Options, read_options
+from extension_a1111.options import Options, read_options, reset_unnamed
 from lcm_core.errors import InputError
 
 
-def test_defaults_leave_no_trace_in_the_infotext() -> None:
+def test_the_infotext_names_what_the_sampler_reads_defaults_too() -> None:
+    """A default that is not named would leave the slider of an earlier picture where it is."""
     assert read_options([]) == Options()
-    assert Options().infotext("LCM Suite") == {}
-    assert Options().infotext("TCD Suite") == {"TCD gamma": 0.3}
+    assert Options().infotext("LCM Suite") == {"LCM original steps": 50}
+    assert Options().infotext("TCD Suite") == {"TCD gamma": 0.3, "LCM original steps": 50}
     assert Options(original_steps=100).infotext("LCM Suite") == {"LCM original steps": 100}
+
+
+def test_pasting_resets_what_the_picture_does_not_name() -> None:
+    """A picture of an earlier version, or of another sampler, names none of these."""
+    params = {"Steps": "4", "TCD gamma": "0.7"}
+    reset_unnamed(params)
+    assert params == {"Steps": "4", "TCD gamma": "0.7", "LCM original steps": 50, "LCM Suite auto": False}
 
 
 def test_args_in_order_and_axes_above_them() -> None:

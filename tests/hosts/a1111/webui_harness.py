@@ -1,4 +1,4 @@
-"""Starts a real web UI, AUTOMATIC1111's or Forge, with this repository as its extension, and speaks to it.
+"""Starts a real web UI (A1111, Forge, Forge Neo or reForge) with this repository as its extension, and speaks to it.
 
 Models, extensions and settings lie in a folder of the test's own (`--data-dir`), so that the checkout stays as it is.
 """
@@ -30,9 +30,13 @@ PROBE = Path(__file__).with_name("probe_extension")
 EMOJI = ROOT / "lcm_core" / "models" / "emoji"
 _FLAGS = "--skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check --api"
 _CPU = {
-    False: "--use-cpu all --no-half --precision full --no-download-sd-model --no-hashing",
-    True: "--always-cpu --all-in-fp32",
+    "A1111": "--use-cpu all --no-half --precision full --no-download-sd-model --no-hashing",
+    "FORGE": "--always-cpu --all-in-fp32",
+    "NEO": "--cpu --force-fp32",
+    "REFORGE": "--always-cpu --all-in-fp32 --no-download-sd-model --no-hashing",
 }
+"""Flags for the CPU by kind of web UI."""
+KINDS = tuple(_CPU)
 _SETTINGS = {  # noise as everywhere, no downloads for previews, and no second copy of pictures
     "randn_source": "CPU",
     "live_previews_enable": False,
@@ -52,7 +56,9 @@ class HttpError(Exception):
 class WebUI:
     """A running web UI."""
 
-    def __init__(self, checkout: Path, data: Path) -> None:
+    def __init__(self, kind: str, checkout: Path, data: Path) -> None:
+        self.kind = kind
+        """One of `KINDS`."""
         self.checkout = checkout.resolve()
         self.data = data
         self.is_forge = (checkout / "modules_forge").is_dir()
@@ -81,7 +87,7 @@ class WebUI:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "IGNORE_CMD_ARGS_ERRORS": "1"}
-        flags = f"{_FLAGS} {_CPU[self.is_forge]} --server-name 127.0.0.1 --port {self.port} --data-dir {self.data}"
+        flags = f"{_FLAGS} {_CPU[self.kind]} --server-name 127.0.0.1 --port {self.port} --data-dir {self.data}"
         flags += f" --gradio-allowed-path {self.checkout}"  # Forge forgets its own page under --data-dir
         self._output = self.log.open("w")
         self.process = subprocess.Popen(
@@ -92,7 +98,7 @@ class WebUI:
             stderr=subprocess.STDOUT,
         )
         self._wait_for(_STARTED)
-        if not self.is_forge:
+        if self.kind in ("A1111", "REFORGE"):
             self._wait_for("Model loaded in")  # behind the page's back; a choice made before that would be taken back
 
     def _wait_for(self, line: str, times: int = 1) -> None:
@@ -155,9 +161,8 @@ class WebUI:
         self._wait_for(_STARTED, before + 1)
 
     def _python(self) -> str:
-        name = "FORGE_PYTHON" if self.is_forge else "A1111_PYTHON"
         inside = self.checkout / "venv" / "bin" / "python"
-        return os.environ.get(name) or (str(inside) if inside.exists() else sys.executable)
+        return os.environ.get(f"{self.kind}_PYTHON") or (str(inside) if inside.exists() else sys.executable)
 
 
 class Painted:
