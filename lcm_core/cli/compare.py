@@ -17,6 +17,7 @@ from lcm_core.cli.common import (
     plural,
 )
 from lcm_core.errors import InputError
+from lcm_core.files.reading import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,18 +50,21 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Paint all pictures of the teacher, then all of the LCM (one model in memory at a time), and lay them out."""
-    from lcm_core.pipeline.image import IMAGE_SUFFIXES, labelled_grid, save_image
+    from lcm_core.pipeline.image import IMAGE_SUFFIXES, check_storable, labelled_grid, save_image
 
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)}")
     check_output(args.out)
     lcm = {name: getattr(args, name) for name in MODEL_OPTIONS}
+    for prompt in args.prompts:
+        check_text("prompt", prompt)
     columns = [f"teacher, {plural(steps, 'step')}" for steps in args.teacher_steps]
     columns += [f"LCM, {plural(steps, 'step')}" for steps in args.steps]
+    settings = {"command": "compare", "prompts": args.prompts, "seed": args.seed, "columns": columns}
+    check_storable(args.out, settings)
     teacher_columns = _columns(args, _teacher(args, lcm), "teacher", args.teacher_steps, args.teacher_guidance)
     lcm_columns = _columns(args, lcm, "LCM", args.steps, args.guidance)
     rows = list(zip(*teacher_columns, *lcm_columns, strict=True))
-    settings = {"command": "compare", "prompts": args.prompts, "seed": args.seed, "columns": columns}
     save_image(labelled_grid(rows, columns, args.prompts), args.out, settings)
     print(f"{args.out}: {len(rows)} x {len(columns)} pictures, seed {args.seed}")
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _FAR = 1.6  # times a model's own size; 768 x 512 is 1.2 for one of 512
 _SMALL_MODEL = 256  # pixels
+_MOST_PICTURES = 10_000
 
 
 def add_to(commands: Any) -> None:
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
     if options.get("prompt") is None:
         raise InputError('no prompt was given; write one in quotes ("" for anything), or use --from PICTURE')
     for name in ("count", "batch"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is too few; use 1 or more")
+        if not 1 <= getattr(args, name) <= _MOST_PICTURES:
+            raise InputError(f"--{name} {getattr(args, name)} is out of range; use 1 to {_MOST_PICTURES}")
     seeds = range(options.get("seed", 0), options.get("seed", 0) + args.count)
     paths = _outputs(args, options["prompt"], seeds)
     if stored:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     image, mask = options.pop("image", None), options.pop("mask", None)
     first = pipe.resolve(image=image, **{k: v for k, v in options.items() if k not in MODEL_OPTIONS})
     _warn(pipe, first)
-    check_storable(paths[0], pipe.describe(replace(first, seed=seeds[-1]), image, mask))
+    check_storable(paths[0], pipe.describe(replace(first, seed=seeds[-1]).check(), image, mask))
     with Progress(pipe.count_steps(first) * args.count, "painting") as progress:
         pictures = [replace(first, seed=seed) for seed in seeds]
         painted = pipe.paint(pictures, image, mask, args.batch, progress.step)

@@ -40,6 +40,22 @@ _CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
 }
+_UNET_DEFAULTS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1280,
+}
+_VAE_DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+}
 _PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v"}
 
 _MODEL_YAML = """\
@@ -150,7 +166,7 @@ def webui_yaml(components: Mapping[str, Component], info: ModelInfo, text_folder
     Raises:
         InputError: something that this description has no words for.
     """
-    unet, vae = components["unet"].config, components["vae"].config
+    unet, vae = _with_defaults(components["unet"].config), _with_defaults(components["vae"].config)
     if info.trained_betas is not None:
         raise InputError("the web UI cannot be told the model's trained_betas; export it --to single-file or diffusers")
     if info.prediction_type not in _PARAMETERIZATIONS or info.beta_schedule not in _BETA_SCHEDULES:
@@ -205,6 +221,12 @@ def _write_configs(
     return folder
 
 
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with what diffusers takes where it says nothing."""
+    is_vae = "latent_channels" in config or config.get("_class_name") == "AutoencoderKL"
+    return (_VAE_DEFAULTS if is_vae else _UNET_DEFAULTS) | dict(config)
+
+
 def _ldm_unet(config: Mapping[str, Any]) -> dict[str, Any]:
     """ldm's arguments for a U-Net that diffusers describes so."""
     channels, heads = config["block_out_channels"], config["attention_head_dim"]
@@ -252,7 +274,7 @@ def _ldm_vae(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_own_size(components: Mapping[str, Component], info: ModelInfo) -> bool:
-    unet = components["unet"].config
+    unet = _with_defaults(components["unet"].config)
     usual = (_USUAL_WIDTHS[info.family], _USUAL_CONTEXT[info.family])
     return (list(unet["block_out_channels"]), unet["cross_attention_dim"]) != usual
 

@@ -160,12 +160,14 @@ def read_component(path: PathLike, name: str) -> Component:
         name: "unet", "vae", "text_encoder" or "text_encoder_2".
 
     Raises:
-        InputError: the model has no such network, or a file of it cannot be read.
+        InputError: the model has no such network, or a file of it cannot be read, or its configuration says what no
+            network can be.
     """
     root = Path(path)
     if root.is_dir():
         folder = _component_folder(root, name)
         config = weights.read_json(folder / "config.json")
+        architecture.check_config(config, str(folder / "config.json"))
         return Component(_modern(name, weights.read_folder(folder)), config, str(folder))
     state, metadata = read_safetensors(root)
     _check_once(root, state, metadata)
@@ -174,7 +176,9 @@ def read_component(path: PathLike, name: str) -> Component:
         held = ", ".join(components) or f"no known network; first weight '{next(iter(state), 'nothing')}'"
         raise InputError(f"{root} has no {name} (it has: {held}); give a model that has one")
     config = _named(root, _infer_config, components, name, ldm_convert.is_openclip(state, name))
-    return Component(components[name], {**config, **_stated(metadata, root, name)}, str(root))
+    config |= _stated(metadata, root, name)
+    architecture.check_config(config, f"{root} ({name})")
+    return Component(components[name], config, str(root))
 
 
 def save_single_file(

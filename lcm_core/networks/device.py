@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lcm_core.errors import InputError
-from lcm_core.files.architecture import check_config
 from lcm_core.files.checkpoint import Component, check_finite
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -117,7 +116,6 @@ def build_network(build: Callable[[], Network], component: Component) -> Network
     Raises:
         InputError: the configuration makes no network; the libraries' reasons are many, and of many types.
     """
-    check_config(component.config, component.source)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

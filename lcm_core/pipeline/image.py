@@ -39,6 +39,7 @@ _PNG_LIMIT = 2**20 - 2**10  # bytes; Pillow refuses to read a longer text
 _EXIF_LIMIT = 2**16 - 2**10  # bytes; a JPEG's segment has 64 KB, and other tags need some
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 """Kinds of pictures that are opened. Pillow would run another program for some others."""
+_MOST_PIXELS = 100_000_000  # of an input picture; each takes up to 12 bytes while it is converted
 _EXIF_DESCRIPTION = 0x010E  # JPEG and WebP have no text chunks; the image description carries the same JSON
 
 
@@ -88,6 +89,8 @@ def open_image(source: str | os.PathLike[str] | Image) -> Image:
     try:
         with open_file(source) as stream:
             image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(f"picture {source} has {image.width}x{image.height} pixels; make it smaller first")
             return ImageOps.exif_transpose(image)
     except (InputError, MemoryError):
         raise

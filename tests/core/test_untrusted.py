@@ -151,6 +151,22 @@ def test_checkpoint_chooses_where_export_writes(
     assert "vocab.json" in written
 
 
+def test_model_writes_its_own_lines_into_the_web_ui_s_description(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The .yaml names the classes that the host imports: a text in place of a number could name others."""
+    file = whole(models, tmp_path / "model.safetensors")
+    tensors, metadata = read_safetensors(file)
+    stated = json.loads(metadata[CONFIG_KEY])
+    stated["unet"]["sample_size"] = "8\n    evil: 1"
+    save_file(tensors, file, {TOKENIZER_KEY: metadata[TOKENIZER_KEY], CONFIG_KEY: json.dumps(stated)})
+    (tmp_path / "host" / "modules").mkdir(parents=True)
+    (tmp_path / "host" / "modules" / "sd_models.py").write_text("")
+    assert main(["export", "--model", str(file), "--to", "a1111", "--path", str(tmp_path / "host")]) == 2
+    assert "says sample_size = '8" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
 @pytest.mark.parametrize("text", ["[", "[]", '{"vocab.json": 3}', "[" * 100_000])
 def test_tokenizer_in_the_metadata_that_is_none(text: str, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {TOKENIZER_KEY: text})
@@ -492,6 +508,21 @@ def test_what_no_file_can_hold_is_found_after_painting(
         error = capsys.readouterr().err
         assert words in error.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_picture_of_too_many_pixels_fills_the_memory(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 6_000)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="has 20000x6000 pixels; make it smaller"):
+        open_image(tmp_path / "a.png")
+
+
+def test_numbers_that_end_in_an_error_later(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "a", "--model", str(models / "emoji"), "--out", "never.png"]
+    for options in (["--count", "1000000000"], ["--seed", str(2**64 - 1), "--count", "2"], ["--seed", "9" * 30]):
+        assert main([*argv, *options]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert main([*argv, "--timesteps", "9" * 30]) == 2
+    assert not Path("never.png").exists()
 
 
 def test_abbreviation_is_taken_for_another_option(capsys: pytest.CaptureFixture[str]) -> None:
