@@ -1,12 +1,11 @@
 """The plan of a run, for `--dry-run`: how much memory, disk and time it will take.
 
 Memory comes from a rehearsal of one step (`trainer.memory`), disk from the shapes of what will be written, time from
-the steps that this run has already made; without any, it is said to be unknown.
+what was measured when a part of this run's cache, steps and scores was made; without any, it is said to be unknown.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,20 +17,23 @@ import torch
 from torch import nn
 
 from lcm_core.files.checkpoint import Component, list_components, read_component
+from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device
 from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
-from trainer.data.cache import EMOJI
-from trainer.data.settings import DataConfig
-from trainer.data.sources import read_prompts, read_source
+from trainer.data.cache import open_data
+from trainer.data.hashing import FileHashes
 from trainer.data.teacher import Teacher
-from trainer.distributed import Processes, join_processes
+from trainer.distributed import Processes
 from trainer.memory import rehearsal
 from trainer.methods.method import Method, get_method
 from trainer.methods.shared import Networks
-from trainer.recipes.emoji.data import load_shipped
+from trainer.report.page import read_log
 from trainer.report.sections import duration, size
+from trainer.scores import Scores, shown_steps
+from trainer.setup import examine, notes, say
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
+from trainer.validation import is_scored
 
 LIBRARIES = 450_000_000
 """Bytes of main memory that Python and its libraries take before a model is loaded; matters on a CPU only."""
@@ -50,15 +52,17 @@ class Plan:
     """What will lie in the output folder."""
     facts: dict[str, str] = field(default_factory=dict)
     """What the run will do, in words."""
-    seconds: float | None = None
-    """That the rest of the training will take; None where no step has been measured."""
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    """That each part will take from here on; None where nothing like it has been measured yet."""
 
 
 def print_plan(config: DistillConfig) -> None:
-    """Print the plan of a run; see `make_plan`."""
-    team = join_processes(choose_device(config.device or None))
-    if team.is_main:
-        print(to_text(make_plan(config, team)))
+    """Check all that a run would check, and print its plan; see `make_plan`."""
+    setup = examine(config)
+    if setup.processes.is_main:
+        for line in notes(config):
+            say(f"note: {line}")
+        print(to_text(make_plan(config, setup.processes)))
 
 
 def make_plan(config: DistillConfig, team: Processes | None = None) -> Plan:
@@ -75,7 +79,9 @@ def make_plan(config: DistillConfig, team: Processes | None = None) -> Plan:
     teacher = Teacher(config.teacher, config.tokenizer or None)
     unet = read_component(teacher.source.unet, "unet")
     side = (config.data.resolution or teacher.resolution) // teacher.scale
-    captions, pictures = _count_data(config.data)
+    data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)
+    captions = len(set(data.captions))
+    pictures = len(data.captions) * (1 if config.data.is_image_free else config.data.variant_count)
     memory, trained = _training_memory(config, team, unet, side)
     return Plan(
         facts={
@@ -91,7 +97,11 @@ def make_plan(config: DistillConfig, team: Processes | None = None) -> Plan:
             "state": _state_size(config, trained),
             "result": _result_size(config, teacher.source, unet, trained),
         },
-        seconds=time_left(config),
+        seconds={
+            "caching": caching_left(config, pictures, captions),
+            "training": training_left(config),
+            "scoring": scoring_left(config) if is_scored(config, teacher.source) else 0.0,
+        },
     )
 
 
@@ -104,8 +114,12 @@ def to_text(plan: Plan) -> str:
     lines.append(f"  {size(plan.caching_memory):>10}  before that, while the cache is made")
     lines.append(f"{'disk':<12}{size(disk)}")
     lines += [f"  {size(value):>10}  {name}" for name, value in plan.disk.items()]
-    unknown = "unknown until some steps have run: start, stop after a minute, and ask again"
-    lines.append(f"{'time':<12}{unknown if plan.seconds is None else duration(plan.seconds) + ' from here on'}")
+    known = [seconds for seconds in plan.seconds.values() if seconds is not None]
+    total = f"about {duration(sum(known))} from here on" if known else "unknown"
+    missing = "" if len(known) == len(plan.seconds) else "; start, stop after a minute, and ask again for the rest"
+    lines.append(f"{'time':<12}{total}{missing}")
+    for name, seconds in plan.seconds.items():
+        lines.append(f"  {'unknown' if seconds is None else duration(seconds):>10}  {name}")
     return "\n".join(lines)
 
 
@@ -212,10 +226,10 @@ def _cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> in
 
 
 def _state_size(config: DistillConfig, trained: int) -> int:
-    """Weights, their average, two moments, and five numbers for each step."""
+    """Weights, their average, two moments, and five numbers for each step; twice, for the state before is kept too."""
     average = 4 * trained if config.training.ema_decay > 0 else 0
     moments = 2 if config.training.optimizer == "adamw8bit" else 8
-    return trained * _learners(config) * (4 + moments) + average + config.training.steps * 5 * 8
+    return 2 * (trained * _learners(config) * (4 + moments) + average + config.training.steps * 5 * 8)
 
 
 def _learners(config: DistillConfig) -> int:
@@ -232,25 +246,50 @@ def _result_size(config: DistillConfig, source: Source, unet: Component, trained
     return 2 * (2 * trained + stored)
 
 
-def _count_data(config: DataConfig) -> tuple[int, int]:
-    """How many captions there are, and how many pictures in the cache."""
-    if config.is_image_free:
-        prompts = read_prompts(Path(config.prompts))
-        return len(set(prompts)), len(prompts) * config.variant_count
-    if config.path == EMOJI:
-        captions = load_shipped()[1]
-        return len(set(captions)), len(captions)
-    items = read_source(Path(config.path)).items
-    return len({item.caption for item in items}), len(items) * config.variant_count
+def caching_left(config: DistillConfig, pictures: int, captions: int) -> float | None:
+    """Seconds for what the cache has not yet, by what a picture and a caption took; None where none was made."""
+    total = 0.0
+    for kind, count in (("latents", pictures), ("text", captions + 1)):
+        newest = max(_cache(config).glob(f"{kind}-*/speed.json"), key=lambda file: file.stat().st_mtime, default=None)
+        if newest is None:
+            return None
+        made = len(list(newest.parent.glob("*.safetensors"))) * config.data.shard_size
+        total += max(0, count - made) * float(read_json(newest).get("seconds", 0.0))
+    return total
 
 
-def time_left(config: DistillConfig) -> float | None:
+def training_left(config: DistillConfig) -> float | None:
     """Seconds for the steps that are left, by the median step of this run so far."""
-    log = Path(config.output) / "run" / "log.jsonl"
-    if not config.output or not log.is_file():
+    seconds = _step_seconds(config)
+    if not seconds:
         return None
-    seconds = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
-    return statistics.median(seconds) * max(0, config.training.steps - len(seconds)) if seconds else None
+    return statistics.median(seconds) * max(0, config.training.steps - len(seconds))
+
+
+def scoring_left(config: DistillConfig) -> float | None:
+    """Seconds for the rows of the table that are left: by the rows that were made, else by the steps of training."""
+    samples, rows = config.report.samples, Scores.read(Path(config.output)).rows
+    # calls of the network for one picture, of which a teacher needs two for each step
+    calls = {("teacher", steps): 2 * steps for steps in shown_steps("teacher")}
+    calls |= {("student", steps): steps for steps in shown_steps("student")}
+    done = {(str(row.get("role")), int(row["steps"])): 1 / row["images_per_second"] for row in rows}
+    left = samples * sum(number for row, number in calls.items() if row not in done)
+    paid = sum(calls.get(row, 0) for row in done)
+    if paid:
+        return left * sum(done.values()) / paid
+    seconds = _step_seconds(config)
+    if not seconds:
+        return None
+    # of one sample: the teacher with and without the prompt, target, student, and its backward pass twice that
+    return left * statistics.median(seconds) / (6 * config.training.batch_size)
+
+
+def _step_seconds(config: DistillConfig) -> list[float]:
+    return [float(line["seconds"]) for line in read_log(Path(config.output) / "run" / "log.jsonl")]
+
+
+def _cache(config: DistillConfig) -> Path:
+    return Path(config.data.cache or Path(config.output, "cache"))
 
 
 def _encoders(source: Source) -> list[str]:

@@ -23,8 +23,9 @@ from lcm_core.files.lora import save_lora
 from lcm_core.files.recommended import FOLDER_KEY, Stated
 from lcm_core.files.safetensors import read_json, write_json
 from lcm_core.networks.lora_layers import lora_state_dict
-from lcm_core.pipeline.sources import Source
-from trainer.config import DistillConfig, MethodConfig
+from lcm_core.pipeline.sources import CARD, MODELS, Source
+from trainer.config import DistillConfig
+from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
 from trainer.methods.method import sampling_of
 from trainer.options import to_dict
 from trainer.report.tables import to_markdown
@@ -192,28 +193,38 @@ def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[st
         f"# {name}\n\nPaints in 1 to 8 steps: a {what}, distilled from `{config.teacher}` ({info.family}, "
         f"{info.prediction_type}) by the method `{method.kind}` on {data}.\n\n## Use\n\n"
         f"Sampler {sampling_of(method)}, guidance scale {scale}.\n\n"
-        f"{_usage(config, name, is_lora)}{score}\n"
+        f"{_usage(config, info, name, is_lora)}{score}\n"
         f"## Training\n\n{training.steps:,} steps of {training.batch_size}, learning rate {training.learning_rate:g}, "
-        f"solver {method.solver}, loss {method.loss}, w {method.w_min:g} to {method.w_max:g}. Everything is in "
+        f"w {method.w_min:g} to {method.w_max:g}{_learnt_by(method)}. Everything is in "
         "`config.json`, which `python -m trainer distill --config` takes again.\n"
     )
 
 
-def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
+def _learnt_by(method: MethodConfig) -> str:
+    if isinstance(method, TeacherJumpConfig):
+        return f", solver {method.solver}, loss {method.loss}"
+    return f", loss {method.loss}" if isinstance(method, ConsistencyConfig) else ", without the paper's GAN loss"
+
+
+def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> str:
     stated = sampling_of(config.method)
     scheduler = _SCHEDULERS[stated.sampler]
     how = f"num_inference_steps={stated.steps}" + ("" if stated.gamma is None else f", eta={stated.gamma:g}")
     grid = "" if stated.original_steps is None else f", original_inference_steps={stated.original_steps}"
     if is_lora:
         file = f"{name}_lora.safetensors"
+        pipeline, load = _teacher_pipeline(config.teacher, info)
+        shipped = (MODELS / config.teacher / CARD).is_file()
+        folder, network = (f"{config.teacher}-teacher", " --unet teacher") if shipped else (config.teacher, "")
+        export = f"# python -m lcm_core export --model {config.teacher}{network} --to diffusers --path {folder}\n"
         python = (
-            f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
+            f"from diffusers import {pipeline}, {scheduler}\n\n{export if shipped else ''}"
+            f'pipe = {pipeline}.{load}("{folder}")\n'
             f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{grid})\n"
             f'pipe.load_lora_weights("{file}")\n'
             f'pipe("a lighthouse", {how}, guidance_scale=1).images[0].save("picture.png")\n'
         )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}'
+        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher}{network} --lora {file}'
         web = f"ComfyUI: `workflow_comfyui.json`, with the file in `models/loras`. A1111: `<lora:{file[:-12]}:1>`."
     else:
         python = (
@@ -225,6 +236,13 @@ def _usage(config: DistillConfig, name: str, is_lora: bool) -> str:
         shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors'
         web = "ComfyUI and A1111 know no guidance input: `python -m lcm_core export` puts one value into the weights."
     return f"```\n{shell}\n```\n\n```python\n{python}```\n\n{web}\n"
+
+
+def _teacher_pipeline(teacher: str, info: ModelInfo) -> tuple[str, str]:
+    """diffusers' class for a teacher, and what loads it: only classes of one family read single files."""
+    if Path(teacher).suffix != ".safetensors":
+        return "DiffusionPipeline", "from_pretrained"
+    return "StableDiffusionXLPipeline" if info.family == "sdxl" else "StableDiffusionPipeline", "from_single_file"
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:

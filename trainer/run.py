@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lcm_core.files.checkpoint import Component, read_component
-from lcm_core.files.safetensors import read_safetensors, write_json
+from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.unet import exact_output, load_unet
 from lcm_core.pipeline.sources import find_source
 from trainer.config import DistillConfig
@@ -126,13 +126,12 @@ def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:
     """Weights, pictures, scores, card, workflow and report."""
     config, info, folder = setup.config, setup.info, setup.folder
     written = write_weights(config, student, setup.source, info)
-    rows, remark = show_off(setup, student, prompts)
-    write_json(folder / "results.json", {"rows": rows, "remark": remark})
+    scores = show_off(setup, student, prompts, written[0])
     with painter(setup, student, "student") as model:
         written.append(write_workflow(config, info, model.resolution))
-    written += [write_card(config, info, rows, remark), write_report(folder)]
-    if rows:
-        print(to_markdown(rows))
+    written += [write_card(config, info, scores.rows, scores.remark), write_report(folder)]
+    if scores.rows:
+        print(to_markdown(scores.rows))
     print("\n".join(str(path) for path in written))
 
 

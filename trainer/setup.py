@@ -23,7 +23,7 @@ from trainer.distributed import Processes, join_processes
 from trainer.loop import check_optimizer
 from trainer.machine import describe_machine
 from trainer.options import read_settings, to_dict
-from trainer.ranges import check_choices, check_ranges
+from trainer.ranges import check_ranges
 from trainer.state import has_state
 from trainer.students import check_compile, choose_precision
 
@@ -135,7 +135,8 @@ def check(config: DistillConfig) -> None:
             "accumulation": (1, 10**6),
         },
     )
-    check_choices(config.student, {"kind": ("lora", "full")})
+    if config.student.kind not in ("lora", "full"):
+        raise InputError(f"unknown student {config.student.kind!r}; choose lora or full")
     ranges = {"rank": (1, 4096), "alpha": (0.0, 1e6), "guidance_embedding_dim": (2, 65536)}
     check_ranges(config.student, ranges)
     ranges = {"preview_every": (0, 10**8), "preview_steps": (1, 1000), "samples": (0, 10**6)}

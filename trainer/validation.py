@@ -10,23 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.lora_layers import Which
 from lcm_core.networks.text_encoder import load_text
 from lcm_core.networks.unet import UNet
 from lcm_core.networks.vae import load_vae
 from lcm_core.pipeline.model import Model
+from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
-from trainer.data.teacher import Teacher
+from trainer.data.hashing import hash_tensors
 from trainer.distributed import Processes
-from trainer.evaluate.scores import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
+from trainer.evaluate.scores import Exam, benchmark_exam, folder_exam, read_pictures
 from trainer.methods.method import sampling_of
 from trainer.outputs import run_name
-from trainer.report.preview import STEPS, preview_grid, save_samples
+from trainer.report.preview import preview_grid, save_samples
+from trainer.scores import Scores, shown_steps
 from trainer.students import Student
 
 if TYPE_CHECKING:
-    from trainer.run import Setup
+    from trainer.setup import Setup
 
 
 @contextmanager
@@ -67,25 +70,42 @@ def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[str]:
     return [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
 
 
-def show_off(setup: Setup, student: Student, prompts: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """Pictures of teacher and student, and their scores where there is something to compare with."""
-    exam = _exam(setup) if setup.config.report.samples else None
-    rows: list[dict[str, Any]] = []
+def show_off(setup: Setup, student: Student, prompts: Sequence[str], weights: Path) -> Scores:
+    """Pictures of teacher and student, and their scores where there is something to compare with.
+
+    Args:
+        setup: the run.
+        student: what was trained.
+        prompts: of the pictures.
+        weights: the student's file. Where it and the teacher are those of the last time, no row is measured again.
+    """
+    exam = _exam(setup) if is_scored(setup.config, setup.source) else None
+    hashes = {
+        "teacher": setup.teacher.hash_unet(setup.info.prediction_type),
+        "student": hash_tensors(read_safetensors(weights)[0]),
+    }
+    scores = Scores.open(setup.folder, exam, hashes)
     seeds = list(range(len(prompts)))
-    roles = {"teacher": "teacher", run_name(setup.config): "student"}
-    for name, role in roles.items():
+    roles = {"teacher": "teacher", "student": run_name(setup.config)}
+    for role, name in roles.items():
         if role == "teacher" and student.adapters is None and student.teacher_unet is None:
             continue
         with painter(setup, student, role) as model:
             guidance = model.teacher_guidance_scale if role == "teacher" else model.guidance_scale
             if setup.config.report.preview_every:
-                save_samples(setup.folder, role, model, prompts, seeds, STEPS, guidance_scale=guidance)
+                save_samples(setup.folder, role, model, prompts, seeds, shown_steps(role), guidance_scale=guidance)
             if exam is not None:
-                rows += evaluate_rows(name, model, exam, STEPS, progress=True, guidance_scale=guidance)
-    return rows, "" if exam is None else f"{exam.note['pictures']:,} pictures a row, compared with {exam.note['real']}."
+                for steps in shown_steps(role):
+                    scores.add(role, name, model, exam, steps, guidance)
+    return scores
 
 
-def _exam(setup: Setup) -> Exam | None:
+def is_scored(config: DistillConfig, source: Source) -> bool:
+    """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from."""
+    return bool(config.report.samples) and bool(source.card or config.data.path)
+
+
+def _exam(setup: Setup) -> Exam:
     """The embedded model is measured on its benchmark, another against the pictures that it learnt from."""
     from trainer.recipes.emoji.benchmark import load_benchmark
     from trainer.recipes.emoji.features import extract
@@ -93,12 +113,10 @@ def _exam(setup: Setup) -> Exam | None:
     config, samples = setup.config, setup.config.report.samples
     if setup.source.card or config.data.path == "emoji":
         return benchmark_exam(load_benchmark(samples))
-    if not config.data.path:
-        return None
     from trainer.data.sources import read_source
 
     features = partial(extract, load_benchmark(samples).features)
-    side = Teacher(config.teacher).resolution
+    side = setup.teacher.resolution
     items = read_source(Path(config.data.path)).items
     pictures = read_pictures(items, (side, side), features, Processes(setup.processes.device))
     return folder_exam(pictures, samples, features, is_inception=False)

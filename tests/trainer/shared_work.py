@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
-from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.config import LoopConfig, StudentConfig
 from trainer.distill import Latents, distill
 from trainer.distributed import join_processes
+from trainer.methods.config import LcdConfig
 from trainer.students import lora_student
 
 
@@ -37,6 +38,6 @@ def main(folder: str, steps: str) -> None:
     loop = LoopConfig(int(steps), 6, 3e-2, warmup_steps=1, cooldown=0.0, ema_decay=0.9, accumulation=2)
     team = join_processes(torch.device("cpu"))
     schedule = NoiseSchedule(get_alphas_cumprod())
-    method = MethodConfig(loss="l2", noise_offset=0.1)
+    method = LcdConfig(loss="l2", noise_offset=0.1)
     distill(student, data, schedule, "epsilon", method, loop, Path(folder), 0.3, processes=team)
     team.wait()

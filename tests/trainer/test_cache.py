@@ -412,3 +412,51 @@ def test_shards_are_mapped_not_read(made):
     if maps.exists():
         assert str(shard) in maps.read_text()
     assert tensor.dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", ["latents", "text"])
+@pytest.mark.parametrize("place", [8, 60, -3])
+def test_a_shard_with_one_flipped_bit_is_named_and_made_again(config, made, copied, kind, place):
+    """In its header or among its numbers: it must not be trained on, nor end in a traceback."""
+    shard = next(copied.glob(f"{kind}-*/000000.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 16
+    shard.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"{kind}-.*000000.safetensors.*; it is made again"):
+        prepare(config, "emoji", copied, "cpu")
+    assert contents(copied) == contents(made[0])
+
+
+def test_a_list_of_skipped_pictures_that_is_no_text_is_written_again(config, copied):
+    file = next(copied.glob("latents-*/skipped.json"))
+    before = file.read_bytes()
+    file.write_bytes(b"\xff\xfe nothing")
+    prepare(config, "emoji", copied, "cpu")
+    assert file.read_bytes() == before
+
+
+def test_the_reason_for_skipping_a_picture_is_the_same_in_every_process(tmp_path):
+    """Else `eval` takes the same pictures for others."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "broken.webp").write_bytes(b"RIFF1234WEBP")
+    skipped = prepare(DataConfig(path=str(tmp_path)), "emoji", tmp_path / "cache", "cpu").skipped
+    assert [name for name, _ in skipped] == ["broken.webp", "empty.jpg"]
+    assert not any(" at 0x" in reason or "object" in reason for _, reason in skipped)
+
+
+def test_pictures_that_are_enlarged_are_counted(made):
+    """One of 40 x 40 for 64 x 64; what is only cropped does not count."""
+    assert any("1 of 7 pictures are smaller than what is trained on" in note for note in made[1].notes)
+
+
+def test_guidance_can_lead_away_from_zeros(config, made):
+    """As SDXL's usual script has it; captions that are dropped stay the embedding of the empty prompt."""
+    cache = prepare(replace(config, null_prompt="zeros"), "emoji", made[0], "cpu")
+    (bucket,) = cache.buckets
+    batch = cache.read([Pick(bucket, 1, True)])
+    assert not batch.null_conditioning["encoder_hidden_states"].any()
+    usual = made[1].read([Pick(bucket, 1, True)]).null_conditioning["encoder_hidden_states"]
+    torch.testing.assert_close(batch.conditioning["encoder_hidden_states"], usual, rtol=0, atol=0)
+    with pytest.raises(InputError, match="unknown null_prompt 'nothing'"):
+        DataConfig(path="x", null_prompt="nothing").check()

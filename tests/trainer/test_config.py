@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from lcm_core.errors import InputError
 from trainer.cli.main import main
 from trainer.config import DistillConfig
+from trainer.methods.config import Dmd2Config, TcdConfig
 from trainer.options import add_options, apply, describe_presets, list_options, read_settings, resolve, to_dict
 from trainer.presets import PRESETS
-from trainer.run import check, check_same_run
+from trainer.setup import check, check_same_run
 
 
 def _resolve(*words):
@@ -128,6 +129,26 @@ def test_a_mistake_ends_the_command_with_code_2_and_one_line(tmp_path, capsys):
     message = capsys.readouterr().err
     assert "--stepz" in message
     assert message.count("\n") == 1
+
+
+def test_a_flag_that_the_method_does_not_read_is_refused_with_its_name():
+    with pytest.raises(InputError, match=r"the command line: phases is not read by method lcd, but by segmented, dmd2"):
+        _resolve("--phases", 4)
+    with pytest.raises(InputError, match=r"clean_share is not read by method dmd2, but by tcd"):
+        _resolve("--method", "dmd2", "--clean-share", 0)
+    assert _resolve("--method", "dmd2", "--phases", 2).method == Dmd2Config(phases=2)
+
+
+def test_the_last_word_on_the_method_decides_what_all_others_may_set(tmp_path):
+    """But a file's default of a setting that it does not read, here 4 phases, says nothing."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"method": {"kind": "lcd", "clean_share": 0.5, "w_min": 20.0, "phases": 4}}))
+    config = _resolve("--config", file, "--method", "tcd", "--w-max", 30)
+    assert config.method == TcdConfig(clean_share=0.5, w_min=20.0, w_max=30.0)
+    with pytest.raises(InputError, match=r"mine.json: clean_share is not read by method segmented"):
+        _resolve("--config", file, "--method", "segmented", "--w-max", 30)
+    with pytest.raises(InputError, match="w_min=20, w_max=14 is no range"):
+        _resolve("--config", file, "--method", "tcd")
 
 
 def test_a_run_is_not_continued_with_settings_of_another(tmp_path):

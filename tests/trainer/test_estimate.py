@@ -8,14 +8,25 @@ import torch
 from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
+from lcm_core.files.safetensors import write_json
 from lcm_core.networks.lora_layers import lora_state_dict
-from trainer.config import DistillConfig, LoopConfig, MethodConfig, StudentConfig
+from trainer.cli.main import main
+from trainer.config import DistillConfig, LoopConfig, StudentConfig
 from trainer.data.cache import prepare
 from trainer.data.settings import DataConfig
 from trainer.distill import Latents, distill
 from trainer.distributed import Processes
-from trainer.estimate import LIBRARIES, make_plan, time_left, to_text
+from trainer.estimate import (
+    LIBRARIES,
+    caching_left,
+    make_plan,
+    print_plan,
+    scoring_left,
+    to_text,
+    training_left,
+)
 from trainer.memory import rehearsal
+from trainer.methods.config import LcdConfig, method_config
 from trainer.students import full_student, lora_student, prepare_unet, unet_network
 
 from .conftest import WIDTH, build_unet
@@ -54,7 +65,7 @@ def count(module):
 @pytest.mark.parametrize("method", ["lcd", "dmd2"])
 def test_weights_are_counted_exactly(config, kind, method):
     """A critic's too."""
-    config = replace(config, student=replace(config.student, kind=kind), method=MethodConfig(kind=method))
+    config = replace(config, student=replace(config.student, kind=kind), method=method_config(method))
     student, memory = real_student(config), make_plan(config).memory
     learning = count(student.trained) + (0 if student.critic is None else count(student.critic))
     assert learning == count(student.trained) * (2 if method == "dmd2" else 1)
@@ -69,13 +80,13 @@ def test_the_state_and_the_lora_are_as_large_as_planned(config, tmp_path):
     words = torch.randn(3, 77, WIDTH)
     data = Latents(torch.randn(2, 4, 8, 8), {"encoder_hidden_states": words[:2]}, {"encoder_hidden_states": words[2:]})
     schedule = NoiseSchedule(get_alphas_cumprod())
-    distill(student, data, schedule, "epsilon", MethodConfig(), config.training, tmp_path)
+    distill(student, data, schedule, "epsilon", LcdConfig(), config.training, tmp_path)
     save_lora(tmp_path / "lora.safetensors", lora_state_dict(student.unet, ema=True, dtype=torch.float16))
     # names and shapes of a tiny network's many small tensors weigh more than 2 percent, so they are taken off
-    for name, file in (("state", "state.safetensors"), ("result", "lora.safetensors")):
+    for name, file, copies in (("state", "state.safetensors", 2), ("result", "lora.safetensors", 1)):
         with open(tmp_path / file, "rb") as stream:
             header = int.from_bytes(stream.read(8), "little") + 8
-        assert (tmp_path / file).stat().st_size - header == pytest.approx(plan.disk[name], rel=0.02), name
+        assert (tmp_path / file).stat().st_size - header == pytest.approx(plan.disk[name] / copies, rel=0.02), name
 
 
 def test_the_cache_is_as_large_as_planned(config, tmp_path):
@@ -147,6 +158,53 @@ def test_the_text_names_every_part_and_time_only_once_steps_were_measured(config
     (tmp_path / "out" / "run").mkdir(parents=True)
     lines = [f'{{"step": {i}, "loss": 1, "seconds": {s}}}\n' for i, s in enumerate((9.0, 2.0, 2.0))]
     (tmp_path / "out" / "run" / "log.jsonl").write_text("".join(lines))
-    plan.seconds = time_left(replace(config, training=replace(config.training, steps=103)))
-    assert plan.seconds == pytest.approx(200)
+    longer = replace(config, training=replace(config.training, steps=103))
+    plan.seconds["training"] = training_left(longer)
+    assert plan.seconds["training"] == pytest.approx(200)
     assert "3 min from here on" in to_text(plan)
+
+
+def test_the_time_has_caching_and_scoring_too(config, tmp_path):
+    """Of a run of minutes, the scores alone may take longer than the training."""
+    config = replace(config, report=replace(config.report, samples=10))
+    assert make_plan(config).seconds == {"caching": None, "training": None, "scoring": None}
+    for kind, seconds in (("latents", 3.0), ("text", 0.5)):
+        write_json(tmp_path / "out" / "cache" / f"{kind}-0" / "speed.json", {"seconds": seconds})
+    assert caching_left(config, pictures=6, captions=6) == pytest.approx(6 * 3 + 7 * 0.5)
+    (tmp_path / "out" / "cache" / "latents-0" / "000000.safetensors").touch()  # all six are in one file
+    assert caching_left(config, pictures=6, captions=6) == pytest.approx(7 * 0.5)
+    rows = [{"role": "teacher", "model": "teacher", "steps": steps, "images_per_second": 1 / steps} for steps in (1, 2)]
+    write_json(tmp_path / "out" / "results.json", {"rows": rows})
+    # half a second for each call of the network: two for a step of the teacher, one for the student's
+    assert scoring_left(config) == pytest.approx(0.5 * 10 * (2 * (4 + 8 + 25) + 1 + 2 + 4 + 8))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps -5", "steps -5 is out of range"),
+        ("--method tcd --clean-share 5", "clean_share 5.0 is out of range"),
+        ("--method lcd --phases 4", "phases is not read by method lcd"),
+        ("--original-steps 2000", "original_steps=2000"),
+        ("--compile", "CUDA only"),
+        ("--optimizer sgd", "unknown optimizer 'sgd'"),
+        ("--start no/such.safetensors", "no/such.safetensors is not there"),
+        ("--tokenizer no/such/folder", "no/such/folder has no vocab.json"),
+        ("--data no/such/folder", "no/such/folder does not exist"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(teachers, photos, tmp_path, capsys, words, message):
+    output = tmp_path / "out"
+    given = ["--teacher", teachers(), "--data", photos, "--resolution", "64", "--output", output, *words.split()]
+    for more in (["--dry-run"], []):
+        assert main(["distill", *map(str, given), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (output / "run" / "state.safetensors").exists()
+    assert not (output / "cache").exists()
+
+
+def test_a_lora_for_many_guidances_is_told_that_it_cannot_read_them(config, capsys):
+    print_plan(config)
+    assert "a LoRA cannot read the guidance w" in capsys.readouterr().err
+    print_plan(replace(config, method=LcdConfig(w_min=7.5, w_max=7.5)))
+    assert "guidance" not in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcm_core.diffusion import solver
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.grids import get_timesteps_lcm
 from lcm_core.diffusion.process import RectifiedFlow, VariancePreserving
@@ -17,7 +18,14 @@ from lcm_core.diffusion.solver import solver_jump
 from lcm_core.errors import InputError
 from trainer.data.cache import Batch
 from trainer.distill import for_method
-from trainer.methods.config import MethodConfig, method_config, methods_that_read
+from trainer.methods.config import (
+    METHOD_CONFIGS,
+    SOLVERS,
+    MethodConfig,
+    defaults_of,
+    method_config,
+    methods_that_read,
+)
 from trainer.methods.dmd2 import matching_loss
 from trainer.methods.method import get_method, make_sample
 from trainer.methods.segmented import phase_edges
@@ -197,11 +205,11 @@ NETWORKS = Networks(_network(1), _network(2), _network(3), _network(4))
 
 
 @pytest.mark.parametrize("loss", ["l2", "huber", "cauchy"])
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2s"])
+@pytest.mark.parametrize("solver_name", ["ddim", "dpmpp_2s"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
-def test_the_loss_equals_the_papers(method, kind, solver, loss):
-    config = _config(method, loss=loss, **({} if method == "finetune" else {"solver": solver}))
+def test_the_loss_equals_the_papers(method, kind, solver_name, loss):
+    config = _config(method, loss=loss, **({} if method == "finetune" else {"solver": solver_name}))
     for seed in range(3):
         sample = _sample(config, seed)
         ours = _loss(config, sample, kind)
@@ -506,20 +514,55 @@ def test_a_fractional_timestep_has_the_coefficients_that_samplers_use():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("kind", "change", "words"),
     [
-        ({"kind": "magic"}, "unknown method 'magic'"),
-        ({"loss": "l3"}, "loss='l3'|unknown loss 'l3'"),
-        ({"weighting": "heavy"}, "weighting"),
-        ({"timestep_sampling": "odd"}, "timestep_sampling"),
-        ({"original_steps": 1001}, "original_steps=1001"),
-        ({"solver": "euler"}, "solver"),
-        ({"kind": "segmented", "phases": 51}, "phases=51"),
-        ({"kind": "dmd2", "phases": 0}, "phases=0"),
-        ({"kind": "tcd", "clean_share": 1.5}, r"clean_share"),
-        ({"kind": "lcd", "clean_share": 0.5}, "clean_share is not read by method lcd, but by tcd"),
+        ("magic", {}, "unknown method 'magic'"),
+        ("lcd", {"loss": "l3"}, "unknown loss 'l3'"),
+        ("lcd", {"weighting": "heavy"}, "unknown weighting 'heavy'"),
+        ("lcd", {"timestep_sampling": "odd"}, "unknown timestep_sampling 'odd'"),
+        ("lcd", {"solver": "euler"}, "unknown solver 'euler'"),
+        ("lcd", {"original_steps": 0}, "original_steps 0 is out of range"),
+        ("lcd", {"snr_gamma": 0.0}, "snr_gamma 0.0 is out of range"),
+        ("lcd", {"huber_c": -1.0}, "huber_c -1.0 is out of range"),
+        ("lcd", {"w_min": -1.0}, "w_min=-1"),
+        ("lcd", {"w_max": math.inf}, "w_max=inf"),
+        ("lcd", {"noise_offset": math.nan}, "noise_offset nan is out of range"),
+        ("segmented", {"phases": 51}, "phases=51"),
+        ("dmd2", {"phases": 0}, "phases=0"),
+        ("dmd2", {"critic_updates": 0}, "critic_updates 0 is out of range"),
+        ("tcd", {"clean_share": 1.5}, r"clean_share 1\.5 is out of range"),
+        ("finetune", {"diffusion_weight": -1.0}, "diffusion_weight -1.0 is out of range"),
+        ("lcd", {"clean_share": 5, "phases": -3}, "clean_share is not read by method lcd, but by tcd"),
+        ("finetune", {"solver": "ddim"}, "solver is not read by method finetune"),
+        ("dmd2", {"huber_c": 0.1}, "huber_c is not read by method dmd2, but by lcd, finetune, tcd, segmented"),
     ],
 )
-def test_a_wrong_setting_is_named(change, words):
+def test_a_wrong_setting_is_named_before_anything_is_computed(kind, change, words):
     with pytest.raises(InputError, match=words):
-        _sample(_config(**change))
+        method_config(kind, **change)
+
+
+def test_more_timesteps_than_the_schedule_has_are_refused():
+    with pytest.raises(InputError, match="original_steps=1001"):
+        _sample(_config(original_steps=1001))
+
+
+def test_the_solvers_that_settings_may_name_are_those_that_there_are():
+    assert solver.SOLVERS == SOLVERS
+
+
+@pytest.mark.parametrize("kind", METHOD_CONFIGS)
+def test_a_method_reads_every_setting_that_its_class_has(kind, monkeypatch):
+    """A setting that is accepted and ignored misleads; those of `make_sample`, the loss and the sampler all count."""
+    read = set()
+    config = method_config(kind, **{"weighting": "min_snr"} if kind != "dmd2" else {})
+
+    class Watched(type(config)):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    watched = Watched(**{name: getattr(config, name) for name in defaults_of(type(config))})
+    read.clear()
+    _loss(watched, _sample(watched))
+    assert defaults_of(type(config)).keys() <= read

@@ -14,9 +14,10 @@ from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component
 from lcm_core.networks.lora_layers import lora_state_dict, remove_lora
-from trainer.config import LoopConfig, MethodConfig, StudentConfig
+from trainer.config import LoopConfig, StudentConfig
 from trainer.data.cache import Batch
 from trainer.distill import Latents, distill
+from trainer.methods.config import Dmd2Config, LcdConfig, method_config
 from trainer.methods.method import get_method, make_sample
 from trainer.methods.shared import Sample
 from trainer.students import choose_precision, full_student, lora_student, prepare_unet, unet_network
@@ -65,7 +66,7 @@ def _conditioning(family, rows, seed=0):
     return conditioning
 
 
-def _sample(family="sd1", method=MethodConfig(w_min=1, w_max=4), rows=4) -> Sample:  # noqa: B008
+def _sample(family="sd1", method=LcdConfig(w_min=1, w_max=4), rows=4) -> Sample:  # noqa: B008
     latents = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     batch = Batch(latents, _conditioning(family, rows), _conditioning(family, rows, 1))
     return make_sample(batch, method, get_alphas_cumprod(), torch.Generator().manual_seed(2))
@@ -81,7 +82,8 @@ def _student(kind, family="sd1", config=StudentConfig(rank=2), with_average=True
 
 
 def _loss(student, sample, kind="epsilon", method="lcd"):
-    config = MethodConfig(kind=method, loss="l2", phases=2)
+    options = {"dmd2": {"phases": 2}, "segmented": {"phases": 2, "loss": "l2"}}
+    config = method_config(method, **options.get(method, {"loss": "l2"}))
     return get_method(config).loss(student.networks, sample, get_alphas_cumprod().float(), config, kind).mean()
 
 
@@ -99,7 +101,7 @@ def test_a_new_student_paints_like_its_teacher_at_any_guidance(kind, family):
 @pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented", "dmd2"])
 def test_every_kind_of_teacher_can_be_learnt_from(kind, family, method):
     """A step changes the online student alone: not the target, not the teacher, not the critic."""
-    student, sample = _student(kind, family), _sample(family, MethodConfig(kind=method))
+    student, sample = _student(kind, family), _sample(family, method_config(method))
     args = sample.x0, sample.t, sample.conditioning, sample.w
     before = [network(*args).detach() for network in student.networks]
     optimizer = torch.optim.SGD(student.trained.parameters(), lr=1.0)
@@ -123,7 +125,7 @@ def test_a_lora_run_has_one_unet_in_memory():
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_critic_learns_beside_the_student_and_without_it(kind):
-    student, config = _student(kind), MethodConfig(kind="dmd2", phases=2, w_min=1, w_max=4)
+    student, config = _student(kind), Dmd2Config(phases=2, w_min=1, w_max=4)
     sample = replace(_sample(method=config), student_turn=False)
     args = sample.x0, sample.t, sample.conditioning, sample.w
     before = [network(*args).detach() for network in student.networks]
@@ -201,7 +203,7 @@ def test_checkpointing_does_not_change_the_gradients(kind):
     gradients = []
     for checkpointing in (False, True):
         config = StudentConfig(rank=2, gradient_checkpointing=checkpointing)
-        student, sample = _student(kind, config=config), _sample(method=MethodConfig(kind="dmd2", phases=2))
+        student, sample = _student(kind, config=config), _sample(method=Dmd2Config(phases=2))
         for network in (student.unet, student.critic) if kind == "full" else (student.unet,):
             prepare_unet(network, config, (8, 8))
         learning = [*student.trained.parameters(), *student.critic.parameters()]
@@ -260,7 +262,7 @@ def _host_run(folder: Path, loop: LoopConfig, callback=None):
     )
     schedule = NoiseSchedule(get_alphas_cumprod())
     try:
-        distill(student, data, schedule, "epsilon", MethodConfig(), loop, folder, 0.2, callback)
+        distill(student, data, schedule, "epsilon", LcdConfig(), loop, folder, 0.2, callback)
     finally:
         tensors = lora_state_dict(module, ema=True)
         remove_lora(module)
@@ -324,4 +326,4 @@ def test_epsilon_with_zero_terminal_snr_is_refused(tmp_path):
     schedule = NoiseSchedule(get_alphas_cumprod(zero_terminal_snr=True))
     data = Latents(torch.zeros(1, 4, 5, 7), {}, {})
     with pytest.raises(InputError, match="zero terminal SNR"):
-        distill(student, data, schedule, "epsilon", MethodConfig(), HOST_LOOP, tmp_path)
+        distill(student, data, schedule, "epsilon", LcdConfig(), HOST_LOOP, tmp_path)

@@ -145,15 +145,6 @@ def _write(folder: Path, table: dict[str, Any], exam: Exam) -> None:
 
 
 def _to_text(table: dict[str, Any], exam: Exam) -> str:
-    from trainer.report.tables import to_markdown
+    from trainer.report.tables import remark, to_markdown
 
-    return f"{to_markdown(table['rows'])}\n{_remark(exam)}\n"
-
-
-def _remark(exam: Exam) -> str:
-    """One line on what the numbers mean, so that nobody compares them with those of another exam."""
-    about = exam.note
-    return (
-        f"{about['pictures']:,} pictures a row, compared with {about['real']} by {about['features']} features. "
-        f"Lower is better for {exam.distance.upper()}, higher for the other scores."
-    )
+    return f"{to_markdown(table['rows'])}\n{remark(exam.note, exam.distance)}\n"

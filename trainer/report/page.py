@@ -71,7 +71,7 @@ def read_run(root: Path) -> Run:
     return Run(
         name=root.resolve().name,
         config=_object(root / "config.json"),
-        log=_lines(root / "run" / "log.jsonl"),
+        log=read_log(root / "run" / "log.jsonl"),
         rows=results.get("rows", []),
         remark=str(results.get("remark", "")),
         samples=read_samples(root),
@@ -116,7 +116,12 @@ def _parse(path: Path, default: str) -> Any:
         raise InputError(f"{path} is not readable JSON ({error}); remove it and run the same command again") from error
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The lines of a run's `log.jsonl`, none where it has not begun.
+
+    Raises:
+        InputError: it is damaged.
+    """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.splitlines() if line.strip()]

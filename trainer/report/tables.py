@@ -27,6 +27,25 @@ LOWER_IS_BETTER = ("fd", "fid")
 HIGHER_IS_BETTER = ("recall", "alignment", "seen_alignment", "held_out_alignment", "clip_score")
 
 
+def remark(note: Mapping[str, Any], distance: str) -> str:
+    """What scores were measured on, and what they can be compared with.
+
+    Args:
+        note: of the exam, see `trainer.evaluate.scores.Exam`.
+        distance: name of the Frechet distance in the table.
+    """
+    words = (
+        f"{note['pictures']:,} pictures a row, compared with {note['real']} by {note['features']} features. "
+        f"Lower is better for {distance.upper()}, higher for the other scores."
+    )
+    if distance == "fid" or "emoji" in note["real"]:
+        return words
+    return (
+        f"{words} The features are those of a small network that has seen emoji alone: the rows of this table can be "
+        "compared with each other, but not with FID. `python -m trainer eval --inception` measures that."
+    )
+
+
 def used_columns(rows: Sequence[Row]) -> list[str]:
     """The columns for which at least one row has a value."""
     return [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
