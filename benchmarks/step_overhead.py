@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.consistency import ConsistencyDenoiser
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.grids import get_sigmas_lcm
 from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, seeded_noise_sampler
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_sigmas_lcm
 
 SHAPE = (4, 64, 64)
 BAR_MS = 0.3
@@ -59,10 +60,10 @@ def network() -> Callable[..., Tensor]:
 
 
 def ours(steps: int, guidance_scale: float, guidance_embedding_dim: int | None) -> Callable[[], Tensor]:
-    schedule = NoiseSchedule(get_alphas_cumprod())
-    sigmas = get_sigmas_lcm(schedule, steps)
+    diffusion = Diffusion()
+    sigmas = get_sigmas_lcm(diffusion.process, steps)
     cond = {"encoder_hidden_states": torch.zeros(1, 77, 768)}
-    denoiser = ConsistencyDenoiser(network(), schedule)
+    denoiser = ConsistencyDenoiser(network(), diffusion)
     x = initial_latents(initial_noise([0], SHAPE), sigmas[0])
     noise_sampler = seeded_noise_sampler([0], SHAPE)
 

@@ -31,7 +31,8 @@ from cpu_sd15 import SIZES, silence_libraries
 from random_model import make_networks
 from torch import Tensor
 
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.schedule import get_alphas_cumprod
 from lcm_core.networks.lora_layers import TARGET_MODULES
 from trainer.config import LoopConfig, StudentConfig
 from trainer.machine import describe_machine, peak_memory
@@ -230,9 +231,8 @@ def our_steps(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
             peaks.append(peak_memory(device))  # now, for the state is written after the last step
 
         with tempfile.TemporaryDirectory() as folder:
-            schedule = NoiseSchedule(get_alphas_cumprod())
             team = Processes(device)
-            distill(student, data, schedule, "epsilon", method, loop, Path(folder), callback=note, processes=team)
+            distill(student, data, Diffusion(), method, loop, Path(folder), callback=note, processes=team)
         return [after - before for before, after in pairwise(moments)], peaks[-1]
 
     return run

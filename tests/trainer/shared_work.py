@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
 from trainer.config import LoopConfig, StudentConfig
 from trainer.distill import Latents, distill
 from trainer.distributed import join_processes
@@ -37,7 +37,6 @@ def main(folder: str, steps: str) -> None:
     data = Latents(latents, {"context": context}, {"context": torch.zeros(1, 5, 3)})
     loop = LoopConfig(int(steps), 6, 3e-2, warmup_steps=1, cooldown=0.0, ema_decay=0.9, accumulation=2)
     team = join_processes(torch.device("cpu"))
-    schedule = NoiseSchedule(get_alphas_cumprod())
     method = LcdConfig(loss="l2", noise_offset=0.1)
-    distill(student, data, schedule, "epsilon", method, loop, Path(folder), 0.3, processes=team)
+    distill(student, data, Diffusion(), method, loop, Path(folder), 0.3, processes=team)
     team.wait()

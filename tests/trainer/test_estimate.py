@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import write_json
@@ -79,8 +79,7 @@ def test_the_state_and_the_lora_are_as_large_as_planned(config, tmp_path):
     student, plan = real_student(config), make_plan(config)
     words = torch.randn(3, 77, WIDTH)
     data = Latents(torch.randn(2, 4, 8, 8), {"encoder_hidden_states": words[:2]}, {"encoder_hidden_states": words[2:]})
-    schedule = NoiseSchedule(get_alphas_cumprod())
-    distill(student, data, schedule, "epsilon", LcdConfig(), config.training, tmp_path)
+    distill(student, data, Diffusion(), LcdConfig(), config.training, tmp_path)
     save_lora(tmp_path / "lora.safetensors", lora_state_dict(student.unet, ema=True, dtype=torch.float16))
     # names and shapes of a tiny network's many small tensors weigh more than 2 percent, so they are taken off
     for name, file, copies in (("state", "state.safetensors", 2), ("result", "lora.safetensors", 1)):

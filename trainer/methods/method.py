@@ -83,8 +83,8 @@ def make_sample(
     """
     latents = batch.latents
     total, rows = batch_size or len(latents), slice(first, first + len(latents))
-    critic = isinstance(config, Dmd2Config)
-    shape = {"shape": latents.shape[1:]} if critic else {}
+    shape = {"shape": latents.shape[1:]} if isinstance(config, Dmd2Config) else {}
+    student_every = config.critic_updates if isinstance(config, Dmd2Config) else 1
     points = get_method(config).draw(total, config, diffusion, generator, **shape)
     w = draw_guidance(total, config, generator)
     eps = draw_noise(torch.Size((total, *latents.shape[1:])), config, generator)
@@ -96,7 +96,7 @@ def make_sample(
         w=w[rows],
         conditioning=batch.conditioning,
         null_conditioning=batch.null_conditioning,
-        student_turn=not critic or step % config.critic_updates == 0,
+        student_turn=step % student_every == 0,
     )
 
 
