@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,12 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from extension_a1111 import distil, distil_runner
-from extension_a1111.distil import Order, Places
+from extension_a1111.distil import Order, Places, preset_for
 from extension_a1111.distil_status import Status, look, read_losses, render
 from lcm_core.errors import InputError
 
@@ -44,6 +48,11 @@ if asked:
 if "--rank" in words and option("--rank") == "13":
     sys.exit("error: rank 13 is unlucky")
 (out / f"{option('--name')}_lora.safetensors").write_bytes(b"weights")
+end = time.monotonic() + float(option("--scoring") if "--scoring" in words else 0)
+while time.monotonic() < end:
+    if asked:
+        sys.exit(130)
+    time.sleep(0.02)
 """
 
 
@@ -85,6 +94,53 @@ def test_a_finished_run_puts_its_lora_where_the_host_looks(places: Places) -> No
     assert (status.done, status.total, status.lora) == (3, 3, str(places.loras / "red.safetensors"))
     assert (places.loras / "red.safetensors").read_bytes() == b"weights"
     assert status.losses == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_a_lora_is_handed_over_before_it_is_scored(places: Places) -> None:
+    """Scoring can take ten times as long as training."""
+    distil.start(Order("red", steps=2, more="--scoring 600"), places)
+    wait(lambda: (places.loras / "red.safetensors").exists())
+    wait(lambda: look(places).lora)
+    assert look(places).state == "running"
+    assert str(places.loras / "red.safetensors") in render(look(places))
+    distil.stop(places)
+    wait(lambda: not distil.is_running(places))
+    assert look(places).lora == str(places.loras / "red.safetensors")
+
+
+def test_a_full_disk_is_said_in_one_line(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(distil_runner, "write", write)
+    with pytest.raises(InputError, match=r"runs/red cannot be written \(No space left on device\); free some space"):
+        distil.start(Order("red", steps=1), places)
+    assert trainers(places) == 0
+
+
+@pytest.mark.parametrize(("width", "preset"), [(768, "sd15-lora"), (1024, "sd21-lora"), (2048, "sdxl-lora")], ids=str)
+def test_the_preset_follows_the_teacher(places: Places, width: int, preset: str, tmp_path: Path) -> None:
+    """Told by the header: the emoji preset's rate and rank would spoil a Stable Diffusion teacher."""
+    file = tmp_path / "teacher.safetensors"
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({name: torch.zeros(320, width)}, file)
+    order = Order("red", teacher=str(file), data=str(tmp_path))
+    words = distil.command(order, places)
+    assert words[words.index("--preset") + 1] == order.preset_name == preset
+    assert Order("red").preset_name == "emoji"
+    assert replace(order, preset="sd15-lora").preset_name == "sd15-lora"
+
+
+def test_a_teacher_that_no_preset_is_for_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "own.safetensors"
+    save_file({"model.diffusion_model.x.attn2.to_k.weight": torch.zeros(32, 128)}, file)
+    with pytest.raises(
+        InputError, match=r"own\.safetensors has a U-Net that reads text of width 128.* choose a preset"
+    ):
+        preset_for(str(file))
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match=r"own\.safetensors has no U-Net"):
+        preset_for(str(file))
 
 
 def test_two_clicks_start_one_run(places: Places) -> None:

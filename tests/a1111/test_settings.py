@@ -144,7 +144,7 @@ def test_recommendation(steps, cfg, models, full, wanted) -> None:  # type: igno
 def test_wishes_are_followed_and_said() -> None:
     wishes = Wishes(steps=6, lora_guidance=1.8, full_guidance=5)
     got = recommend(20, 7, [Accelerated("my-lcm", Stated("lcm"))], None, wishes)
-    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm is made for few steps", Stated("lcm"))
+    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm", False, Stated("lcm"))
     assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
     phased = recommend(20, 7, [PHASED], None, wishes)
     assert str(phased) == "phased is made for few steps: TCD Suite, 2 steps, CFG 1.8, gamma 0, 10 original steps"

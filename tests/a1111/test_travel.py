@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from extension_a1111.travel import (
@@ -14,6 +20,7 @@ from extension_a1111.travel import (
     TravelNoise,
     describe,
     mix_conditioning,
+    mix_parts,
     mix_schedules,
     read_points,
     travelling,
@@ -120,6 +127,96 @@ def test_a_prompt_that_changes_within_the_picture_changes_where_either_changes()
     assert [end for end, _ in mixed] == [2, 5, 8]
     for (_, found), (one, other) in zip(mixed, ((0, 0), (1, 0), (1, 1)), strict=True):
         torch.testing.assert_close(found, 0.5 * (a[one][1] + b[other][1]))
+
+
+def test_parts_that_the_other_prompt_lacks_fade_in_and_out() -> None:
+    """The host sums weight * (part - negative): at both ends the sum is that end's own."""
+    a = [([(8, rows(1, 2))], 1.0), ([(8, rows(2, 2))], 0.5)]
+    b = [([(8, rows(3, 2))], 2.0)]
+    for first, second, t in ((a, b, 0.25), (b, a, 0.75)):
+        mixed = mix_parts(first, second, t, "lerp")
+        assert [weight for _, weight in mixed] == [1.25, pytest.approx(0.375)]
+        torch.testing.assert_close(mixed[0][0][0][1], 0.75 * rows(1, 2) + 0.25 * rows(3, 2))
+        torch.testing.assert_close(mixed[1][0][0][1], rows(2, 2), rtol=0, atol=0)
+
+
+def test_a_seed_that_no_source_of_noise_takes_is_named() -> None:
+    with pytest.raises(InputError, match=r"'a pear @ 99999999999999999999' has a seed that is too large; use at most"):
+        read_points("a pear @ 99999999999999999999", MAIN, 0)
+    assert read_points(f"@ {2**63 - 1}", MAIN, 0)[1].seed == 2**63 - 1
+
+
+class Painted(SimpleNamespace):
+    pass
+
+
+@pytest.fixture
+def script(fake_host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The real script, on a host whose painting a test replaces."""
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    fake_host.scripts.Script = object
+    fake_host.processing.fix_seed = lambda p: None
+    fake_host.shared.state = SimpleNamespace(interrupted=False, stopping_generation=False)
+    fake_host.shared.prompt_styles = SimpleNamespace(apply_styles_to_prompt=lambda text, styles: text)
+    fake_host.extra_networks.parse_prompts = lambda prompts: (prompts, {})
+    fake_host.rng.ImageRNG = Source
+
+    def processed(p: Any, images: list[Any], seed: int, info: str, infotexts: list[str]) -> Any:
+        return Painted(images=images, infotexts=infotexts, comments="".join(f"{said}\n" for said in p.comments))
+
+    fake_host.processing.Processed = processed
+    file = Path(__file__).parents[2] / "extension_a1111" / "scripts" / "lcm_travel.py"
+    spec = importlib.util.spec_from_file_location("lcm_travel", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def request_for(folder: Path) -> Any:
+    p = SimpleNamespace(
+        prompt="a", seed=1, styles=[], comments={}, outpath_samples=str(folder), do_not_save_samples=True,
+        extra_generation_params={}, setup_conds=lambda: None,
+    )  # fmt: skip
+    p.comment = lambda text: p.comments.update({text: 1})
+    return p
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def paint_until(fake_host: Any, last: int) -> None:
+    def paint(p: Any) -> Any:
+        paint.count += 1  # type: ignore[attr-defined]
+        if paint.count > last:  # type: ignore[attr-defined]
+            full_disk()
+        return Painted(images=[Image.new("RGB", (8, 8), (paint.count * 20,) * 3)], infotexts=["text"])  # type: ignore[attr-defined]
+
+    paint.count = 0  # type: ignore[attr-defined]
+    fake_host.processing.process_images = paint
+
+
+def test_a_full_disk_keeps_the_frames_painted_so_far(fake_host: Any, script: Any, tmp_path: Path) -> None:
+    p = request_for(tmp_path)
+    paint_until(fake_host, 3)
+    result = script.LcmTravel().run(p, "@ 2", True, False, True, 5, 6, "linear", "slerp", [])
+    assert len(result.images) == 3
+    assert "Frame 4 could not be written (No space left on device); here are the frames before it." in result.comments
+    paint_until(fake_host, 0)
+    with pytest.raises(OSError, match="No space left"):  # nothing to keep
+        script.LcmTravel().run(request_for(tmp_path), "@ 2", True, False, True, 5, 6, "linear", "slerp", [])
+
+
+def test_an_animation_that_cannot_be_written_costs_no_frame(
+    fake_host: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint_until(fake_host, 9)
+    monkeypatch.setattr(script, "save_animation", full_disk)
+    result = script.LcmTravel().run(request_for(tmp_path), "@ 2", True, False, True, 4, 6, "linear", "slerp", ["gif"])
+    assert len(result.images) == 4
+    assert "No space left on device" in result.comments
 
 
 def test_the_infotext_says_where_a_frame_lies() -> None:

@@ -2,7 +2,7 @@
 
 A1111_PATH, FORGE_PATH, NEO_PATH (Forge Neo) and REFORGE_PATH name their checkouts, the folders that hold launch.py;
 A1111_PYTHON and so on the Python of each where it is not in the checkout's `venv`. Models, settings and pictures go
-elsewhere. Run: `pytest -m host tests/hosts/a1111`.
+elsewhere. Run: `pytest -m host tests/hosts/a1111`. reForge cannot load the embedded model: see `test_reforge.py`.
 """
 
 from __future__ import annotations

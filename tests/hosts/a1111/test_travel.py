@@ -44,7 +44,6 @@ def test_every_frame_is_lcm_core_s(webui: WebUI) -> None:
             "enable_hr": True,
             "hr_scale": 2,
             "denoising_strength": 0.5,
-            "hr_upscaler": "Latent",
             "hr_second_pass_steps": 2,
         },
         {"negative_prompt": "a face", "cfg_scale": 1.5, "prompt": f"{PIZZA} <lora:emoji_lcm_lora:0.9>"},
@@ -53,6 +52,7 @@ def test_every_frame_is_lcm_core_s(webui: WebUI) -> None:
 )
 def test_the_ends_are_the_single_pictures(webui: WebUI, extra: dict[str, Any]) -> None:
     webui.load("emoji_teacher" if "prompt" in extra else "emoji_lcm")
+    extra = extra | ({"hr_upscaler": webui.upscaler} if "enable_hr" in extra else {})
     networks = " <lora:emoji_lcm_lora:0.9>" if "prompt" in extra else ""
     painted = travel(webui, f"{PEAR} @ 7", **extra)
     first = webui.paint(**FULL | extra)
@@ -63,6 +63,17 @@ def test_the_ends_are_the_single_pictures(webui: WebUI, extra: dict[str, Any]) -
     assert difference(painted.pictures[0], first.pictures[0]) == 0
     assert difference(painted.pictures[2], last.pictures[0]) == 0
     assert min(difference(painted.pictures[1], end.pictures[0]) for end in (first, last)) > 8
+
+
+def test_prompts_of_unequal_parts_travel(webui: WebUI) -> None:
+    """The part that the other prompt lacks fades; both ends are the single pictures."""
+    webui.load("emoji_teacher")
+    extra = {"prompt": f"{PIZZA} AND a face :0.5", "cfg_scale": 2}
+    painted = travel(webui, f"{PEAR} @ 5", **extra)
+    ends = [webui.paint(**FULL | extra), webui.paint(**FULL | extra | {"prompt": PEAR})]
+    assert difference(painted.pictures[0], ends[0].pictures[0]) == 0
+    assert difference(painted.pictures[2], ends[1].pictures[0]) <= 1
+    assert min(difference(painted.pictures[1], end.pictures[0]) for end in ends) > 8
 
 
 def test_an_input_picture_travels_too(webui: WebUI) -> None:

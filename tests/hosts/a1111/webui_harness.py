@@ -36,13 +36,15 @@ _CPU = {
     "REFORGE": "--always-cpu --all-in-fp32 --no-download-sd-model --no-hashing",
 }
 """Flags for the CPU by kind of web UI."""
-KINDS = tuple(_CPU)
+KINDS = ("A1111", "FORGE", "NEO")
+"""Those that can load the embedded model; reForge builds Stable Diffusion in its usual sizes only."""
 _SETTINGS = {  # noise as everywhere, no downloads for previews, and no second copy of pictures
     "randn_source": "CPU",
     "live_previews_enable": False,
     "samples_save": False,
     "grid_save": False,
     "sd_checkpoint_cache": 0,
+    "VERSION_UID": "PY313",  # Neo waits for a key to be pressed where its settings are of an earlier version
 }
 _STARTED = "Startup time:"
 """Printed when the page has been built; the interface answers before that, and drops options."""
@@ -58,10 +60,15 @@ class WebUI:
 
     def __init__(self, kind: str, checkout: Path, data: Path) -> None:
         self.kind = kind
-        """One of `KINDS`."""
+        """One of `KINDS`, or REFORGE."""
         self.checkout = checkout.resolve()
         self.data = data
         self.is_forge = (checkout / "modules_forge").is_dir()
+        """Forge and what came of it: they have a CFG of their own for hires fix."""
+        self.takes_infotext = not self.is_forge
+        """Forge's interface fails on any: 'isinstance() argument 2 cannot be a parameterized generic'."""
+        self.upscaler = "None" if kind == "NEO" else "Latent"
+        """For hires fix; Neo has no latent one."""
         self.log = data / "webui.log"
         self._prepare()
 
@@ -98,7 +105,7 @@ class WebUI:
             stderr=subprocess.STDOUT,
         )
         self._wait_for(_STARTED)
-        if self.kind in ("A1111", "REFORGE"):
+        if self.kind == "A1111":
             self._wait_for("Model loaded in")  # behind the page's back; a choice made before that would be taken back
 
     def _wait_for(self, line: str, times: int = 1) -> None:

@@ -1,0 +1,140 @@
+"""Hosts are asked for what they have: A1111, Forge and Neo (`predictor`), reForge (`model_sampling`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from extension_a1111.architecture import prediction_of
+from extension_a1111.folders import CHECKPOINT_OPTIONS, LORA_OPTIONS, option_folders
+from extension_a1111.forge_models import replace_ours
+from lcm_core.diffusion.schedule import get_alphas_cumprod
+from lcm_core.errors import InputError
+
+ALPHAS = get_alphas_cumprod()
+SIGMAS = ((1 - ALPHAS) / ALPHAS).sqrt()
+
+
+class EPS:
+    """The mixins of ComfyUI's and reForge's model_sampling, with their inheritance."""
+
+
+class V_PREDICTION(EPS):
+    pass
+
+
+class EDM(V_PREDICTION):
+    pass
+
+
+class CONST:
+    pass
+
+
+class X0(EPS):
+    pass
+
+
+class Discrete(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sigmas", SIGMAS.clone())
+
+
+class Wrapper(nn.Module):
+    """Around the network, as `forge_objects.unet.model`."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.diffusion_model = nn.ModuleDict({"time_embed": nn.Linear(1, 1)})
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def sampling(*kinds: type) -> Any:
+    return type("ModelSampling", (Discrete, *kinds), {})()
+
+
+def predictor(kind: str) -> Any:
+    found = Discrete()
+    found.prediction_type = kind
+    return found
+
+
+def load(fake_host: Any, wrapper: Wrapper | None) -> None:
+    info = SimpleNamespace(filename="/models/mine.safetensors")
+    if wrapper is None:
+        plain = SimpleNamespace(diffusion_model=Wrapper().diffusion_model)
+        fake_host.shared.sd_model = SimpleNamespace(
+            sd_checkpoint_info=info, model=plain, parameterization="v", alphas_cumprod=ALPHAS
+        )
+    else:
+        objects = SimpleNamespace(unet=SimpleNamespace(model=wrapper))
+        fake_host.shared.sd_model = SimpleNamespace(sd_checkpoint_info=info, forge_objects=objects)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        Wrapper(predictor=predictor("v_prediction")),
+        Wrapper(model_sampling=sampling(V_PREDICTION)),
+        Wrapper(model_sampling=sampling(EPS)),
+        None,
+    ],
+    ids=["forge and neo", "reforge", "reforge, epsilon", "a1111"],
+)
+def test_network_and_noise_levels_are_found_in_every_host(fake_host: Any, wrapper: Wrapper | None) -> None:
+    load(fake_host, wrapper)
+    host = fake_host.load("extension_a1111.host")
+    assert isinstance(host.time_embed(), nn.Linear)
+    host.check_supported()
+    torch.testing.assert_close(host.noise_schedule().alphas_cumprod.double(), ALPHAS.double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper(predictor=predictor("const")), Wrapper(model_sampling=sampling(CONST))])
+def test_flow_models_are_refused_in_every_host(fake_host: Any, wrapper: Wrapper) -> None:
+    load(fake_host, wrapper)
+    with pytest.raises(InputError, match="mine is no model for LCM or TCD"):
+        fake_host.load("extension_a1111.host").check_supported()
+
+
+def test_prediction_by_class_and_by_name() -> None:
+    """EDM and X0 derive from classes that mean something else."""
+    kinds = {"epsilon": EPS, "v_prediction": V_PREDICTION, "EDM": EDM, "X0": X0, "CONST": CONST, "other": object}
+    assert {wanted: prediction_of(type("M", (kind,), {})()) for wanted, kind in kinds.items()} == {k: k for k in kinds}
+    assert prediction_of(SimpleNamespace(prediction_type="const")) == "const"
+
+
+def test_samplers_say_that_they_use_the_noise_seed_delta(fake_host: Any) -> None:
+    """Or the host leaves ENSD out of the infotext, and a pasted picture differs."""
+    host = fake_host.load("extension_a1111.host")
+    for _ in range(2):  # the second time is "Reload UI"
+        host.register_samplers([("LCM Suite", object, ["lcm_suite"]), ("TCD Suite", object, ["tcd_suite"])])
+    assert [(data.name, data.options["uses_ensd"]) for data in fake_host.sd_samplers.all_samplers] == [
+        ("LCM Suite", True),
+        ("TCD Suite", True),
+    ]
+
+
+def test_folders_of_every_form_of_option(tmp_path: Path) -> None:
+    """A1111: one folder, or None; Neo: lists, and the option of the others is not there."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert option_folders(SimpleNamespace(ckpt_dir=None), *CHECKPOINT_OPTIONS) == []
+    assert option_folders(SimpleNamespace(ckpt_dir=str(one)), *CHECKPOINT_OPTIONS) == [one]
+    assert option_folders(SimpleNamespace(ckpt_dirs=[one, str(two)]), *CHECKPOINT_OPTIONS) == [one, two]
+    neo = SimpleNamespace(lora_dir=str(tmp_path), lora_dirs=[str(two), str(tmp_path)])
+    assert option_folders(neo, *LORA_OPTIONS) == [two, tmp_path]  # the user's own before the default
+
+
+def test_a_reload_replaces_our_models_and_keeps_the_hosts() -> None:
+    """Neo asks for exact types: without ours in its second table the emoji model is "not recognized"."""
+    theirs = type("SD15", (), {})
+    old, new = (type("SD15OwnSize", (theirs,), {"lcm_suite": True}) for _ in range(2))
+    table: list[Any] = [old, theirs]
+    replace_ours(table, [new])
+    assert table == [new, theirs]

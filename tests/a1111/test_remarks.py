@@ -1,0 +1,145 @@
+"""What is said below a picture: one line for each thing that is wrong, none where all is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from extension_a1111.architecture import check_loras
+from extension_a1111.grids import fit_remarks, fit_steps, fit_strength, get_sigmas_host
+from extension_a1111.loras import Accelerated
+from extension_a1111.recommend import Recommendation, Request, Wishes, recommend, remarks
+from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
+from lcm_core.errors import InputError
+from lcm_core.files.recommended import Stated
+
+SCHEDULE = NoiseSchedule(get_alphas_cumprod())
+RIGHT = Request("dream", "LCM Suite", 4, 1.0)
+
+
+def advised(request: Request, lora: bool = True) -> Recommendation | None:
+    model = Accelerated("lcm-lora", Stated("lcm")) if lora else None
+    full = request.checkpoint if request.is_full_lcm else None
+    return recommend(request.steps, request.guidance_scale, [model], full, Wishes())
+
+
+@pytest.mark.parametrize("sampler", ["LCM Suite", "TCD Suite", "LCM", "Euler a"])
+def test_usual_settings_on_an_lcm_lora_are_advised_whatever_the_sampler(sampler: str) -> None:
+    request = replace(RIGHT, sampler=sampler, steps=20, guidance_scale=7.0)
+    assert remarks(request, advised(request)) == [
+        "lcm-lora is made for few steps: LCM Suite, 4 steps, CFG 1 would suit it; "
+        "the button in the accordion sets them."
+    ]
+
+
+def test_nothing_is_said_where_all_is_right() -> None:
+    assert remarks(RIGHT, advised(RIGHT)) == []
+    plain = replace(RIGHT, sampler="Euler a", steps=20, guidance_scale=7.0, has_negative=True)
+    assert remarks(plain, advised(plain, lora=False)) == []
+    full = replace(RIGHT, is_full_lcm=True, guidance_scale=8.0, refiner="other", refiner_is_full_lcm=True)
+    assert remarks(full, advised(full, lora=False)) == []
+
+
+def test_a_plain_checkpoint_without_a_lora_is_said() -> None:
+    assert "dream is no LCM and no LCM-LoRA is in the prompt" in remarks(RIGHT, advised(RIGHT, lora=False))[0]
+
+
+def test_a_negative_prompt_that_a_full_lcm_does_not_read_is_said() -> None:
+    full = replace(RIGHT, is_full_lcm=True, guidance_scale=8.0, has_negative=True)
+    assert remarks(full, advised(full, lora=False)) == ["dream is a full LCM, which reads no negative prompt."]
+    assert remarks(replace(full, sampler="Euler a"), advised(full, lora=False)) == []
+
+
+@pytest.mark.parametrize("full_first", [True, False])
+def test_a_refiner_of_the_other_kind_is_said(full_first: bool) -> None:
+    request = replace(
+        RIGHT, is_full_lcm=full_first, guidance_scale=1.0 if not full_first else 8.0, refiner="second",
+        refiner_is_full_lcm=not full_first,
+    )  # fmt: skip
+    full, plain = ("dream", "second") if full_first else ("second", "dream")
+    assert f"{full} is a full LCM and {plain} is none" in remarks(request, advised(request))[0]
+
+
+def test_a_request_is_read_with_its_negative_prompt_and_refiner(fake_host: Any, tmp_path: Path) -> None:
+    """Through `advice`, as the page calls it: plain model, refiner with guidance embedding."""
+    cond_proj = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(4, 2)}
+    save_file({"x": torch.zeros(1)}, tmp_path / "dream.safetensors")
+    save_file(cond_proj, tmp_path / "full.safetensors")
+    known = {name: SimpleNamespace(filename=str(tmp_path / f"{name}.safetensors")) for name in ("dream", "full")}
+    fake_host.sd_models.get_closet_checkpoint_match = known.get
+    fake_host.sd_models.select_checkpoint = lambda: known["dream"]
+    fake_host.shared.prompt_styles = SimpleNamespace(apply_styles_to_prompt=lambda text, styles: text)
+    said: list[str] = []
+    p = SimpleNamespace(
+        prompt="a cat",
+        negative_prompt="",
+        styles=[],
+        steps=4,
+        cfg_scale=8.0,
+        sampler_name="LCM Suite",
+        refiner_checkpoint="full",
+        refiner_switch_at=0.8,
+        comment=said.append,
+    )
+    fake_host.load("extension_a1111.advice").apply(p, [False], {})
+    assert len(said) == 2
+    assert said[0].startswith("LCM Suite: dream is no LCM")
+    assert said[1].startswith("LCM Suite: full is a full LCM and dream is none")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_single_blocks_3_linear1.lora_down.weight",
+        "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",
+        "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight",
+    ],
+)
+def test_a_lora_for_a_transformer_is_refused_in_one_line(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "flux-turbo.safetensors"
+    save_file({key: torch.zeros(4, 3072)}, file)
+    with pytest.raises(InputError, match=r"LoRA 'flux-turbo' was made for a transformer such as Flux .* is SD 1\.x"):
+        check_loras({"flux-turbo": file}, 768)
+    check_loras({"flux-turbo": file}, None)  # nothing is known of the network
+
+
+def test_a_unets_own_transformer_blocks_are_no_transformer(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    stem = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.lora"
+    save_file({f"unet.{stem}_A.weight": torch.zeros(4, 320), "lora_te_x.lora_down.weight": torch.zeros(4, 8)}, file)
+    check_loras({"style": file}, 768)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "wanted"),
+    [(20, 0.3, 15), (4, 0.01, 1), (60, 1.0, 50), (4, 0.3, 4), (50, 1.0, 50), (8, 0.999, 8)],
+)
+def test_steps_are_fitted_to_the_grid(steps: int, strength: float, wanted: int) -> None:
+    """As many as it has; those that it has not are a comment, and never an error between two passes."""
+    fitted = fit_strength(50, strength)
+    count = fit_steps(steps, 50, fitted)
+    assert count == wanted
+    assert len(get_timesteps_lcm(count, 50, fitted)) == count
+    said = fit_remarks(steps, count, strength, fitted)
+    assert len(said) == (count < steps) + (fitted > strength)
+    if (steps, strength) == (20, 0.3):
+        assert said == ["20 steps are more than the grid has at strength 0.3; 15 were taken."]
+
+
+@pytest.mark.parametrize("host_steps", [1, 4, 50, 66, 400, 2000])
+def test_the_schedule_gives_as_many_levels_as_a_host_asks_for(host_steps: int) -> None:
+    """20 steps at denoising 0.3 make a host ask for 66; an error would end hires fix after its first pass."""
+    sigmas = get_sigmas_host(SCHEDULE, host_steps)
+    assert len(sigmas) == host_steps + 1
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() <= 0).all()
+    if host_steps <= 50:
+        timesteps = SCHEDULE.sigma_to_t(sigmas[:-1]).tolist()
+        assert timesteps == get_timesteps_lcm(host_steps).tolist()
