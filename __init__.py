@@ -34,6 +34,7 @@ async def comfy_entrypoint() -> Any:
     from comfy_api.latest import ComfyExtension
 
     from .nodes.native import register
+    from .nodes.stock import register as register_samplers
 
     if other := stranger("trainer"):
         logging.warning("LCM Suite has no LCM Distiller: another trainer is in the way (%s); %s", other, remedy)
@@ -46,4 +47,5 @@ async def comfy_entrypoint() -> Any:
             return NODES
 
     register()
+    register_samplers()
     return LCMSuite()

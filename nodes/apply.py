@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import inputs
+from .guidance import with_guidance
 from .host import say, schema
-from .hostmodel import inspect_model, with_guidance, with_sampling
+from .hostmodel import inspect_model, with_sampling
 
 
 class LCMApply(io.ComfyNode):
@@ -40,12 +41,13 @@ class LCMApply(io.ComfyNode):
     def execute(cls, model: Any, guidance_scale: float = 0.0, original_steps: int = 50) -> io.NodeOutput:
         """Patch a clone."""
         facts = inspect_model(model)
-        info = facts.describe()
+        decided = f"{original_steps} original steps"
         if facts.guidance is not None:
             scale = guidance_scale or facts.guidance_scale
             model = with_guidance(model, scale)
-            info += f"; guidance {scale:g} applied"
+            decided = f"guidance {scale:g} applied, {decided}"
         elif guidance_scale > 1:
-            info += f"; guidance {guidance_scale:g} is for the sampler's cfg, this model has no place for it"
+            decided += f"; guidance {guidance_scale:g} is for the sampler's cfg, this model has no place for it"
+        info = f"{decided}; {facts.describe()}"
         say(cls, info)
         return io.NodeOutput(with_sampling(model, facts, original_steps), info)

@@ -20,7 +20,7 @@ from . import inputs
 from .host import say, schema
 from .hostmodel import attach_stated, inspect_model
 from .lora import lora_file
-from .run import Run
+from .run import ASK, IF_EXISTS, Run
 from .student import encode_prompts, from_folder, from_latents
 
 
@@ -110,6 +110,15 @@ class LCMDistiller(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="The empty prompt, where no clip is connected."
                 ),
+                io.Combo.Input(
+                    "if_exists",
+                    options=list(IF_EXISTS),
+                    default=ASK,
+                    optional=True,
+                    tooltip="What to do if the run of this name was begun with other data, captions, w, learning rate, "
+                    "batch size or seed. ask: stop and say so. continue: go on with the new ones. start anew: replace "
+                    "it. The same run always goes on.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the new LoRA, for LCM KSampler."),
@@ -141,12 +150,13 @@ class LCMDistiller(io.ComfyNode):
         latents: dict[str, Any] | None = None,
         positive: Any = None,
         negative: Any = None,
+        if_exists: str = ASK,
     ) -> io.NodeOutput:
         """Gather the data, train a copy, save, and put the result on the MODEL."""
         facts = inspect_model(model)
         if facts.guidance is not None:
             raise InputError("this MODEL is a full LCM already; connect the plain model that you want to make fast")
-        target = lora_file(output_name.strip())
+        target = lora_file(output_name, "output_name")
         home = Path(folder_paths.get_output_directory(), "lcm_suite", target.stem)
         with torch.inference_mode(False), torch.enable_grad():
             data = _gather(cls, model, clip, vae, folder.strip(), resolution, latents, positive, negative)
@@ -156,10 +166,19 @@ class LCMDistiller(io.ComfyNode):
                 steps, batch_size, learning_rate, warmup, seed=seed % 2**31, save_every=60.0, tensorboard=False
             )
             run = Run(
-                model, facts, data, vae, home, target, rank, preview_every, lambda text: say(cls, text, log=False)
+                model,
+                facts,
+                data,
+                vae,
+                home,
+                target,
+                rank,
+                preview_every,
+                if_exists,
+                lambda text: say(cls, text, log=False),
             )
             state = run.train(how, loop)
-        say(cls, f"{target.name}: {run.summary()}")
+        say(cls, f"{run.summary()}; {target.name}")
         model, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
         attach_stated(model, sampling_of(how))
         return io.NodeOutput(model, state, target.name, run.previews(), run.loss_picture())

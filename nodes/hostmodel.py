@@ -1,27 +1,27 @@
-"""What a host's MODEL is, and the two things that a latent consistency model needs on it: its sampling and guidance."""
+"""What a host's MODEL is, and the sampling that a latent consistency model needs on it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-from uuid import uuid5
 
 import comfy.model_sampling
 import torch
 from torch import Tensor
 
 from lcm_core.diffusion.consistency import consistency_function, to_x0
-from lcm_core.diffusion.guidance import guidance_bias
 from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma, get_timesteps_lcm
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import Stated
 
-PAPER_GUIDANCE = 8.0
-"""Of the tables in arXiv 2310.04378: what a full LCM takes when its file does not say."""
-_GUIDANCE, _STATED = "lcm_suite.guidance", "lcm_suite.stated"  # what travels with a MODEL through all its clones
-_BIAS = "diffusion_model.time_embed.0.bias"
+from .flow import is_flow, name_of
+from .guidance import BIAS, Guidance, get_guidance
+
+_GROUPS = 32  # of all normalisation layers
+_STATED = "lcm_suite.stated"  # what travels with a MODEL through all its clones
 
 
 class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS, torch.nn.Module):
@@ -34,12 +34,14 @@ class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampli
     Attributes:
         schedule: all noise levels of the model.
         prediction_type: what its network predicts.
+        original_steps: noise levels that the host's schedulers see.
         boundary: False gives plain x0, as trajectory samplers want it.
     """
 
     def __init__(self, schedule: NoiseSchedule, prediction_type: str, original_steps: int = 50) -> None:
         torch.nn.Module.__init__(self)  # not the base class's, which would build a schedule of its own
         self.schedule = schedule
+        self.original_steps = original_steps
         self.prediction_type = prediction_type
         self.boundary = True
         self.num_timesteps = schedule.num_train_timesteps
@@ -74,24 +76,6 @@ class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampli
             yield
         finally:
             self.boundary = True
-
-
-@dataclass(frozen=True, eq=False)
-class Guidance:
-    """How a full LCM takes guidance.
-
-    The host's U-Net has no place for `cond_proj`, but for one guidance scale it is a shift of the first time layer's
-    bias; see `lcm_core.diffusion.guidance.guidance_bias`.
-    """
-
-    cond_proj: Tensor  # (C, D)
-    linear_1: Tensor  # (E, C): the first time layer's weight as loaded, before any LoRA
-    default_scale: float = PAPER_GUIDANCE
-    shift: Tensor | None = None  # (E,): what has been added to the bias by now
-
-    def shift_for(self, guidance_scale: float) -> Tensor:
-        """What a guidance scale adds to the bias, (E,)."""
-        return guidance_bias(guidance_scale, self.cond_proj, self.linear_1)
 
 
 @dataclass(frozen=True)
@@ -138,7 +122,7 @@ def inspect_model(model: Any) -> Facts:
         prediction_type=prediction_type,
         schedule=schedule,
         guidance=get_guidance(model),
-        lora_layers=sum(key != _BIAS for key in model.patches),
+        lora_layers=sum(key != BIAS for key in model.patches),
         stated=getattr(model, "attachments", {}).get(_STATED),
     )
 
@@ -150,62 +134,101 @@ def with_sampling(model: Any, facts: Facts, original_steps: int = 50) -> Any:
     return clone
 
 
-def get_guidance(model: Any) -> Guidance | None:
-    """How the MODEL takes guidance, if it is a full LCM that was loaded with its `cond_proj`."""
-    return getattr(model, "attachments", {}).get(_GUIDANCE)
-
-
-def attach_guidance(model: Any, guidance: Guidance) -> None:
-    """Make a MODEL known as a full LCM."""
-    model.set_attachments(_GUIDANCE, guidance)
-
-
 def attach_stated(model: Any, stated: Stated | None) -> None:
     """Let a MODEL know how its file, or that of its LoRA, wants to be sampled; None leaves what it knew."""
     if stated is not None:
         model.set_attachments(_STATED, stated)
 
 
-def with_guidance(model: Any, guidance_scale: float) -> Any:
-    """A clone of a full LCM that follows this guidance scale, in place of any before."""
-    guidance = get_guidance(model)
-    if guidance is None:
-        raise InputError("this MODEL has no guidance embedding; load a full LCM with the LCM Checkpoint Loader")
-    shift = guidance.shift_for(guidance_scale)
-    change = shift if guidance.shift is None else shift - guidance.shift
-    clone = model.clone()
-    clone.add_patches({_BIAS: ("diff", (change,))})
-    # Equal weights are to be known as such: else the host would load them again for every picture.
-    clone.patches_uuid = uuid5(model.patches_uuid, repr(guidance_scale))
-    attach_guidance(clone, replace(guidance, shift=shift))
-    return clone
-
-
 def schedule_of(sampling: Any) -> NoiseSchedule:
     """The noise schedule of a host's `model_sampling`.
 
     Raises:
-        InputError: it knows only some of the model's noise levels.
+        InputError: it has none, or knows only some of the model's noise levels.
     """
     if isinstance(sampling, LcmSampling):
         return sampling.schedule
-    if len(sampling.sigmas) < getattr(sampling, "num_timesteps", 0):
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        raise InputError(f"{name_of(sampling)} has no timesteps, which this needs; use the sampler lcm")
+    if is_stock_lcm(sampling):
         raise InputError("the MODEL comes from ModelSamplingDiscrete (lcm); use LCM Apply in its place")
     return NoiseSchedule(abar_from_sigma(sampling.sigmas.cpu().double()))
 
 
+def is_stock_lcm(sampling: Any) -> bool:
+    """Whether a host's `model_sampling` is that of its own ModelSamplingDiscrete (lcm), which keeps every 20th level of
+    noise and takes each network for one that predicts epsilon."""
+    own = isinstance(sampling, LcmSampling)
+    return not own and len(getattr(sampling, "sigmas", ())) < getattr(sampling, "num_timesteps", 0)
+
+
+def check_prediction(base: Any) -> None:
+    """Refuse a MODEL whose output its own `model_sampling` misreads.
+
+    Args:
+        base: the host's model, without its patcher.
+
+    Raises:
+        InputError: a v model behind the stock node for LCM.
+    """
+    if is_stock_lcm(base.model_sampling) and base.model_type.name == "V_PREDICTION":
+        raise InputError(
+            "the MODEL predicts v, but ModelSamplingDiscrete (lcm) reads it as epsilon; use LCM Apply in its place"
+        )
+
+
+def check_size(model: Any, latents: Tensor) -> None:
+    """Refuse latents (B, C, h, w) so small that a layer would have to normalise a single number.
+
+    Args:
+        model: a MODEL that `inspect_model` takes, or the host's model inside.
+        latents: any.
+
+    Raises:
+        InputError: says which size would do.
+    """
+    sizes = getattr(model, "model", model).model_config.unet_config
+    height, width = latents.shape[-2:]
+    channels = sizes.get("model_channels", 0)  # of what reaches a level
+    for level, factor in enumerate(sizes.get("channel_mult", ())):
+        numbers = channels // _GROUPS * math.ceil(height / 2**level) * math.ceil(width / 2**level)
+        channels = sizes["model_channels"] * factor
+        if numbers <= 1:
+            least = 8 * 2 ** (level + 1)
+            raise InputError(
+                f"the LATENT, {8 * width}x{8 * height} pixels, is too small for this MODEL; use {least}x{least} or more"
+            )
+
+
 def _find_schedule(model: Any) -> tuple[str, NoiseSchedule]:
     sampling = model.get_model_object("model_sampling")
+    _check_kind(model, sampling)
     if isinstance(sampling, LcmSampling):
         return sampling.prediction_type, sampling.schedule
-    kind = model.model.model_type.name
-    discrete = comfy.model_sampling.ModelSamplingDiscrete
-    if kind not in ("EPS", "V_PREDICTION") or not isinstance(sampling, discrete):
-        raise InputError(f"this MODEL ({kind}) is no Stable Diffusion 1.x, 2.x or SDXL model; LCM needs one of these")
-    if len(sampling.sigmas) < sampling.num_timesteps:  # of the stock node's "lcm", which keeps every 20th level
-        sampling = discrete(model.model.model_config, zsnr=sampling.zsnr)
+    if is_stock_lcm(sampling):
+        sampling = comfy.model_sampling.ModelSamplingDiscrete(model.model.model_config, zsnr=sampling.zsnr)
+        kind = model.model.model_type.name
         return ("v_prediction" if kind == "V_PREDICTION" else "epsilon"), schedule_of(sampling)
     return _prediction_type(sampling), schedule_of(sampling)
+
+
+def _check_kind(model: Any, sampling: Any) -> None:
+    """The one door for MODELs of other kinds."""
+    kind = model.model.model_type.name
+    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    if kind in ("EPS", "V_PREDICTION") and discrete and _is_unet(model):
+        return
+    if kind in ("EPS", "V_PREDICTION") and discrete:
+        kind = type(model.model.model_config).__name__  # a transformer, which the kind does not tell
+    remedy = "LCM needs one of these"
+    if is_flow(sampling):
+        remedy = "flow models are for LCM Sampler alone: use it in SamplerCustom, with BasicScheduler (simple)"
+    raise InputError(f"this MODEL ({kind}) is no Stable Diffusion 1.x, 2.x or SDXL model; {remedy}")
+
+
+def _is_unet(model: Any) -> bool:
+    """By its sizes, which the host read from its weights; transformers are told by the name of their class instead."""
+    return "image_model" not in model.model.model_config.unet_config
 
 
 def _prediction_type(sampling: Any) -> str:

@@ -69,6 +69,7 @@ class LCMKSampler(io.ComfyNode):
         )
         latent = read_latent(model, latent_image)
         painter = Painter(model, settings, positive, negative)
-        say(cls, f"{facts.describe()}; guidance {settings.guidance_scale:g}, {settings.sampler}")
+        decided = f"guidance {settings.guidance_scale:g}, {settings.sampler}, {painter.steps} steps"
+        say(cls, f"{decided}; {facts.describe()}")
         samples = painter.paint(latent, noise_of(latent, seed), reporter(model, painter.steps)(0))
         return io.NodeOutput(latent | {"samples": samples})

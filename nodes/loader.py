@@ -9,7 +9,6 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
-from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.export import GUIDANCE_KEY
@@ -18,13 +17,12 @@ from lcm_core.files.recommended import read_stated
 from lcm_core.files.safetensors import check_file
 from lcm_core.pipeline.sources import find_source
 
+from .guidance import attach_guidance, take_guidance
 from .host import say, schema
-from .hostmodel import PAPER_GUIDANCE, Guidance, attach_guidance, attach_stated, inspect_model
+from .hostmodel import attach_stated, inspect_model
 
 _FOLDERS = ("checkpoints", "diffusion_models")
-_COND_PROJ = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
 _SHIPPED = {"emoji (shipped with LCM Suite)": "lcm", "emoji teacher (shipped with LCM Suite)": "teacher"}
-_LINEAR_1 = ("time_embed.0.weight", "time_embedding.linear_1.weight")
 
 
 class LCMCheckpointLoader(io.ComfyNode):
@@ -75,7 +73,7 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     """
     check_file(Path(path))
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    guidance = _take_guidance(state, metadata or {})
+    guidance = take_guidance(state, metadata or {})
     loaded = comfy.sd.load_state_dict_guess_config(
         state, embedding_directory=folder_paths.get_folder_paths("embeddings"), metadata=metadata, **options
     )
@@ -89,16 +87,6 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
         attach_guidance(model, guidance)
     attach_stated(model, read_stated(metadata or {}, Path(path).name))
     return loaded
-
-
-def _take_guidance(state: dict[str, Tensor], metadata: dict[str, str]) -> Guidance | None:
-    """Take `cond_proj` out of a state dict, which the host would drop with a warning."""
-    cond_proj = next((key for key in state if key.endswith(_COND_PROJ)), None)
-    if cond_proj is None:
-        return None
-    linear_1 = next(key for key in state if key.endswith(_LINEAR_1))
-    scale = float(metadata.get(GUIDANCE_KEY, PAPER_GUIDANCE))
-    return Guidance(state.pop(cond_proj).float(), state[linear_1].float().clone(), scale)
 
 
 def _names() -> list[str]:

@@ -22,6 +22,8 @@ from .hostmodel import attach_stated
 
 _MARK = "lcm_suite.saved_by"
 """Metadata of our own files; others are never overwritten."""
+_FORBIDDEN = frozenset('/\\:*?"<>|')  # folders and drives on any system, and what Windows has no names with
+_LONGEST = 200  # bytes: file systems take 255, and a file that is being written has a longer name
 
 
 class LCMLoraConvert(io.ComfyNode):
@@ -92,7 +94,7 @@ class LCMLoraConvert(io.ComfyNode):
         if model is not None:
             attach_stated(model, stated)
         if save_as.strip():
-            save_lora_file(target := lora_file(save_as.strip()), state, stated=stated)
+            save_lora_file(target := lora_file(save_as), state, stated=stated)
             lora_name = target.name
             info += f"; saved as {lora_name}"
         say(cls, info)
@@ -139,15 +141,24 @@ def to_kohya(lora: Lora) -> dict[str, Tensor]:
     return state
 
 
-def lora_file(name: str) -> Path:
-    """Where a LoRA of this name belongs in the host.
+def lora_file(name: str, what: str = "save_as") -> Path:
+    """Where a LoRA of this name belongs in the host: always a file right in its first LoRA folder.
+
+    Args:
+        name: what the user typed.
+        what: the input that it was typed into.
 
     Raises:
-        InputError: not a plain name, or the file exists and is somebody else's.
+        InputError: no plain name, or the file exists and is somebody else's.
     """
-    if Path(name).name != name:
-        raise InputError(f"'{name}' is no plain file name; leave out folders")
-    file = Path(folder_paths.get_folder_paths("loras")[0]) / f"{name.removesuffix('.safetensors')}.safetensors"
+    stem = name.strip().removesuffix(".safetensors").strip()
+    if not stem:
+        raise InputError(f"{what} '{name}' names no file; give a name such as my_lcm_lora")
+    if stem.startswith(".") or any(letter in _FORBIDDEN or not letter.isprintable() for letter in stem):
+        raise InputError(f"{what} '{name[:80]}' is no plain file name; use letters, digits, spaces, - and _")
+    if len(stem.encode()) > _LONGEST:
+        raise InputError(f"{what} '{name[:40]}...' is too long for a file name; use at most {_LONGEST} letters")
+    file = Path(folder_paths.get_folder_paths("loras")[0]) / f"{stem}.safetensors"
     if file.exists() and _MARK not in read_metadata(file):
         raise InputError(f"{file.name} exists in models/loras and was not saved by LCM Suite; choose another name")
     return file

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import comfy.sd
@@ -15,9 +16,10 @@ import torch
 from comfy import clip_model, sd1_clip, supported_models, supported_models_base
 from comfy.model_base import ModelType
 
-from lcm_core.diffusion.guidance import guidance_bias
 from lcm_core.files.safetensors import read_json
 from lcm_core.pipeline.sources import CARD, MODELS
+
+from .guidance import Guidance, settle_guidance
 
 FOLDER = MODELS / "emoji"
 _CARD = read_json(FOLDER / CARD)
@@ -103,8 +105,11 @@ class Emoji(supported_models.SD15):
         """
         projection = state_dict.pop(_COND_PROJ, None)
         if projection is not None:
-            bias = guidance_bias(_CARD["guidance_scale"], projection, state_dict["time_embed.0.weight"])
-            state_dict["time_embed.0.bias"] = state_dict["time_embed.0.bias"].float() + bias
+            scale = float(_CARD["guidance_scale"])
+            guidance = Guidance(projection.float(), state_dict["time_embed.0.weight"].float().clone(), scale)
+            shift = guidance.shift_for(scale)
+            settle_guidance(self, replace(guidance, shift=shift))
+            state_dict["time_embed.0.bias"] = state_dict["time_embed.0.bias"].float() + shift
         return state_dict
 
     def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> supported_models_base.ClipTarget:

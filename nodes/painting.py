@@ -27,7 +27,9 @@ from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Stated
 from lcm_core.pipeline.settings import Settings
 
-from .hostmodel import Facts, LcmSampling, inspect_model, schedule_of, with_guidance, with_sampling
+from .flow import check_noise, is_flow, sample_flow
+from .guidance import with_guidance
+from .hostmodel import Facts, LcmSampling, check_prediction, check_size, inspect_model, schedule_of, with_sampling
 
 Latent = dict[str, Any]
 Conditioning = list[Any]
@@ -131,14 +133,14 @@ def make_sampler(name: str, gamma: float = 0.3, noise_sampler: NoiseSampler | No
         gamma: share of fresh noise in each step (tcd).
         noise_sampler: None continues each picture's own stream of noise, from the seed that the host gives.
     """
-    return comfy.samplers.KSAMPLER(_sample, {"name": name, "gamma": gamma, "noise_sampler": noise_sampler})
+    return comfy.samplers.KSAMPLER(sample, {"name": name, "gamma": gamma, "noise_sampler": noise_sampler})
 
 
 def read_latent(model: Any, latent: Latent) -> Latent:
     """A LATENT as this MODEL can take it: an empty one is given the model's number of channels.
 
     Raises:
-        InputError: another shape, or another number of channels.
+        InputError: another shape, another number of channels, or too small.
     """
     x0, channels = latent["samples"], model.get_model_object("latent_format").latent_channels
     if not isinstance(x0, Tensor) or x0.ndim != 4:
@@ -149,6 +151,7 @@ def read_latent(model: Any, latent: Latent) -> Latent:
         raise InputError(
             f"the LATENT has {x0.shape[1]} channels but this MODEL takes {channels}; encode the picture with its VAE"
         )
+    check_size(model, x0)
     return {name: value for name, value in latent.items() if name not in _SIZE_HINTS} | {"samples": x0}
 
 
@@ -183,7 +186,7 @@ def _noise_sampler(seeds: Sequence[int], shape: Sequence[int]) -> NoiseSampler:
     return lambda sigma, sigma_next: draw(sigma, sigma_next).to(sigma.device)
 
 
-def _sample(
+def sample(
     model: Any,
     x: Tensor,
     sigmas: Tensor,
@@ -194,14 +197,22 @@ def _sample(
     gamma: float = 0.3,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """The host's sampler function. Starts from noise and image itself: the host mixes them in another proportion."""
-    sampling = model.inner_model.inner_model.model_sampling
+    """The host's sampler function. But for flow models it starts from noise and image itself: the host mixes them in
+    another proportion."""
+    base = model.inner_model.inner_model
+    sampling = base.model_sampling
+    check_noise(sampling)
+    check_prediction(base)
+    check_size(base, x)
     extra_args = extra_args or {}
-    image = model.latent_image
-    x = initial_latents(model.noise, sigmas[0], image if bool(image.any()) else None)
     seed = extra_args.get("seed")
     if noise_sampler is None and seed is not None:
         noise_sampler = _noise_sampler([(seed + i) % 2**64 for i in range(len(x))], x.shape[1:])
+    if is_flow(sampling):
+        jump = gamma if name == "tcd" else None
+        return sample_flow(model, x, sigmas, sampling, extra_args, callback, noise_sampler, jump)
+    image = model.latent_image
+    x = initial_latents(model.noise, sigmas[0], image if bool(image.any()) else None)
     if name == "lcm":
         return sample_lcm(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     schedule = schedule_of(sampling)

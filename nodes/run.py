@@ -39,6 +39,8 @@ from .student import TARGET_MODULES, as_network, copy_unet, fingerprint, lora_of
 _FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}
 _TELL_SECONDS = 2.0
 _CAPTION_DROPOUT = 0.1
+ASK, CONTINUE, START_ANEW = IF_EXISTS = ("ask", "continue", "start anew")
+"""What to do where a run of the same name was begun with something else."""
 
 
 @dataclass
@@ -61,28 +63,36 @@ class Run:
     """Of the LoRA."""
     preview_every: int
     """Steps between two previews."""
+    if_exists: str
+    """What to do with an earlier run of this name that was another one; of `IF_EXISTS`."""
     tell: Callable[[str], None]
     """Shows a line of text."""
+    steps: int = 0
+    """Asked for, in all."""
     losses: list[float] = field(default_factory=list)
     """Of all steps, those before an interruption too."""
     learnt: bool = False
     """Whether there is anything new to keep."""
+    before: int = 0
+    """Steps that earlier starts had done."""
     told: float = 0.0
 
     def train(self, method: MethodConfig, loop: LoopConfig) -> dict[str, Tensor]:
         """Train to the last step; returns the LoRA in kohya's layout.
 
         Raises:
-            InputError: the unfinished run of this name has other settings, or memory runs out.
+            InputError: the run of this name was another one, or memory runs out.
         """
+        self.steps = loop.steps
         unet = copy_unet(self.model)
-        self._check_same(fingerprint(unet), method)
+        self._identify(fingerprint(unet.parameters()), method, loop)
         names = name_layers(unet)
         torch.manual_seed(loop.seed)  # of the adapters' first weights
         stated = sampling_of(method)
         config = StudentConfig(rank=self.rank, target_modules=TARGET_MODULES)
         student = lora_student(unet, as_network(unet), config, loop.ema_decay > 0)
         self.losses = self._logged()
+        self.before = len(self.losses)
         bar = comfy.utils.ProgressBar(loop.steps)
 
         def callback(step: int, loss: float) -> None:
@@ -117,11 +127,15 @@ class Run:
 
     def summary(self) -> str:
         """What was done, in a line."""
-        return f"{len(self.losses)} steps, loss {sum(self.losses[-50:]) / max(len(self.losses[-50:]), 1):.4g}"
+        done = len(self.losses)
+        mean = f"loss {sum(self.losses[-50:]) / max(len(self.losses[-50:]), 1):.4g}"
+        if self.learnt:
+            return f"{done} steps, {mean}"
+        return f"nothing to do: {done} of {self.steps} steps were done before, {mean}; raise steps to go on"
 
     def previews(self) -> Tensor:
         """All previews so far, oldest first, as the host's pictures (N, H, W, 3)."""
-        pictures = [Image.open(file) for file in sorted((self.home / "previews").glob("*.png"))]
+        pictures = [Image.open(file) for file in self._previews()]
         size = pictures[-1].size  # earlier ones may have been made without a VAE
         return torch.cat([_as_image(picture.resize(size)) for picture in pictures])
 
@@ -129,19 +143,40 @@ class Run:
         """The loss plot as the host's picture (1, H, W, 3)."""
         return _as_image(draw_loss(self.losses, len(self.losses)))
 
-    def _check_same(self, model: str, method: MethodConfig) -> None:
-        own = {"model": model, "rank": self.rank, "method": method.kind, "w": method.w_min}
+    def _identify(self, model: str, method: MethodConfig, loop: LoopConfig) -> None:
+        """Note what makes this run what it is, and see whether an earlier one of its name is the same.
+
+        The same run goes on. Another one is asked about, continued with what is new, or replaced. `steps` may be
+        raised in any run.
+        """
+        fixed = {"model": model, "rank": self.rank, "method": method.kind}  # else the learnt weights mean nothing
+        data = fingerprint([self.data.latents])
+        captions = fingerprint([*self.data.conditioning.values(), *self.data.null_conditioning.values()])
+        taught = {"data": data, "captions": captions, "w": method.w_min}
+        own = fixed | taught | {"learning rate": loop.learning_rate, "batch size": loop.batch_size, "seed": loop.seed}
         file = self.home / "run.json"
-        if not file.exists():
-            write_json(file, own)
-            return
-        begun = read_json(file)
+        begun = read_json(file) if file.exists() else own
         changed = [name for name in own if begun.get(name) != own[name]]
-        if changed:
-            raise InputError(
-                f"the run '{self.home.name}' was begun with another {' and '.join(changed)}; choose another "
-                f"output_name, or delete {self.home} to begin anew"
-            )
+        if changed and self.if_exists == START_ANEW:
+            self._forget()
+        elif changed and (self.if_exists == ASK or not fixed.keys().isdisjoint(changed)):
+            raise InputError(self._another(changed, not fixed.keys().isdisjoint(changed)))
+        write_json(file, own)
+
+    def _another(self, changed: list[str], other_weights: bool) -> str:
+        choices = f"'{START_ANEW}'" if other_weights else f"'{CONTINUE}' or '{START_ANEW}'"
+        return (
+            f"the run '{self.home.name}' was begun with another {' and '.join(changed)}; set if_exists to {choices}, "
+            "choose another output_name, or go back to what it was begun with"
+        )
+
+    def _forget(self) -> None:
+        """Remove what an earlier run of this name left; the LoRA stays until the new one is written."""
+        for left in (*(self.home / name for name in ("state.safetensors", "log.jsonl")), *self._previews()):
+            left.unlink(missing_ok=True)
+
+    def _previews(self) -> list[Path]:
+        return sorted((self.home / "previews").glob("step-*.png"))
 
     def _logged(self) -> list[float]:
         file = self.home / "log.jsonl"

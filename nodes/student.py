@@ -24,6 +24,8 @@ from trainer.distill import Latents
 from trainer.methods.shared import Network
 from trainer.students import Student, choose_precision
 
+from .hostmodel import check_size
+
 _HOST_NAMES = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -92,10 +94,14 @@ def lora_of(student: Student, names: dict[str, str]) -> dict[str, Tensor]:
     }
 
 
-def fingerprint(unet: nn.Module) -> str:
-    """A short hash that tells one U-Net from another: of a sum of each weight."""
-    sums = torch.stack([weight.detach().double().sum().cpu() for weight in unet.parameters()])
-    return hashlib.sha256(sums.numpy().tobytes()).hexdigest()[:16]
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A short hash that tells one network, or one set of data, from another: of each tensor's sum and first moment."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().double().flatten().cpu()
+        place = torch.linspace(0, 1, len(flat), dtype=torch.float64)  # so that the order counts too
+        digest.update(repr((tuple(tensor.shape), float(flat.sum()), float(flat @ place))).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_conditioning(model: Any, conditioning: list[Any], latents: Tensor) -> dict[str, Tensor]:
@@ -122,7 +128,7 @@ def from_latents(model: Any, latents: Tensor, positive: list[Any], negative: lis
     """Training data of latents in the host's scale (N, C, h, w), and one prompt for all or one for each.
 
     Raises:
-        InputError: prompts and latents do not pair up.
+        InputError: prompts and latents do not pair up, or the latents are too small.
     """
     conditioning = read_conditioning(model, positive, latents)
     prompts = len(conditioning["context"])
@@ -135,6 +141,7 @@ def from_latents(model: Any, latents: Tensor, positive: list[Any], negative: lis
     length = math.lcm(rows["context"].shape[1], null["context"].shape[1])
     for given in (rows, null):  # long prompts come in several parts; repeating them changes nothing in attention
         given["context"] = given["context"].repeat(1, length // given["context"].shape[1], 1)
+    check_size(model, latents)
     return Latents(model.model.process_latent_in(latents).float().clone(), rows, null)
 
 

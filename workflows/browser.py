@@ -22,6 +22,7 @@ _DRAW = """async ([api, name, note, sizes]) => {
   await app.loadApiJson(api, name);
   const graph = app.graph;
   for (const node of graph._nodes) {
+    for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
     const least = sizes[node.comfyClass] ?? [270, 0];
     node.size = node.computeSize().map((side, axis) => Math.max(side, least[axis]));
   }

@@ -238,6 +238,7 @@ def distil(g: Graph) -> None:
     examples = g.add("KSampler", "20 steps", model=model, latent_image=g.canvas(8), **slow, **prompts)[0]
     training = {"output_name": "my_lcm_lora", "steps": 60, "batch_size": 4, "learning_rate": 0.001, "rank": 8, "w": 1.0}
     rest = {"method": "lcd", "preview_every": 20, "seed": 1, "folder": "", "resolution": SIZE}
+    rest["if_exists"] = "ask"
     links = {"model": model, "clip": clip, "vae": vae, "latents": examples, "positive": positive}
     learnt = g.add("LCMDistiller", "LCM Distiller", **training, **rest, **links)
     g.save(g.paint(learnt[0], positive, g.canvas(), "4 steps", guidance_scale=1.0), vae, "distilled")
@@ -269,16 +270,16 @@ def _scaled(g: Graph, image: Link) -> Link:
 
 
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
-    "01_text_to_image": text_to_image,
-    "02_lcm_lora": lcm_lora,
-    "03_image_to_image": image_to_image,
-    "04_inpainting": inpainting,
-    "05_two_pass_upscale": two_pass_upscale,
-    "06_controlnet": controlnet,
-    "07_tcd": tcd,
-    "08_latent_travel": latent_travel,
-    "09_distil": distil,
-    "10_steps_grid": steps_grid,
+    "LCM 01 Text to image in 4 steps": text_to_image,
+    "LCM 02 LCM-LoRA on any checkpoint": lcm_lora,
+    "LCM 03 Image to image in 4 steps": image_to_image,
+    "LCM 04 Inpainting in 4 steps": inpainting,
+    "LCM 05 Upscale in two passes": two_pass_upscale,
+    "LCM 06 ControlNet in 4 steps": controlnet,
+    "LCM 07 TCD for finer detail": tcd,
+    "LCM 08 Latent travel animation": latent_travel,
+    "LCM 09 Distil your own LCM-LoRA": distil,
+    "LCM 10 Compare steps in a grid": steps_grid,
 }
 
 

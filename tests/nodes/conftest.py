@@ -39,8 +39,21 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             del sys.modules[name]
 
 
+@pytest.fixture
+def flow() -> Any:
+    """nodes/flow.py, which needs no host."""
+    load_package()
+    return importlib.import_module(f"{OURS}.flow")
+
+
 def load_nodes() -> list[Any]:
-    """The classes of the package `nodes`, under another name: to the host, `nodes` is a file of its own."""
+    """The classes of all nodes."""
+    load_package()
+    return importlib.import_module(f"{OURS}.catalogue").NODES
+
+
+def load_package() -> None:
+    """The package `nodes`, under another name: to the host, `nodes` is a file of its own."""
     folder = ROOT / "nodes"
     if OURS not in sys.modules:
         place = [str(folder)]
@@ -49,4 +62,3 @@ def load_nodes() -> list[Any]:
         assert spec.loader is not None
         sys.modules[OURS] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[OURS])
-    return importlib.import_module(f"{OURS}.catalogue").NODES

@@ -30,6 +30,10 @@ import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+sys.path.append(str(Path(__file__).parent))
+
+from host_trials import message_of, try_flow, try_guidance, try_stock_nodes  # noqa: E402
+
 
 def load_suite() -> dict[str, Any]:
     """Every node class by its id, loaded as ComfyUI loads a custom node."""
@@ -89,15 +93,6 @@ def paint_cases(suite: Suite) -> dict[str, str]:
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference."""
     return float((a - b).abs().max())
-
-
-def message_of(function: Any, *args: Any, **kwargs: Any) -> str:
-    """What a call that must fail says."""
-    try:
-        function(*args, **kwargs)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def try_sampling(suite: Suite) -> dict[str, Any]:
@@ -276,6 +271,8 @@ def try_distiller(suite: Suite) -> dict[str, Any]:
     log = FOLDER / "output" / "lcm_suite" / "learnt" / "log.jsonl"
     first = len(log.read_text().splitlines())
     distilled, state, name, previews, loss = suite.run("LCMDistiller", steps=4, **inputs)
+    other = {"seed": 7, "learning_rate": 2e-3}
+    asked = message_of(suite.run, "LCMDistiller", steps=4, **inputs | other)
     after = model.model.state_dict()
     stock = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)[0]
     return {
@@ -290,6 +287,7 @@ def try_distiller(suite: Suite) -> dict[str, Any]:
         "previews": list(previews.shape),
         "preview": apart(previews[-1:], vae.decode(suite.paint(distilled, seed=0, guidance_scale=1.0))),
         "loss": list(loss.shape),
+        "asked": asked,
         "changed": message_of(suite.run, "LCMDistiller", steps=4, **inputs | {"rank": 2}),
     }
 
@@ -301,6 +299,7 @@ def main() -> None:
         findings: dict[str, Any] = paint_cases(suite)
     else:
         trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller, try_stated)
+        trials += (try_flow, try_guidance, try_stock_nodes)
         findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
     (FOLDER / "findings.json").write_text(json.dumps(findings))
 

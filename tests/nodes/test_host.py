@@ -123,6 +123,7 @@ def save_tensors(folder: Path, model: Model) -> torch.Tensor:
     image = torch.randn(1, 4, SIZE, SIZE, generator=generator) * 4
     tensors = {name: encode(model, name)["encoder_hidden_states"].contiguous() for name in PROMPTS}
     tensors |= {"image": image, "empty": torch.zeros_like(image), "empty two": torch.zeros(2, 4, SIZE, SIZE)}
+    tensors["tiny"] = torch.zeros(1, 4, 2, 2)
     tensors |= {"sixteen channels": torch.ones(1, 16, SIZE, SIZE), "video": torch.zeros(1, 4, 3, SIZE, SIZE)}
     tensors["training"] = torch.randn(6, 4, SIZE, SIZE, generator=generator) * 4
     save_file(tensors, folder / "tensors.safetensors")
@@ -206,8 +207,8 @@ def test_apply_scheduler_and_sampler_equal_the_ksampler(findings: Any) -> None:
         "batch",
     ):
         assert found[name] <= 5e-4, (name, found[name])  # latents in the host's scale, 5.5 times the sampler's
-    assert found["info"].startswith("full LCM (SD 1.x")
-    assert found["plain info"].startswith("plain model (SD 1.x")
+    assert found["info"].startswith("guidance 3 applied, 50 original steps; full LCM (SD 1.x")
+    assert found["plain info"].startswith("50 original steps; plain model (SD 1.x")
 
 
 def test_the_grid_shows_the_ksamplers_pictures(findings: Any) -> None:
@@ -288,3 +289,40 @@ def test_the_distiller_resumes_and_leaves_the_model_as_it_was(findings: Any) -> 
     assert found["preview"] <= 0.02  # as the LCM KSampler paints with the file, but for rounding to bytes and halves
     assert found["loss"] == [1, 320, 512, 3]
     assert "begun with another rank" in found["changed"]
+    assert "begun with another learning rate and seed; set if_exists to 'continue' or 'start anew'" in found["asked"]
+
+
+def test_a_flow_model_is_fed_the_right_mixture(findings: Any) -> None:
+    """A tiny SD3 whose x0 is known: mean (1 - s) x0 and spread s at 1, 2, 4, 8 steps, from noise and from an image; and
+    all nodes that do not know flow say the same."""
+    found = dict(findings["flow"])
+    said = found.pop("said")
+    assert len(found) == 16
+    for name, case in found.items():
+        assert case["calls"] == int(name.split()[1])
+        assert case["wrong"] <= 0.02, name  # of 65,536 numbers
+        assert case["x0"] <= 1e-3, name
+    assert len(set(said.values())) == 1
+    assert "(FLOW) is no Stable Diffusion 1.x, 2.x or SDXL model; flow models are for LCM Sampler" in said["LCMApply"]
+
+
+def test_a_full_lcm_keeps_its_guidance_through_the_hosts_own_nodes(findings: Any) -> None:
+    """Loaded by the stock loader it is recognised, and guided once; saved by the stock node it is the same model."""
+    found = dict(findings["guidance"])
+    for info in (found.pop("stock info"), found.pop("scale")):
+        assert "; full LCM (SD 1.x" in info
+    assert len(found) == 7
+    for name, difference in found.items():
+        assert difference <= 1e-3, name  # latents in the host's scale
+
+
+def test_the_stock_nodes_know_ours_and_are_told_what_they_do_wrong(findings: Any) -> None:
+    """Samplers and grid from the stock KSampler's lists paint as LCM KSampler; a v model that the stock node for LCM
+    misreads, and a latent of 16 x 16 pixels, are explained."""
+    found = findings["stock_nodes"]
+    assert found["listed lcm_suite"]
+    assert found["listed tcd_suite"]
+    assert max(found["lcm_suite"], found["tcd_suite"]) <= 5e-4
+    wrong = found["kind"] == "V_PREDICTION"
+    assert ("predicts v, but ModelSamplingDiscrete (lcm)" in found["behind the stock node"]) == wrong
+    assert "16x16 pixels, is too small for this MODEL" in found["too small"]

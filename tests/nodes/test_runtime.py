@@ -6,6 +6,7 @@ test_host.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcm_core.diffusion.interpolation import slerp, travel
+from lcm_core.errors import InputError
+from trainer.config import LoopConfig, MethodConfig
+from trainer.distill import Latents
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "ko", "zh", "ja")
@@ -158,3 +162,175 @@ def test_a_lora_is_converted_and_no_stranger_overwritten(runtime: Any) -> None:
     for save_as, said in (("peft", "was not saved by LCM Suite"), ("../kohya", "is no plain file name")):
         with pytest.raises(Exception, match=said):
             runtime.execute_node("LCMLoraConvert", lora_name="peft.safetensors", save_as=save_as)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "names no file"),
+        ("  .safetensors ", "names no file"),
+        ("n" * 300, "is too long for a file name"),
+        ("\N{HANGUL SYLLABLE GA}" * 90, "is too long for a file name"),
+        ("../evil", "is no plain file name"),
+        ("/tmp/evil", "is no plain file name"),
+        ("..\\evil", "is no plain file name"),
+        ("C:evil", "is no plain file name"),
+        ("..", "is no plain file name"),
+        (".hidden", "is no plain file name"),
+        ("line\nbreak", "is no plain file name"),
+        ("null\0byte", "is no plain file name"),
+    ],
+)
+def test_a_lora_is_never_written_outside_of_its_folder(runtime: Any, name: str, said: str) -> None:
+    """One door for all names that a user types; what it lets through lies right in models/loras."""
+    from lcm_suite_nodes import lora
+
+    with pytest.raises(InputError, match=said):
+        lora.lora_file(name, "output_name")
+    assert lora.lora_file(" mine.v2.safetensors").name == "mine.v2.safetensors"
+
+
+def model_of(name: str, sizes: dict[str, Any]) -> Any:
+    """A MODEL of the kind EPS without a network, as the host would build it for a config of this name."""
+    from comfy import model_base, model_patcher, model_sampling
+
+    base = model_base.BaseModel(model_type=model_base.ModelType.EPS)
+    kinds = (model_sampling.ModelSamplingDiscrete, model_sampling.EPS)
+    base.model_sampling = type("ModelSampling", kinds, {})()
+    base.model_config = type(name, (), {"unet_config": sizes})()
+    return model_patcher.ModelPatcher(base)
+
+
+@pytest.mark.parametrize("node", OF_A_MODEL)
+def test_a_transformer_that_predicts_epsilon_is_refused_by_name(runtime: Any, node: str) -> None:
+    """PixArt's process is Stable Diffusion's, but its network is not."""
+    pixart = model_of("PixArtAlpha", {"image_model": "pixart_alpha"})
+    with pytest.raises(Exception, match=r"\(PixArtAlpha\) is no Stable Diffusion 1\.x, 2\.x or SDXL model"):
+        runtime.execute_node(node, model=pixart, **OF_A_MODEL[node])
+
+
+def test_a_latent_that_is_too_small_is_named(runtime: Any) -> None:
+    """Where torch would say that it expected more than one value per channel; the next larger ones pass."""
+    from lcm_suite_nodes import hostmodel
+
+    narrow = model_of("SD15", {"model_channels": 32, "channel_mult": (1, 2, 4, 4)})
+    with pytest.raises(InputError, match="16x16 pixels, is too small for this MODEL; use 32x32 or more"):
+        hostmodel.check_size(narrow, torch.zeros(1, 4, 2, 2))
+    hostmodel.check_size(narrow, torch.zeros(1, 4, 3, 3))
+    wide = model_of("SD15", {"model_channels": 320, "channel_mult": (1, 2, 4, 4)})
+    hostmodel.check_size(wide, torch.zeros(1, 4, 1, 1))
+
+
+def test_a_v_model_behind_the_stock_lcm_node_is_told(runtime: Any) -> None:
+    """That node reads every output as epsilon; LCM Apply does not."""
+    from types import SimpleNamespace
+
+    from lcm_suite_nodes import hostmodel
+
+    stock = SimpleNamespace(sigmas=torch.ones(50), num_timesteps=1000)
+    whole = SimpleNamespace(sigmas=torch.ones(1000), num_timesteps=1000)
+    v, eps = SimpleNamespace(name="V_PREDICTION"), SimpleNamespace(name="EPS")
+    with pytest.raises(InputError, match="predicts v, but ModelSamplingDiscrete .* use LCM Apply"):
+        hostmodel.check_prediction(SimpleNamespace(model_sampling=stock, model_type=v))
+    hostmodel.check_prediction(SimpleNamespace(model_sampling=stock, model_type=eps))
+    hostmodel.check_prediction(SimpleNamespace(model_sampling=whole, model_type=v))
+
+
+def test_a_saved_full_lcm_has_its_guidance_free_again(runtime: Any) -> None:
+    """`cond_proj` and the default scale come back, and the bias loses what a guidance scale had added."""
+    from lcm_suite_nodes import guidance
+
+    cond_proj, linear_1, bias = torch.randn(8, 16), torch.randn(12, 8), torch.randn(12)
+    known = guidance.Guidance(cond_proj, linear_1, 3.5)
+    known = dataclasses.replace(known, shift=known.shift_for(5.0))
+    state = {"time_embed.0.bias": bias + known.shift, "time_embed.0.weight": linear_1}
+
+    def plain(given: dict[str, Any]) -> dict[str, Any]:
+        return {f"model.diffusion_model.{name}": value for name, value in given.items()}
+
+    saved = guidance.save_with_guidance(plain, known, state)
+    torch.testing.assert_close(saved["model.diffusion_model.time_embed.0.bias"], bias, rtol=0, atol=1e-5)
+    again = guidance.take_guidance(saved, {})
+    assert again.default_scale == 3.5
+    torch.testing.assert_close(again.cond_proj, cond_proj, rtol=0, atol=0)
+    torch.testing.assert_close(again.linear_1, linear_1, rtol=0, atol=0)
+    assert not [name for name in saved if "cond_proj" in name or "guidance" in name]  # the host knows neither
+
+
+def test_every_example_is_found_by_lcm_and_keeps_its_seed() -> None:
+    """The page searches titles, which are the files' names; and a picture is to come out again as on its thumbnail."""
+    drawn = sorted((ROOT / "workflows").glob("*.json"))
+    assert len(drawn) == 10
+    for file in drawn:
+        assert file.stem.startswith("LCM ")
+        assert file.with_suffix(".jpg").exists()
+        assert "randomize" not in file.read_text(encoding="utf-8"), file.name
+
+
+class Identified:
+    """A run of the distiller up to its first step."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.data = Latents(torch.ones(2, 4, 8, 8), {"context": torch.ones(2, 3, 4)}, {"context": torch.zeros(1, 3, 4)})
+
+    def start(self, if_exists: str = "ask", loop: Any = None, w: float = 1.0, rank: int = 4) -> None:
+        """What `train` does first, for a model known as "a"."""
+        from lcm_suite_nodes.run import Run
+
+        run = Run(None, None, self.data, None, self.home, self.home / "x", rank, 1, if_exists, print)
+        method = MethodConfig(w_min=w, w_max=w)
+        run._identify("a", method, loop or LOOP)
+
+
+LOOP = LoopConfig(steps=12, batch_size=2, learning_rate=1e-4, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loop": dataclasses.replace(LOOP, learning_rate=1e-3)}, "learning rate"),
+        ({"loop": dataclasses.replace(LOOP, batch_size=3)}, "batch size"),
+        ({"loop": dataclasses.replace(LOOP, seed=2)}, "seed"),
+        ({"w": 2.0}, "w"),
+        ({"rank": 8}, "rank"),
+        ({"data": torch.zeros(2, 4, 8, 8)}, "data"),
+        ({"captions": torch.zeros(2, 3, 4)}, "captions"),
+    ],
+)
+def test_another_run_of_the_same_name_is_not_handed_out_for_this_one(
+    runtime: Any, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    """It is asked about; started anew, nothing of the old one is left; continued, only if the weights still mean it."""
+    run = Identified(tmp_path)
+    run.start()
+    run.start(loop=dataclasses.replace(LOOP, steps=24))  # the same with more steps goes on
+    for left in ("state.safetensors", "log.jsonl"):
+        (tmp_path / left).write_text("{}")
+    parts = dict(changed)
+    if "data" in parts:
+        run.data = dataclasses.replace(run.data, latents=parts.pop("data"))
+    if "captions" in parts:
+        run.data = dataclasses.replace(run.data, conditioning={"context": parts.pop("captions")})
+    with pytest.raises(InputError, match=f"begun with another {said}; set if_exists"):
+        run.start(**parts)
+    if said == "rank":
+        with pytest.raises(InputError, match="set if_exists to 'start anew'"):
+            run.start("continue", **parts)
+    else:
+        run.start("continue", **parts)
+        run.start(**parts)  # it is the run of this name now
+        assert (tmp_path / "state.safetensors").exists()
+        parts["loop"] = dataclasses.replace(parts.get("loop", LOOP), seed=9)
+    run.start("start anew", **parts)
+    assert not (tmp_path / "state.safetensors").exists()
+    assert not (tmp_path / "log.jsonl").exists()
+    run.start(**parts)
+
+
+def test_a_run_with_all_steps_done_says_so(runtime: Any, tmp_path: Path) -> None:
+    """Not that it has just learnt."""
+    from lcm_suite_nodes.run import Run
+
+    done = Run(None, None, None, None, tmp_path, tmp_path, 4, 1, "ask", print, steps=12, losses=[0.5] * 12)
+    assert done.summary().startswith("nothing to do: 12 of 12 steps were done before")

@@ -46,7 +46,7 @@ def test_a_drawn_workflow_is_the_tested_one(page: Browser, name: str) -> None:
 
 def test_a_picture_brings_its_workflow_back(page: Browser, server: Server) -> None:
     """Wrong when a picture made from the page does not carry the graph, note and all."""
-    drawn = _drawn("01_text_to_image")
+    drawn = _drawn("LCM 01 Text to image in 4 steps")
     page.load(drawn)
     before = set((server.base / "output").rglob("*.png"))
     page.evaluate("() => app.queuePrompt(0, 1)")

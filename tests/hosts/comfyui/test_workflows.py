@@ -18,10 +18,10 @@ from lcm_core.pipeline import Pipeline
 
 FOLDER = Path(__file__).resolve().parents[3] / "workflows"
 COUNTS = {
-    "04_inpainting": 1,
-    "05_two_pass_upscale": 1,
-    "08_latent_travel": 12,
-    "10_steps_grid": 1,
+    "LCM 04 Inpainting in 4 steps": 1,
+    "LCM 05 Upscale in two passes": 1,
+    "LCM 08 Latent travel animation": 12,
+    "LCM 10 Compare steps in a grid": 1,
 }  # pictures saved; else four
 FLAT = 8.0  # grey levels; a plain colour has a spread of 0, noise one of 60 and more
 
@@ -72,7 +72,7 @@ def test_the_shipped_file_is_what_the_description_says(name: str) -> None:
 
 def test_text_to_image_is_the_pipelines(server: Server, painted: dict[str, list[Image.Image]]) -> None:
     """Wrong when the nodes' guidance, timesteps or noise are not LCM's."""
-    name = "01_text_to_image"
+    name = "LCM 01 Text to image in 4 steps"
     expected = Pipeline.load("emoji", device="cpu")("slice of pizza, noto style", seed=[1, 2, 3, 4]).images
     for ours, theirs in zip(expected, _paint(server, painted, name), strict=True):
         assert numpy.abs(_levels(ours) - _levels(theirs)).max() <= 1
@@ -82,7 +82,7 @@ def test_image_to_image_is_the_pipelines(server: Server, painted: dict[str, list
     """Wrong when the strength is not exact."""
     pipe, sketch = Pipeline.load("emoji", device="cpu"), server.base / "input" / SKETCH
     expected = pipe("red apple, fluent style", image=sketch, strength=0.7, seed=1).images[0]
-    [theirs, *_] = _paint(server, painted, "03_image_to_image")
+    [theirs, *_] = _paint(server, painted, "LCM 03 Image to image in 4 steps")
     assert numpy.abs(_levels(expected) - _levels(theirs)).max() <= 1
 
 
@@ -92,7 +92,7 @@ def test_inpainting_keeps_what_was_not_masked(server: Server, painted: dict[str,
     kept = _levels(before.getchannel("A")) == 255
     kept[:, : SIZE // 2 - 8] = True
     hole = _levels(before.getchannel("A")) == 0
-    for after in _paint(server, painted, "04_inpainting"):
+    for after in _paint(server, painted, "LCM 04 Inpainting in 4 steps"):
         change = numpy.abs(_levels(after) - _levels(before.convert("RGB"))).mean(axis=-1)
         assert change[:, : SIZE // 2 - 8].mean() < change[hole].mean()
         assert change[:, : SIZE // 2 - 8].mean() < 25  # what the VAE itself changes
@@ -100,7 +100,7 @@ def test_inpainting_keeps_what_was_not_masked(server: Server, painted: dict[str,
 
 def test_the_second_pass_is_larger(server: Server, painted: dict[str, list[Image.Image]]) -> None:
     """Wrong when the upscale is lost."""
-    assert [frame.size for frame in _paint(server, painted, "05_two_pass_upscale")] == [(2 * SIZE, 2 * SIZE)]
+    assert [frame.size for frame in _paint(server, painted, "LCM 05 Upscale in two passes")] == [(2 * SIZE, 2 * SIZE)]
 
 
 def test_the_journey_starts_at_the_single_picture(server: Server, painted: dict[str, list[Image.Image]]) -> None:
@@ -109,7 +109,7 @@ def test_the_journey_starts_at_the_single_picture(server: Server, painted: dict[
     model, clip, vae, *_ = g.full_lcm()
     g.save(g.paint(model, g.text(clip, "red apple, fluent style"), g.canvas(1)), vae, "keyframe")
     [single] = _frames(server, server.run(g.prompt))
-    frames = _paint(server, painted, "08_latent_travel")
+    frames = _paint(server, painted, "LCM 08 Latent travel animation")
     assert numpy.abs(_levels(frames[0]) - _levels(single)).max() == 0
     steps = [numpy.abs(_levels(a) - _levels(b)).mean() for a, b in itertools.pairwise(frames)]
     assert max(steps) < numpy.abs(_levels(frames[0]) - _levels(frames[len(frames) // 2])).mean()
@@ -117,16 +117,16 @@ def test_the_journey_starts_at_the_single_picture(server: Server, painted: dict[
 
 def test_mistakes_are_told_and_survived(server: Server) -> None:
     """Wrong when a bad input kills the server, leaves a traceback instead of a sentence, or spoils the next run."""
-    missing = prompt_of("01_text_to_image")
+    missing = prompt_of("LCM 01 Text to image in 4 steps")
     missing["1"]["inputs"]["ckpt_name"] = "nowhere.safetensors"
     with pytest.raises(PromptError, match=r"nowhere\.safetensors"):
         server.run(missing)
-    empty = prompt_of("08_latent_travel")
+    empty = prompt_of("LCM 08 Latent travel animation")
     travel = next(node for node in empty.values() if node["class_type"] == "LCMTravel")
     travel["inputs"]["seeds"] = "one, two"
     with pytest.raises(PromptError, match="is no list of numbers"):
         server.run(empty)
-    strength = prompt_of("01_text_to_image")
+    strength = prompt_of("LCM 01 Text to image in 4 steps")
     sampler = next(node for node in strength.values() if node["class_type"] == "LCMKSampler")
     sampler["inputs"]["strength"] = 0.5
     with pytest.raises(PromptError, match="empty latent"):
