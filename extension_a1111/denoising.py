@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import apply_boundary
+from lcm_core.diffusion.diffusion import boundary_scalings, per_sample
 from lcm_core.diffusion.guidance import Model
-from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma
+from lcm_core.diffusion.process import VariancePreserving
 
 
-def consistency(model: Model, schedule: NoiseSchedule) -> Model:
+def consistency(model: Model, process: VariancePreserving) -> Model:
     """The consistency function f (arXiv 2310.04378 Eq. 9) of a denoiser that gives x0.
 
     Guidance may have happened inside: f is linear in x0, so that guiding x0 and guiding f are the same.
@@ -21,8 +21,9 @@ def consistency(model: Model, schedule: NoiseSchedule) -> Model:
 
     def denoise(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         x0 = model(x, sigma, **extra_args)
-        abar = abar_from_sigma(sigma).reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, 1, 1)
-        return apply_boundary(x0, x * abar.sqrt(), schedule.sigma_to_t(sigma)).to(x0.dtype)
+        a, _ = process.network_scales(per_sample(sigma, x))
+        c_skip, c_out = boundary_scalings(per_sample(process.sigma_to_t(sigma), x))
+        return (c_skip * (x * a) + c_out * x0).to(x0.dtype)
 
     return denoise
 

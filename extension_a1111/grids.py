@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from extension_a1111.words import Say, english
-from lcm_core.diffusion.schedule import NoiseSchedule, get_sigmas_lcm
+from lcm_core.diffusion.grids import get_sigmas_lcm
+from lcm_core.diffusion.process import VariancePreserving
 
 ORIGINAL_STEPS = 50
 """Timesteps of the usual grid (arXiv 2310.04378 Sec. 4.3)."""
 
 
 def get_sigmas_padded(
-    schedule: NoiseSchedule, num_inference_steps: int, host_steps: int, original_steps: int = 50, strength: float = 1.0
+    process: VariancePreserving,
+    num_inference_steps: int,
+    host_steps: int,
+    original_steps: int = 50,
+    strength: float = 1.0,
 ) -> Tensor:
     """`get_sigmas_lcm` for N steps at `strength`, with its first value repeated in front, (host_steps + 1,).
 
@@ -23,7 +28,7 @@ def get_sigmas_padded(
     Raises:
         InputError: see `get_sigmas_lcm`.
     """
-    sigmas = get_sigmas_lcm(schedule, num_inference_steps, original_steps, strength)
+    sigmas = get_sigmas_lcm(process, num_inference_steps, original_steps, strength)
     return torch.cat([sigmas[:1].expand(max(host_steps - num_inference_steps, 0)), sigmas])
 
 
@@ -49,10 +54,10 @@ def fit_remarks(asked: int, steps: int, strength: float, fitted: float, say: Say
     return found
 
 
-def get_sigmas_host(schedule: NoiseSchedule, host_steps: int) -> Tensor:
+def get_sigmas_host(process: VariancePreserving, host_steps: int) -> Tensor:
     """The grid as a schedule for any sampler, (host_steps + 1,); one of more steps than usual where more are asked for.
 
     For image to image at a low strength hosts ask for many times the steps that they use, and must get that many.
     """
-    steps = min(host_steps, schedule.num_train_timesteps)
-    return get_sigmas_padded(schedule, steps, host_steps, max(ORIGINAL_STEPS, steps))
+    steps = min(host_steps, process.num_train_timesteps)
+    return get_sigmas_padded(process, steps, host_steps, max(ORIGINAL_STEPS, steps))

@@ -19,7 +19,7 @@ from extension_a1111.architecture import check_network, prediction_of
 from extension_a1111.denoising import PositiveRows
 from extension_a1111.grids import get_sigmas_host
 from extension_a1111.words import Say, speaker
-from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma
+from lcm_core.diffusion.process import VariancePreserving, abar_from_sigma
 
 try:  # 1.9 split schedules from samplers
     from modules import sd_schedulers
@@ -63,7 +63,7 @@ def check_supported() -> None:
     check_network(checkpoint_file().stem, unet(), prediction)
 
 
-def noise_schedule(model_wrap: Any = None) -> NoiseSchedule:
+def noise_process(model_wrap: Any = None) -> VariancePreserving:
     """The noise levels of the loaded model, which options such as zero terminal SNR may have changed.
 
     Args:
@@ -71,8 +71,8 @@ def noise_schedule(model_wrap: Any = None) -> NoiseSchedule:
     """
     source = _process() or model_wrap
     if source is None:
-        return NoiseSchedule(shared.sd_model.alphas_cumprod)
-    return NoiseSchedule(abar_from_sigma(source.sigmas.cpu().double()))
+        return VariancePreserving(shared.sd_model.alphas_cumprod)
+    return VariancePreserving(abar_from_sigma(source.sigmas.cpu().double()))
 
 
 def checkpoint_file() -> Path:
@@ -204,7 +204,7 @@ def register_schedule(name: str, label: str) -> None:
 def _schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> Any:
     check_supported()
     # From the model: the denoiser of the built-in LCM knows every twentieth noise level only.
-    return get_sigmas_host(noise_schedule(), n).to(device)
+    return get_sigmas_host(noise_process(), n).to(device)
 
 
 def _forget_pairs() -> None:

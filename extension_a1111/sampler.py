@@ -69,8 +69,8 @@ class SuiteSampler(KDiffusionSampler):
 
     def get_sigmas(self, p: Any, steps: int) -> Tensor:
         """The skipping grid, whatever schedule is chosen: it is the one that these models know."""
-        schedule = host.noise_schedule(self.model_wrap)
-        return get_sigmas_padded(schedule, self.count or steps, steps, self.suite.original_steps, self.strength)
+        process = host.noise_process(self.model_wrap)
+        return get_sigmas_padded(process, self.count or steps, steps, self.suite.original_steps, self.strength)
 
     def sample(self, p: Any, x: Tensor, *args: Any, steps: int | None = None, **kwargs: Any) -> Tensor:
         """A new picture from noise `x`."""
@@ -108,11 +108,11 @@ class SuiteSampler(KDiffusionSampler):
         disable: bool | None = None,
     ) -> Tensor:
         """The sampler function that the host calls."""
-        schedule = host.noise_schedule(self.model_wrap)
+        process = host.noise_process(self.model_wrap)
         guided, extra_args = self._guided(model, dict(extra_args or {}))
         if self.name == LCM_SAMPLER:
-            return sample_lcm(consistency(guided, schedule), x, sigmas, extra_args, callback, disable, self._noise)
-        options: dict[str, Any] = {"gamma": self.suite.gamma, "schedule": schedule}
+            return sample_lcm(consistency(guided, process), x, sigmas, extra_args, callback, disable, self._noise)
+        options: dict[str, Any] = {"gamma": self.suite.gamma, "process": process}
         return sample_tcd(guided, x, sigmas, extra_args, callback, disable, self._noise, **options)
 
     def initialize(self, p: Any) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.samplers import Callback, NoiseSampler
+from lcm_core.diffusion.process import RectifiedFlow
+from lcm_core.diffusion.samplers import Callback, NoiseSampler, sample_lcm, sample_tcd
 from lcm_core.errors import InputError
 
 
@@ -64,30 +64,16 @@ def sample_flow(
         model: `model(x, sigma, **extra_args) -> denoised`.
         x: (B, ...) at noise level sigmas[0], as the host mixed it.
         sigmas: (N + 1,) the s of each step, falling in [0, 1]; a last 0 ends without noise.
-        sampling: the host's `model_sampling`; its `noise_scaling(s, noise, x0)` is the process.
+        sampling: the host's `model_sampling`, which may want its noise in another size.
         callback: called in every step with {"i", "x", "sigma", "sigma_hat", "denoised"}.
         noise_sampler: `noise_sampler(sigma, sigma_next)` gives noise like x; default `torch.randn_like`.
         gamma: share of fresh noise in each step, 0 to 1 (tcd); None jumps to x0 and takes all noise anew (lcm).
     """
-    ones = x.new_ones(len(x))
-    for i, (s, s_next) in enumerate(pairwise(sigmas)):
-        denoised = model(x, s * ones, **(extra_args or {}))
-        if callback is not None:
-            callback({"i": i, "x": x, "sigma": s, "sigma_hat": s, "denoised": denoised})
-        if s_next == 0:
-            return denoised
-        noise = noise_sampler(s, s_next) if noise_sampler else torch.randn_like(x)
-        if gamma is None:
-            x = sampling.noise_scaling(s_next, noise, denoised)
-        else:
-            x = _jump(x, denoised, noise * getattr(sampling, "noise_scale", 1.0), float(s), float(s_next), gamma)
-    return x
+    scale = getattr(sampling, "noise_scale", 1.0)
 
+    def noise(s: Tensor, s_next: Tensor) -> Tensor:
+        return scale * (noise_sampler(s, s_next) if noise_sampler else torch.randn_like(x))
 
-def _jump(x: Tensor, denoised: Tensor, noise: Tensor, s: float, s_next: float, gamma: float) -> Tensor:
-    """Along the trajectory to r = (1 - gamma) s_next, then up to s_next with fresh noise, so that the shares of x0 and
-    of noise are again 1 - s_next and s_next (arXiv 2402.19159 Alg. 4 in a flow's coordinates)."""
-    r = (1 - gamma) * s_next
-    landed = r / s * x + (1 - r / s) * denoised
-    scale = (1 - s_next) / (1 - r)
-    return scale * landed + max(s_next**2 - (scale * r) ** 2, 0.0) ** 0.5 * noise
+    if gamma is None:
+        return sample_lcm(model, x, sigmas, extra_args, callback, True, noise, RectifiedFlow())
+    return sample_tcd(model, x, sigmas, extra_args, callback, True, noise, RectifiedFlow(), gamma)

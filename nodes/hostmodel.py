@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import consistency_function, to_x0
-from lcm_core.diffusion.schedule import NoiseSchedule, abar_from_sigma, get_timesteps_lcm
+from lcm_core.diffusion.diffusion import Diffusion, per_sample, to_x0
+from lcm_core.diffusion.process import VariancePreserving, abar_from_sigma
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import Stated
 
@@ -32,41 +32,36 @@ class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampli
     level is right too.
 
     Attributes:
-        schedule: all noise levels of the model.
-        prediction_type: what its network predicts.
-        original_steps: noise levels that the host's schedulers see.
+        diffusion: the model's own, with the noise levels that the host's schedulers see.
         boundary: False gives plain x0, as trajectory samplers want it.
     """
 
-    def __init__(self, schedule: NoiseSchedule, prediction_type: str, original_steps: int = 50) -> None:
+    def __init__(self, diffusion: Diffusion) -> None:
         torch.nn.Module.__init__(self)  # not the base class's, which would build a schedule of its own
-        self.schedule = schedule
-        self.original_steps = original_steps
-        self.prediction_type = prediction_type
+        process = diffusion.process
+        self.diffusion = diffusion
         self.boundary = True
-        self.num_timesteps = schedule.num_train_timesteps
-        self.zsnr = schedule.zero_terminal_snr
+        self.num_timesteps = process.num_train_timesteps
+        self.zsnr = process.zero_terminal_snr
         self.sigma_data = 1.0  # the host's name for the signal's spread in x / sqrt(sigma^2 + sigma_data^2)
-        grid = get_timesteps_lcm(original_steps, original_steps, num_train_timesteps=self.num_timesteps)
-        known = schedule.sigmas[grid.flip(0)]
+        known = process.sigmas_at(diffusion.grid(torch.arange(1, diffusion.original_steps + 1)))
         self.register_buffer("sigmas", known.float())
         self.register_buffer("log_sigmas", known.log().float())
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timesteps of noise levels, same shape."""
-        return self.schedule.sigma_to_t(sigma)
+        return self.diffusion.process.sigma_to_t(sigma)
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Noise levels of timesteps, same shape."""
-        return self.schedule.t_to_sigma(timestep.clamp(0, self.num_timesteps - 1))
+        return self.diffusion.process.t_to_sigma(timestep.clamp(0, self.num_timesteps - 1))
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         """f(x, sigma), like `model_input`, which is x0 + sigma * eps."""
-        abar = abar_from_sigma(sigma.reshape(-1, *[1] * (model_input.ndim - 1)))
-        x_t = model_input * abar.sqrt()
-        if not self.boundary:
-            return to_x0(model_output, x_t, abar, self.prediction_type)
-        return consistency_function(model_output, x_t, self.timestep(sigma).reshape(-1), abar, self.prediction_type)
+        a, b = self.diffusion.process.network_scales(per_sample(sigma, model_input))
+        x_t = model_input * a
+        x0 = to_x0(model_output, x_t, a, b, self.diffusion.prediction_type)
+        return self.diffusion.bounded(x0, x_t, self.timestep(sigma).reshape(-1)) if self.boundary else x0
 
     @contextmanager
     def without_boundary(self) -> Iterator[None]:
@@ -83,8 +78,7 @@ class Facts:
     """What was found out about a MODEL."""
 
     family: str
-    prediction_type: str
-    schedule: NoiseSchedule
+    diffusion: Diffusion
     guidance: Guidance | None
     lora_layers: int
     stated: Stated | None = None
@@ -100,8 +94,8 @@ class Facts:
         return self._describe() + ("" if self.stated is None else f"; made for {self.stated}")
 
     def _describe(self) -> str:
-        kind = f"{self.family}, {self.prediction_type.replace('_', '-')}"
-        if self.schedule.zero_terminal_snr:
+        kind = f"{self.family}, {self.diffusion.prediction_type.replace('_', '-')}"
+        if self.diffusion.process.zero_terminal_snr:
             kind += ", zero terminal SNR"
         if self.guidance is not None:
             return f"full LCM ({kind}): guidance goes into the network, the negative prompt is not used"
@@ -116,11 +110,9 @@ def inspect_model(model: Any) -> Facts:
     Raises:
         InputError: not a Stable Diffusion 1.x, 2.x or SDXL model.
     """
-    prediction_type, schedule = _find_schedule(model)
     return Facts(
         family=_family(model),
-        prediction_type=prediction_type,
-        schedule=schedule,
+        diffusion=_find_diffusion(model),
         guidance=get_guidance(model),
         lora_layers=sum(key != BIAS for key in model.patches),
         stated=getattr(model, "attachments", {}).get(_STATED),
@@ -130,7 +122,7 @@ def inspect_model(model: Any) -> Facts:
 def with_sampling(model: Any, facts: Facts, original_steps: int = 50) -> Any:
     """A clone of the MODEL that samples as a latent consistency model."""
     clone = model.clone()
-    clone.add_object_patch("model_sampling", LcmSampling(facts.schedule, facts.prediction_type, original_steps))
+    clone.add_object_patch("model_sampling", LcmSampling(replace(facts.diffusion, original_steps=original_steps)))
     return clone
 
 
@@ -140,19 +132,19 @@ def attach_stated(model: Any, stated: Stated | None) -> None:
         model.set_attachments(_STATED, stated)
 
 
-def schedule_of(sampling: Any) -> NoiseSchedule:
-    """The noise schedule of a host's `model_sampling`.
+def process_of(sampling: Any) -> VariancePreserving:
+    """The noise process of a host's `model_sampling`.
 
     Raises:
         InputError: it has none, or knows only some of the model's noise levels.
     """
     if isinstance(sampling, LcmSampling):
-        return sampling.schedule
+        return sampling.diffusion.process
     if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         raise InputError(f"{name_of(sampling)} has no timesteps, which this needs; use the sampler lcm")
     if is_stock_lcm(sampling):
         raise InputError("the MODEL comes from ModelSamplingDiscrete (lcm); use LCM Apply in its place")
-    return NoiseSchedule(abar_from_sigma(sampling.sigmas.cpu().double()))
+    return VariancePreserving(abar_from_sigma(sampling.sigmas.cpu().double()))
 
 
 def is_stock_lcm(sampling: Any) -> bool:
@@ -200,16 +192,16 @@ def check_size(model: Any, latents: Tensor) -> None:
             )
 
 
-def _find_schedule(model: Any) -> tuple[str, NoiseSchedule]:
+def _find_diffusion(model: Any) -> Diffusion:
     sampling = model.get_model_object("model_sampling")
     _check_kind(model, sampling)
     if isinstance(sampling, LcmSampling):
-        return sampling.prediction_type, sampling.schedule
+        return sampling.diffusion
     if is_stock_lcm(sampling):
         sampling = comfy.model_sampling.ModelSamplingDiscrete(model.model.model_config, zsnr=sampling.zsnr)
         kind = model.model.model_type.name
-        return ("v_prediction" if kind == "V_PREDICTION" else "epsilon"), schedule_of(sampling)
-    return _prediction_type(sampling), schedule_of(sampling)
+        return Diffusion(process_of(sampling), "v_prediction" if kind == "V_PREDICTION" else "epsilon")
+    return Diffusion(process_of(sampling), _prediction_type(sampling))
 
 
 def _check_kind(model: Any, sampling: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lcm_core.diffusion.grids import get_sigmas_lcm
 from lcm_core.diffusion.samplers import (
     NoiseSampler,
     initial_latents,
@@ -22,14 +23,13 @@ from lcm_core.diffusion.samplers import (
     sample_tcd,
     seeded_noise_sampler,
 )
-from lcm_core.diffusion.schedule import get_sigmas_lcm
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Stated
 from lcm_core.pipeline.settings import Settings
 
 from .flow import check_noise, is_flow, sample_flow
 from .guidance import with_guidance
-from .hostmodel import Facts, LcmSampling, check_prediction, check_size, inspect_model, schedule_of, with_sampling
+from .hostmodel import Facts, LcmSampling, check_prediction, check_size, inspect_model, process_of, with_sampling
 
 Latent = dict[str, Any]
 Conditioning = list[Any]
@@ -67,7 +67,7 @@ class Painter:
         self.settings, self.positive, self.negative = settings, positive, negative
         steps = None if settings.timesteps else settings.num_inference_steps
         self.sigmas = get_sigmas_lcm(
-            facts.schedule, steps, settings.original_steps, settings.strength, settings.timesteps
+            facts.diffusion.process, steps, settings.original_steps, settings.strength, settings.timesteps
         )
 
     @property
@@ -215,9 +215,9 @@ def sample(
     x = initial_latents(model.noise, sigmas[0], image if bool(image.any()) else None)
     if name == "lcm":
         return sample_lcm(model, x, sigmas, extra_args, callback, disable, noise_sampler)
-    schedule = schedule_of(sampling)
+    process = process_of(sampling)
     with sampling.without_boundary() if isinstance(sampling, LcmSampling) else nullcontext():
-        x = sample_tcd(model, x, sigmas, extra_args, callback, disable, noise_sampler, gamma, schedule)
+        x = sample_tcd(model, x, sigmas, extra_args, callback, disable, noise_sampler, process, gamma)
     mask = extra_args.get("denoise_mask")
     # The last step of tcd ends at timestep 0, which leaves a trace of noise where the image was to be kept.
     return x if mask is None else torch.lerp(image, x, mask.to(x))

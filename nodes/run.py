@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.grids import get_sigmas_lcm
 from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
-from lcm_core.diffusion.schedule import get_sigmas_lcm
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.recommended import Stated
@@ -109,8 +109,7 @@ class Run:
             distill(
                 student,
                 self.data,
-                self.facts.schedule,
-                self.facts.prediction_type,
+                self.facts.diffusion,
                 method,
                 loop,
                 self.home,
@@ -211,16 +210,16 @@ class Run:
     def _paint(self, student: Student, stated: Stated) -> Image.Image:
         network, shape = student.networks.target, self.data.latents.shape[1:]
         first = {name: value[:1] for name, value in self.data.conditioning.items()}
-        schedule, is_tcd = self.facts.schedule, stated.sampler == "tcd"
+        process, is_tcd = self.facts.diffusion.process, stated.sampler == "tcd"
         kind = Denoiser if is_tcd else ConsistencyDenoiser
-        model = kind(lambda x, t: network(x, t, first, None), schedule, self.facts.prediction_type)
+        model = kind(lambda x, t: network(x, t, first, None), self.facts.diffusion)
         device = next(student.unet.parameters()).device
-        sigmas = get_sigmas_lcm(schedule, stated.steps, stated.original_steps or Settings.original_steps)
-        x = initial_latents(initial_noise([0], shape, device), float(sigmas[0]))
+        sigmas = get_sigmas_lcm(process, stated.steps, stated.original_steps or Settings.original_steps)
+        x = initial_latents(initial_noise([0], shape, device), sigmas[0], process=process)
         noise = seeded_noise_sampler([0], shape, device)
         if is_tcd:
             x = sample_tcd(
-                model, x, sigmas, disable=True, noise_sampler=noise, gamma=stated.gamma or 0.0, schedule=schedule
+                model, x, sigmas, disable=True, noise_sampler=noise, gamma=stated.gamma or 0.0, process=process
             )
         else:
             x = sample_lcm(model, x, sigmas, disable=True, noise_sampler=noise)

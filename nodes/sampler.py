@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from lcm_core.diffusion.schedule import get_sigmas_lcm
+from lcm_core.diffusion.grids import get_sigmas_lcm
 
 from . import inputs
 from .host import schema
@@ -42,8 +42,8 @@ class LCMScheduler(io.ComfyNode):
     ) -> io.NodeOutput:
         """Ask lcm_core for the grid."""
         own = inputs.read_list(timesteps, int, "timesteps")
-        schedule = inspect_model(model).schedule
-        return io.NodeOutput(get_sigmas_lcm(schedule, None if own else steps, original_steps, strength, own or None))
+        process = inspect_model(model).diffusion.process
+        return io.NodeOutput(get_sigmas_lcm(process, None if own else steps, original_steps, strength, own or None))
 
 
 class LCMSampler(io.ComfyNode):

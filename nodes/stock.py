@@ -9,10 +9,10 @@ import comfy.k_diffusion.sampling
 import comfy.samplers
 from torch import Tensor
 
-from lcm_core.diffusion.schedule import get_sigmas_lcm
+from lcm_core.diffusion.grids import get_sigmas_lcm
 
 from .flow import is_flow
-from .hostmodel import LcmSampling, is_stock_lcm, schedule_of
+from .hostmodel import LcmSampling, is_stock_lcm, process_of
 from .painting import sample
 
 SAMPLERS = {"lcm_suite": "lcm", "tcd_suite": "tcd"}
@@ -45,5 +45,5 @@ def lcm_grid(sampling: Any, steps: int) -> Tensor:
     if is_flow(sampling) or is_stock_lcm(sampling):
         levels: Tensor = comfy.samplers.simple_scheduler(sampling, steps)
         return levels
-    original_steps = sampling.original_steps if isinstance(sampling, LcmSampling) else 50
-    return get_sigmas_lcm(schedule_of(sampling), steps, original_steps)
+    original_steps = sampling.diffusion.original_steps if isinstance(sampling, LcmSampling) else 50
+    return get_sigmas_lcm(process_of(sampling), steps, original_steps)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_version_differs_between_files() -> None:
-    """ComfyUI's registry reads pyproject.toml, hosts that install nothing read the package, papers cite the citation."""
+    """ComfyUI's registry reads pyproject.toml, hosts that install nothing the package, papers the citation."""
     stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert stated is not None
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())

@@ -93,7 +93,7 @@ def test_network_and_noise_levels_are_found_in_every_host(fake_host: Any, wrappe
     host = fake_host.load("extension_a1111.host")
     assert isinstance(host.time_embed(), nn.Linear)
     host.check_supported()
-    torch.testing.assert_close(host.noise_schedule().alphas_cumprod.double(), ALPHAS.double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(host.noise_process().alphas_cumprod.double(), ALPHAS.double(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("wrapper", [Wrapper(predictor=predictor("const")), Wrapper(model_sampling=sampling(CONST))])

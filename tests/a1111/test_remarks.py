@@ -15,11 +15,12 @@ from extension_a1111.architecture import check_loras
 from extension_a1111.grids import fit_remarks, fit_steps, fit_strength, get_sigmas_host
 from extension_a1111.loras import Accelerated
 from extension_a1111.recommend import Recommendation, Request, Wishes, recommend, remarks
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod, get_timesteps_lcm
+from lcm_core.diffusion.grids import get_timesteps_lcm
+from lcm_core.diffusion.process import VariancePreserving
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import Stated
 
-SCHEDULE = NoiseSchedule(get_alphas_cumprod())
+PROCESS = VariancePreserving()
 RIGHT = Request("dream", "LCM Suite", 4, 1.0)
 
 
@@ -136,10 +137,10 @@ def test_steps_are_fitted_to_the_grid(steps: int, strength: float, wanted: int) 
 @pytest.mark.parametrize("host_steps", [1, 4, 50, 66, 400, 2000])
 def test_the_schedule_gives_as_many_levels_as_a_host_asks_for(host_steps: int) -> None:
     """20 steps at denoising 0.3 make a host ask for 66; an error would end hires fix after its first pass."""
-    sigmas = get_sigmas_host(SCHEDULE, host_steps)
+    sigmas = get_sigmas_host(PROCESS, host_steps)
     assert len(sigmas) == host_steps + 1
     assert sigmas[-1] == 0
     assert (sigmas.diff() <= 0).all()
     if host_steps <= 50:
-        timesteps = SCHEDULE.sigma_to_t(sigmas[:-1]).tolist()
+        timesteps = PROCESS.sigma_to_t(sigmas[:-1]).tolist()
         assert timesteps == get_timesteps_lcm(host_steps).tolist()

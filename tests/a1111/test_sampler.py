@@ -10,11 +10,12 @@ from torch import Tensor
 from extension_a1111.denoising import PositiveRows, consistency, first_rows
 from extension_a1111.grids import get_sigmas_padded
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.diffusion.process import VariancePreserving
 from lcm_core.diffusion.samplers import sample_lcm
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
 from lcm_core.errors import InputError
 
-SCHEDULE = NoiseSchedule(get_alphas_cumprod())
+PROCESS = VariancePreserving()
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 1.0])
@@ -22,18 +23,18 @@ SCHEDULE = NoiseSchedule(get_alphas_cumprod())
 def test_host_cuts_the_padded_grid_to_diffusers_timesteps(steps: int, strength: float) -> None:
     """The web UI asks for steps / strength levels and uses the last steps + 1 of them (setup_img2img_steps)."""
     host_steps = int(steps / min(strength, 0.999))
-    sigmas = get_sigmas_padded(SCHEDULE, steps, host_steps, strength=strength)
+    sigmas = get_sigmas_padded(PROCESS, steps, host_steps, strength=strength)
     assert len(sigmas) == host_steps + 1
     used = sigmas[host_steps - (steps - 1) - 1 :]
     scheduler = LCMScheduler()
     scheduler.set_timesteps(steps, strength=strength)
-    assert SCHEDULE.sigma_to_t(used[:-1]).tolist() == scheduler.timesteps.tolist()
+    assert PROCESS.sigma_to_t(used[:-1]).tolist() == scheduler.timesteps.tolist()
     assert used[-1] == 0
 
 
 def test_more_steps_than_the_grid_has_are_refused() -> None:
     with pytest.raises(InputError, match="60 steps are more than original_steps=50"):
-        get_sigmas_padded(SCHEDULE, 60, 60)
+        get_sigmas_padded(PROCESS, 60, 60)
 
 
 def unet(x: Tensor, t: Tensor, **_: object) -> Tensor:
@@ -43,16 +44,19 @@ def unet(x: Tensor, t: Tensor, **_: object) -> Tensor:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_consistency_of_a_hosts_x0_is_lcm_cores(prediction_type: str) -> None:
     """Down to t = 19, where c_skip matters most; x0 comes from the host, f must be the same as from the network."""
-    sigmas = get_sigmas_padded(SCHEDULE, 8, 8)[-3:]
+    sigmas = get_sigmas_padded(PROCESS, 8, 8)[-3:]
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * sigmas[0]
     wanted = sample_lcm(
-        ConsistencyDenoiser(unet, SCHEDULE, prediction_type), x, sigmas, noise_sampler=lambda *_: torch.ones_like(x)
+        ConsistencyDenoiser(unet, Diffusion(PROCESS, prediction_type)),
+        x,
+        sigmas,
+        noise_sampler=lambda *_: torch.ones_like(x),
     )
-    host = Denoiser(unet, SCHEDULE, prediction_type)
-    got = sample_lcm(consistency(host, SCHEDULE), x, sigmas, noise_sampler=lambda *_: torch.ones_like(x))
+    host = Denoiser(unet, Diffusion(PROCESS, prediction_type))
+    got = sample_lcm(consistency(host, PROCESS), x, sigmas, noise_sampler=lambda *_: torch.ones_like(x))
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-    low = torch.tensor([SCHEDULE.sigmas[1]]).float().expand(2)
-    assert (host(x, low) - consistency(host, SCHEDULE)(x, low)).abs().max() > 1e-4
+    low = torch.tensor([PROCESS.sigmas[1]]).float().expand(2)
+    assert (host(x, low) - consistency(host, PROCESS)(x, low)).abs().max() > 1e-4
 
 
 def host_step(forward: object, x: Tensor, cond: Tensor, uncond: Tensor, scale: float, split: str) -> Tensor:

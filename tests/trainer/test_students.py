@@ -66,6 +66,9 @@ def _conditioning(family, rows, seed=0):
     return conditioning
 
 
+T = torch.tensor([999, 600, 300, 20])
+
+
 def _sample(family="sd1", method=LcdConfig(w_min=1, w_max=4), rows=4) -> Sample:  # noqa: B008
     latents = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     batch = Batch(latents, _conditioning(family, rows), _conditioning(family, rows, 1))
@@ -91,9 +94,9 @@ def _loss(student, sample, kind="epsilon", method="lcd"):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_new_student_paints_like_its_teacher_at_any_guidance(kind, family):
     student, sample = _student(kind, family), _sample(family)
-    expected = _unet(family)(sample.x0, sample.points.t, **sample.conditioning).sample
+    expected = _unet(family)(sample.x0, T, **sample.conditioning).sample
     for network in student.networks:
-        torch.testing.assert_close(network(sample.x0, sample.points.t, sample.conditioning, sample.w), expected)
+        torch.testing.assert_close(network(sample.x0, T, sample.conditioning, sample.w), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +105,7 @@ def test_a_new_student_paints_like_its_teacher_at_any_guidance(kind, family):
 def test_every_kind_of_teacher_can_be_learnt_from(kind, family, method):
     """A step changes the online student alone: not the target, not the teacher, not the critic."""
     student, sample = _student(kind, family), _sample(family, method_config(method))
-    args = sample.x0, sample.points.t, sample.conditioning, sample.w
+    args = sample.x0, T, sample.conditioning, sample.w
     before = [network(*args).detach() for network in student.networks]
     optimizer = torch.optim.SGD(student.trained.parameters(), lr=1.0)
     _loss(student, sample, "v_prediction", method).backward()
@@ -127,7 +130,7 @@ def test_a_lora_run_has_one_unet_in_memory():
 def test_a_critic_learns_beside_the_student_and_without_it(kind):
     student, config = _student(kind), Dmd2Config(phases=2, w_min=1, w_max=4)
     sample = replace(_sample(method=config), student_turn=False)
-    args = sample.x0, sample.points.t, sample.conditioning, sample.w
+    args = sample.x0, T, sample.conditioning, sample.w
     before = [network(*args).detach() for network in student.networks]
     _loss(student, sample, method="dmd2").backward()
     torch.optim.SGD(student.critic.parameters(), lr=1.0).step()
@@ -153,7 +156,7 @@ def test_a_student_starts_from_an_earlier_one_and_its_critic_from_the_teacher(ki
         teacher = Component(unet.state_dict(), plain)
         student = full_student(teacher, unet_network(unet), config, with_critic=True, start=start)
     sample = _sample()
-    args = sample.x0, sample.points.t, sample.conditioning, sample.w
+    args = sample.x0, T, sample.conditioning, sample.w
     expected = earlier.networks.online(*args), earlier.networks.online(*args), *2 * (_unet_output(args),)
     torch.testing.assert_close(tuple(network(*args) for network in student.networks), expected)
 
@@ -182,7 +185,7 @@ def test_a_full_student_learns_to_read_guidance():
         _loss(student, sample).backward()
         optimizer.step()
     online = student.networks.online
-    outputs = [online(sample.x0, sample.points.t, sample.conditioning, torch.full((4,), w)) for w in (0.0, 6.0)]
+    outputs = [online(sample.x0, T, sample.conditioning, torch.full((4,), w)) for w in (0.0, 6.0)]
     assert not torch.allclose(*outputs, atol=1e-4)
 
 
@@ -192,7 +195,7 @@ def test_without_an_average_the_target_is_the_student(kind):
     optimizer = torch.optim.SGD(student.trained.parameters(), lr=1.0)
     _loss(student, sample).backward()
     optimizer.step()
-    args = sample.x0, sample.points.t, sample.conditioning, sample.w
+    args = sample.x0, T, sample.conditioning, sample.w
     torch.testing.assert_close(student.networks.target(*args), student.networks.online(*args), rtol=0, atol=0)
     assert student.average is None
 
@@ -224,12 +227,10 @@ def test_a_bfloat16_teacher_answers_in_float32():
     component = Component(unet.state_dict(), {**unet.config, "_class_name": "UNet2DConditionModel"})
     network = unet_network(load_unet(component, "cpu", torch.bfloat16), torch.bfloat16)
     sample = _sample()
-    output = network(sample.x0, sample.points.t, sample.conditioning, None)
+    output = network(sample.x0, T, sample.conditioning, None)
     assert output.dtype == torch.float32
     assert not torch.equal(output, output.bfloat16().float())
-    torch.testing.assert_close(
-        output, unet(sample.x0, sample.points.t, **sample.conditioning).sample, rtol=0.1, atol=0.05
-    )
+    torch.testing.assert_close(output, unet(sample.x0, T, **sample.conditioning).sample, rtol=0.1, atol=0.05)
 
 
 def test_precision():

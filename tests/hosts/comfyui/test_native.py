@@ -91,8 +91,8 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     from diffusers import T2IAdapter
 
     from lcm_core.diffusion.consistency import Denoiser
+    from lcm_core.diffusion.grids import get_sigmas_lcm
     from lcm_core.diffusion.samplers import initial_latents, initial_noise
-    from lcm_core.diffusion.schedule import get_sigmas_lcm
     from lcm_core.files.safetensors import read_safetensors
     from lcm_core.pipeline.image import load_image, to_pil
     from lcm_core.pipeline.sources import MODELS
@@ -124,9 +124,9 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
                 0
             ]
 
-        sigmas = get_sigmas_lcm(own.schedule, None, timesteps=(999,))
+        sigmas = get_sigmas_lcm(own.diffusion.process, None, timesteps=(999,))
         x = initial_latents(initial_noise([1], (4, 8, 8)), float(sigmas[0]))
-        latents = Denoiser(network, own.schedule, own.prediction_type)(x, sigmas[:1])
+        latents = Denoiser(network, own.diffusion)(x, sigmas[:1])
         expected = to_pil(own.vae.decode(latents))[0]
     assert_same(numpy.asarray(expected, int), painted)
 
