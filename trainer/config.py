@@ -97,7 +97,7 @@ class DistillConfig:
     prediction_type: str = ""
     """epsilon, v_prediction or sample, where the teacher's own files say it wrongly."""
     tokenizer: str = ""
-    """Folder with CLIP's vocab.json and merges.txt, for single files that have none beside them."""
+    """Folder with vocab.json and merges.txt, for a single file with other words than CLIP's and none beside it."""
     device: str = ""
     """cpu, cuda, cuda:1 or mps; the best one here where empty."""
     accept_changes: bool = False

@@ -155,7 +155,8 @@ class State:
                 raise InputError(
                     f"no state of this run can be used: {error}; {second}; delete {self.folder} to begin anew"
                 ) from error
-            warnings.warn(f"{error}; the run goes on from the state before it, {self.earlier}", stacklevel=3)
+            what, _, _ = str(error).partition(";")
+            warnings.warn(f"{what}; the run goes on from the state before it, {self.earlier}", stacklevel=3)
             return tensors
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from lcm_core.errors import InputError
+from lcm_core.files.checkpoint import ModelInfo
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.settings import Settings
 from trainer.cli.main import main
+from trainer.config import DistillConfig
+from trainer.methods.config import Dmd2Config
+from trainer.outputs import model_card
 
 PROMPT, SEED, STEPS = "picture number 3", 7, 3
 
@@ -102,6 +106,34 @@ def test_the_run_leaves_everything_that_was_promised(lora_run):
     card = (output / "README.md").read_text()
     assert "mine_lora.safetensors" in card
     assert "guidance scale 1 " in card
+
+
+@pytest.mark.parametrize(
+    ("teacher", "family", "loads"),
+    [
+        ("a/my.safetensors", "sd1", 'StableDiffusionPipeline.from_single_file("a/my.safetensors")'),
+        ("a/my.safetensors", "sdxl", 'StableDiffusionXLPipeline.from_single_file("a/my.safetensors")'),
+        ("a/folder", "sd2", 'DiffusionPipeline.from_pretrained("a/folder")'),
+        ("emoji", "sd1", 'DiffusionPipeline.from_pretrained("emoji-teacher")'),
+    ],
+)
+def test_the_card_s_python_loads_the_teacher_as_diffusers_can(teacher, family, loads):
+    import diffusers
+
+    card = model_card(DistillConfig(teacher=teacher, output="out"), ModelInfo(family), [], "")
+    code = card.split("```python\n")[1].split("```")[0]
+    assert loads in code
+    names = code.splitlines()[0].removeprefix("from diffusers import ").split(", ")
+    assert all(hasattr(diffusers, name) for name in names)
+    assert hasattr(getattr(diffusers, names[0]), loads.split("(")[0].split(".")[1])
+    if teacher == "emoji":  # which diffusers cannot load by name, and whose LoRA is for its teacher
+        assert "python -m lcm_core export --model emoji --unet teacher --to diffusers --path emoji-teacher" in code
+        assert "--model emoji --unet teacher --lora" in card
+
+
+def test_the_card_says_what_dmd2_leaves_out():
+    config = DistillConfig(teacher="emoji", output="out", method=Dmd2Config())
+    assert "without the paper's GAN loss" in model_card(config, ModelInfo("sd1"), [], "")
 
 
 def test_the_workflow_uses_the_result_and_its_wires_meet(lora_run):

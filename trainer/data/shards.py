@@ -104,7 +104,10 @@ class Shards:
                 raise InputError(f"{path} was written by an earlier version and states no checksum")
             check_checksum(path, tensors, metadata)
         except InputError as error:
-            warnings.warn(f"{error}; it is made again", stacklevel=2)
+            what, _, _ = str(error).partition(
+                ";"
+            )  # what comes behind it, to get the file again, is not the user's part
+            warnings.warn(f"{what}; it is made again", stacklevel=2)
             return False
         return True
 
