@@ -133,6 +133,8 @@ def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> lis
     out = args.out
     if out is not None:
         check_name(out)
+        if out.name.lower() in IMAGE_SUFFIXES:
+            raise InputError(f"--out {out} has no name before {out.name}; write e.g. picture{out.name}")
     if out is None:
         out = args.source.with_name(f"{args.source.stem}-again{args.source.suffix}") if args.source else None
     if out is None or out.is_dir() or not out.suffix:

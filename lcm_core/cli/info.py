@@ -33,7 +33,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         lines = _describe_model(args.file)
     for name, value in lines:
-        print(f"{name}: {value}")
+        print(_visible(f"{name}: {value}"))
+
+
+def _visible(text: str) -> str:
+    """Text from a file without what a terminal would take for commands."""
+    return "".join(c if c in "\n\t" or ord(c) >= 160 or 32 <= ord(c) < 127 else f"\\x{ord(c):02x}" for c in text)
 
 
 def _describe_model(name: str) -> Iterator[tuple[str, object]]:

@@ -122,6 +122,11 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     for key in _POSITIVE:
         if config.get(key) is not None and not _is_number(config[key], above=0):
             _refuse(source, key, config[key], "use a number above 0")
+    kinds = config.get("architectures")
+    if kinds is not None and not (isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds)):
+        _refuse(source, "architectures", kinds, "use a list with the name of a class")
+    if not isinstance(config.get("_class_name", ""), str):
+        _refuse(source, "_class_name", config["_class_name"], "use the name of a class")
     for key, choices in _CHOICES.items():
         if config.get(key, choices[0]) not in choices:
             _refuse(source, key, config[key], f"use {' or '.join(map(json.dumps, choices))}")
@@ -174,7 +179,7 @@ def _is_number(value: object, above: float = -math.inf) -> bool:
 
 
 def _refuse(source: PathLike, key: str, value: object, remedy: str) -> NoReturn:
-    raise InputError(f"{source}: the configuration says {key} = {value!r}; {remedy}, or get the model again")
+    raise InputError(f"{source}: the configuration says {key} = {value!r:.60}; {remedy}, or get the model again")
 
 
 def vae_config(vae: Mapping[str, Tensor], family: Family | None = None) -> dict[str, Any]:

@@ -97,8 +97,18 @@ def check_name(path: Path) -> None:
     """
     if "\0" in str(path):
         raise InputError(f"cannot write {str(path)!r}: a file name has no null byte; choose another output path")
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+    try:
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    except UnicodeEncodeError:
+        raise InputError(f"cannot write {str(path)!r}: its name is no valid text; choose another output path") from None
+    if longest > _LONGEST_NAME:
         raise InputError(f"cannot write {path}: its name has more than {_LONGEST_NAME} bytes; choose a shorter one")
+    try:
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    except OSError as error:  # the whole path is too long, or leads through a folder that may not be entered
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another output path") from error
+    if special:
+        raise InputError(f"cannot write {path}: it is a device or a pipe; choose another output path")
 
 
 # --- temporary files: who writes one holds a lock on it, which the system takes away when the writer dies -------------
@@ -119,9 +129,10 @@ def _temporary_folder(target: Path) -> tuple[Path, int | None]:
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         if fcntl is None:
             return temporary, None
-        handle = os.open(temporary, os.O_RDONLY)
-        if _lock(handle, temporary):
-            return temporary, handle
+        with suppress(FileNotFoundError):  # another process has taken it for a leftover before it was locked
+            handle = os.open(temporary, os.O_RDONLY)
+            if _lock(handle, temporary):
+                return temporary, handle
 
 
 def _prefix(target: Path) -> str:

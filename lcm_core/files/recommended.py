@@ -137,7 +137,7 @@ def check_sampling(values: Mapping[str, Any], name: str) -> dict[str, Any]:
             good = value in SAMPLERS
         if not good or (kind is not str and not least <= value <= greatest):
             allowed = ", ".join(SAMPLERS) if kind is str else f"{least:g} to {greatest:g}"
-            raise InputError(f"{name} states {key} {value!r}; it must be {allowed}")
+            raise InputError(f"{name} states {key} {value!r:.60}; it must be {allowed}")
     return known
 
 

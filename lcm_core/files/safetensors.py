@@ -80,7 +80,8 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     code = zlib.crc32(json.dumps([layout, sorted(own.items())]).encode())
     for key, *_ in layout:
         data = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        code = zlib.crc32(data.numpy().data, code)
+        values: Any = data.numpy()
+        code = zlib.crc32(values, code)
     return f"{code:08x}"
 
 

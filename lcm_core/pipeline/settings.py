@@ -80,6 +80,8 @@ class Settings:
             raise InputError(f"gamma {self.gamma} is outside [0, 1]; 0 adds no fresh noise, 1 the most")
         if not (math.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 100):
             raise InputError(f"guidance_scale {self.guidance_scale} is out of range; 1 is off, 1 to 15 is usual")
+        if self.timesteps is not None and not all(0 <= t < 100_000 for t in self.timesteps):
+            raise InputError(f"timesteps {self.timesteps} are out of range; write e.g. 999,749,499,249")
         if not -(2**63) <= self.seed < 2**64:
             raise InputError(f"seed {self.seed} does not fit 64 bits; use 0 to {2**64 - 1}")
         check_size(self.width, self.height)
@@ -146,7 +148,7 @@ def known_settings(values: Mapping[str, Any]) -> dict[str, Any]:
             good = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         if not good:
             like = [999, 749] if default is None else default
-            raise InputError(f"the setting {name}={value!r} has the wrong type; it should be like {like!r}")
+            raise InputError(f"the setting {name}={value!r:.60} has the wrong type; it should be like {like!r}")
     return known
 
 
@@ -165,7 +167,7 @@ def known_options(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             good, like = isinstance(value, str), "a text"
         if not good:
-            raise InputError(f"the setting {name}={value!r} has the wrong type; it should be like {like}")
+            raise InputError(f"the setting {name}={value!r:.60} has the wrong type; it should be like {like}")
     paths = [known[name] for name in ("model", "vae", "tokenizer", "image", "mask") if name in known]
     for path in (*paths, *(path for path, _ in known.get("lora", ()))):
         check_text("path", path)

@@ -82,7 +82,7 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     stated: dict[str, Any] = {_CARD_NAMES.get(str(key), str(key)): value for key, value in schedule.items()}
     stated["prediction_type"] = card["prediction_type"]
     check_scheduler(stated, root / CARD)
-    names = {field.name for field in fields(ModelInfo)}
+    names = {item.name for item in fields(ModelInfo)}
     info = replace(read_info(folder), **{name: value for name, value in stated.items() if name in names})
     return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, card)
 

@@ -187,12 +187,27 @@ def test_longest_name_that_the_disk_takes_is_too_long_for_the_temporary_file(let
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("a" * 300 + ".png", "its name has more than 255 bytes"), ("a\0b.png", "no null byte")]
+    ("name", "words"),
+    [
+        ("a" * 300 + ".png", "its name has more than 255 bytes"),
+        ("é" * 200 + ".png", "its name has more than 255 bytes"),
+        ("a\0b.png", "no null byte"),
+        ("\ud800.png", "no valid text"),
+    ],
 )
 def test_name_that_no_disk_takes_gives_a_traceback(name: str, words: str, tmp_path: Path) -> None:
     for writer in (atomic_write, new_folder):
         with pytest.raises(InputError, match=words):
             writer(tmp_path / name).__enter__()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes in the file system")
+def test_pipe_or_device_is_replaced(tmp_path: Path) -> None:
+    """The rename would put a file in its place: for root, in that of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: it is a device or a pipe"):
+        atomic_write(tmp_path / "pipe").__enter__()
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_input_error_escapes_handlers_of_value_error() -> None:

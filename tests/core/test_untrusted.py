@@ -249,6 +249,7 @@ def test_vae_with_a_configuration_that_makes_no_sense(values: dict[str, Any], mo
         {"hidden_act": "none"},
         {"max_position_embeddings": None},
         {"architectures": 3},
+        {"architectures": []},
         {"architectures": [["CLIPTextModel"]]},
     ],
     ids=str,
@@ -472,6 +473,11 @@ def test_terminal_without_the_letters_ends_in_an_error(
     assert out.read().startswith("prompt: \\u732b")
 
 
+def test_picture_sends_commands_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", picture(tmp_path / "a.png", prompt="caf\u00e9 \x1b]0;title\x07")]) == 0
+    assert capsys.readouterr().out == "prompt: caf\u00e9 \\x1b]0;title\\x07\n"
+
+
 def test_complaint_about_half_a_character_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stderr", err)
@@ -502,6 +508,7 @@ def test_what_no_file_can_hold_is_found_after_painting(
         ([*argv, "a" * 300 + "/a.png", "a"], "more than 255 bytes"),
         ([*argv, "a.png", "a\udcff"], "is no valid text"),
         (["generate", "a", "--model", "m" * 300], "cannot use mmm"),
+        ([*argv, ".png", "a"], "has no name before .png"),
     )
     for command, words in cases:
         assert main(command) == 2
