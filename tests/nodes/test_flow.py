@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def test_without_fresh_noise_tcd_is_eulers_method(flow: Any) -> None:
         return torch.sin(x) * s.view(-1, 1)
 
     fed = run(flow, 0.0, network)
-    for (s, x), (s_next, found) in zip(fed, fed[1:], strict=False):
+    for (s, x), (s_next, found) in pairwise(fed):
         x0 = network(x, torch.tensor([s], dtype=torch.float64))
         torch.testing.assert_close(found, x + (s_next - s) * (x - x0) / s, rtol=1e-12, atol=1e-12)
 

@@ -230,7 +230,7 @@ def test_a_v_model_behind_the_stock_lcm_node_is_told(runtime: Any) -> None:
     stock = SimpleNamespace(sigmas=torch.ones(50), num_timesteps=1000)
     whole = SimpleNamespace(sigmas=torch.ones(1000), num_timesteps=1000)
     v, eps = SimpleNamespace(name="V_PREDICTION"), SimpleNamespace(name="EPS")
-    with pytest.raises(InputError, match="predicts v, but ModelSamplingDiscrete .* use LCM Apply"):
+    with pytest.raises(InputError, match=r"predicts v, but ModelSamplingDiscrete .* use LCM Apply"):
         hostmodel.check_prediction(SimpleNamespace(model_sampling=stock, model_type=v))
     hostmodel.check_prediction(SimpleNamespace(model_sampling=stock, model_type=eps))
     hostmodel.check_prediction(SimpleNamespace(model_sampling=whole, model_type=v))

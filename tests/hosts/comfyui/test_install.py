@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from comfyui import Server, find_python
+from graphs import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,3 +31,13 @@ def test_every_node_is_there_and_explains_itself(server: Server) -> None:
             for field, (_, options) in node["input"].get(group, {}).items():
                 assert options.get("tooltip"), (name, field)
     assert "Cannot import" not in "\n".join(line for line in server.log.read_text().splitlines() if "lcm-suite" in line)
+
+
+def test_the_examples_are_in_the_template_browser(server: Server) -> None:
+    """Wrong when the page does not list one, or cannot fetch its graph or its thumbnail by its name."""
+    assert sorted(server.get("/api/workflow_templates")["lcm-suite"]) == sorted(WORKFLOWS)
+    for name in WORKFLOWS:
+        for suffix in (".json", ".jpg"):
+            place = urllib.parse.quote(f"/api/workflow_templates/lcm-suite/{name}{suffix}")
+            with urllib.request.urlopen(server.url + place, timeout=60) as answer:
+                assert answer.status == 200
