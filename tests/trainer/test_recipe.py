@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 from lcm_core.files.safetensors import read_safetensors
 from trainer.cli.main import main
+from trainer.recipes.emoji import recipe
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
-from trainer.recipes.emoji.data import NAMES_PACKAGE, PACKAGES, is_held_out, load_drawings
+from trainer.recipes.emoji.data import CORE, REDRAWN, STYLE_HELD_OUT, is_held_out
+from trainer.recipes.emoji.icons import NAME_LISTS, NAMES_PACKAGE, SETS, load_drawings
 from trainer.recipes.emoji.words import build_tokenizer, tokenize
 
 COLOURS = ["red", "green", "blue", "black", "orange", "purple"]
@@ -29,12 +32,16 @@ def icons(tmp_path_factory):
     ]
     emoji.append({"label": "flag: nowhere", "hexcode": "1F1E6", "tags": [], "order": 99, "group": 9})
     _write(root / NAMES_PACKAGE.rsplit("@", 1)[0] / "en/data.json", emoji)
-    for package in PACKAGES.values():
-        folder = root / package.rsplit("@", 1)[0]
+    for name in NAME_LISTS:
+        _write(root / NAMES_PACKAGE.rsplit("@", 1)[0] / f"en/shortcodes/{name}.json", {})
+    for style, icon_set in SETS.items():
+        folder = root / icon_set.folder
         icons = {name.replace(" ", "-"): {"body": _shape(*name.split())} for name in names}
         _write(folder / "icons.json", {"icons": icons, "width": 32, "height": 32})
         chars = {code.lower(): name.replace(" ", "-") for code, name in zip(codes, names, strict=True)}
-        _write(folder / "chars.json", {**chars, "1f1e6": names[0].replace(" ", "-")})
+        # as published: the sets that are redrawn, and others, do not list their code points
+        by_name = style not in (*CORE, STYLE_HELD_OUT)
+        _write(folder / "chars.json", {} if by_name else {**chars, "1f1e6": names[0].replace(" ", "-")})
     return root
 
 
@@ -58,21 +65,27 @@ def drawings(icons, tmp_path_factory):
 
 
 def test_drawings_are_rendered_on_white_without_flags(drawings):
-    assert drawings.images.shape == (72, 3, 64, 64)
+    assert drawings.images.shape == (9 * 24, 4, 64, 64)
     assert not any("flag" in e.label for e in drawings.entries)
     first = next(i for i, e in enumerate(drawings.entries) if e.label == "red disc")
-    torch.testing.assert_close(drawings.images[first, :, 32, 32], torch.tensor([255, 0, 0], dtype=torch.uint8))
-    torch.testing.assert_close(drawings.images[first, :, 0, 0], torch.tensor([255, 255, 255], dtype=torch.uint8))
+    picture = drawings.on_white(torch.tensor([first]))[0]
+    torch.testing.assert_close(picture[:, 32, 32], torch.tensor([255, 0, 0], dtype=torch.uint8))
+    torch.testing.assert_close(picture[:, 0, 0], torch.tensor([255, 255, 255], dtype=torch.uint8))
 
 
-def test_every_held_out_emoji_is_seen_in_other_styles(drawings):
-    held_out = [e for e in drawings.entries if e.held_out]
-    assert held_out
+def test_a_held_out_emoji_is_seen_in_other_styles_but_in_none_that_redraws_its_own(drawings):
+    held_out = [e for e in drawings.entries if e.held_out and e.style != STYLE_HELD_OUT]
+    assert {e.style for e in held_out} >= {*CORE, *REDRAWN}
     for entry in held_out:
-        others = [e for e in drawings.entries if e.code == entry.code and e.style != entry.style]
-        assert others
-        assert not any(e.held_out for e in others)
+        root = REDRAWN.get(entry.style, entry.style)
+        for other in (e for e in drawings.entries if e.code == entry.code and e.style != STYLE_HELD_OUT):
+            assert other.held_out == (REDRAWN.get(other.style, other.style) == root)
         assert is_held_out(entry.code, entry.style)
+        assert is_held_out(f"{entry.code}-1f3fd", entry.style)  # in every tone of skin
+
+
+def test_one_style_is_never_trained_on(drawings):
+    assert all(e.held_out for e in drawings.entries if e.style == STYLE_HELD_OUT)
 
 
 def test_any_prompt_has_tokens_and_known_words_have_one_each(drawings, tmp_path):
@@ -94,9 +107,10 @@ def test_normalised_latents_have_mean_0_and_spread_1_and_the_same_pictures(drawi
     with torch.no_grad():
         before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
         spread = vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std((0, 2, 3), keepdim=True)
-        normalise_latents(vae, drawings.images, torch.device("cpu"))
+        images = drawings.on_white(torch.arange(len(drawings.entries)))
+        normalise_latents(vae, images, torch.device("cpu"))
         after = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-        latents = vae.encode(drawings.images.float() / 127.5 - 1).latent_dist.mean * SCALING_FACTOR
+        latents = vae.encode(images.float() / 127.5 - 1).latent_dist.mean * SCALING_FACTOR
         spread_after = vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std(
             (0, 2, 3), keepdim=True
         )
@@ -106,9 +120,13 @@ def test_normalised_latents_have_mean_0_and_spread_1_and_the_same_pictures(drawi
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-2)
 
 
-def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, capsys):
+def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, capsys, monkeypatch):
+    small = {name: replace(config, batch_size=4) for name, config in recipe.STAGES.items()}
+    monkeypatch.setattr(recipe, "STAGES", small)
+    monkeypatch.setattr(recipe, "TEACHER_GUIDANCE", (2.0,))
+    monkeypatch.setattr(recipe, "STUDENT_GUIDANCE", (1.0,))
     arguments = ["recipe", "emoji", "--work", str(tmp_path / "work"), "--icons", str(icons)]
-    arguments += ["--effort", "0.0005", "--samples", "24", "--output", str(tmp_path / "model")]
+    arguments += ["--effort", "0.00005", "--samples", "24", "--size", "64", "--output", str(tmp_path / "model")]
     assert main(arguments) == 0
     assert "|LCM|lcm|4|" in capsys.readouterr().out.replace(" ", "")
     assert "held-out" in (tmp_path / "model/README.md").read_text()

@@ -54,10 +54,17 @@ def _add_recipe(commands: Any) -> None:
     parser.add_argument("name", choices=["emoji"], help="which recipe")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder between icons and weights")
     parser.add_argument("--output", type=Path, help="folder of the finished model (default: WORK/model)")
-    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="pixels (default: 64)")
+    parser.add_argument("--size", type=int, choices=[64, 128], default=128, help="pixels (default: 128)")
     parser.add_argument("--icons", type=Path, help="node_modules with the icon packages (default: fetched with npm)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies every stage's steps (default: 1)")
+    parser.add_argument(
+        "--batch-scale",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches N times as large, in as many fewer steps of what is left; about 8 for a GPU (default: 1)",
+    )
     parser.add_argument("--samples", type=int, default=2048, help="pictures behind each line of the table")
     parser.set_defaults(run=_run_recipe)
 
@@ -73,6 +80,7 @@ def _run_recipe(args: argparse.Namespace) -> None:
             icons=args.icons,
             device=args.device,
             effort=args.effort,
+            batch_scale=args.batch_scale,
             samples=args.samples,
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -12,22 +13,35 @@ from torch import Tensor
 from lcm_core.networks.unet import set_attention
 from trainer.loop import LoopConfig, train
 from trainer.recipes.emoji import Network
+from trainer.recipes.emoji.compute import autocast, place
 from trainer.recipes.emoji.data import Drawings
+from trainer.recipes.emoji.scenes import paste, random_ground
 
 SCALING_FACTOR = 0.18215
 """Stable Diffusion 1.x's. Hosts hard-code it, so the latents are brought to it instead of the other way round."""
+WIDTHS = (32, 32, 96, 192)
+"""From full resolution to an eighth of it. Narrow where pictures are large and cost the most time, and wide where the
+latents are turned into shapes. Hosts normalise 32 groups of channels, so no width may be below."""
 KL_WEIGHT = 1e-6
 SQUARED_WEIGHT = 5.0
 EDGE_WEIGHT = 0.25
+EARLY_PIECES = {4: 0.9, 2: 0.08, 1: 0.02}
+"""Divisors of the pictures' width, and the shares of the steps that see pieces so wide. The VAE is convolutional, so
+small pieces teach it as much for a fraction of the cost; large ones, how attention works over a whole picture."""
+LATE_PIECES = {4: 0.2, 2: 0.7, 1: 0.1}
+"""The same for the last `LATE_SHARE` of the steps."""
+LATE_SHARE = 0.35
+WATCH_EVERY = 250
+"""Steps between two looks at held-out drawings."""
 
 
 def build_vae() -> Network:
-    """An untrained AutoencoderKL: 8 pixels a latent, 4 channels."""
+    """An untrained AutoencoderKL: 8 pixels a latent, 4 channels, 6 million weights."""
     from diffusers import AutoencoderKL
 
     blocks = 4
     vae: Network = AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128),
+        block_out_channels=WIDTHS,
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -40,25 +54,54 @@ def build_vae() -> Network:
 
 
 def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> Network:
-    """Train on the drawings that are not held out. Returns the averaged VAE, its latents normalised."""
-    vae = build_vae().to(device)
+    """Train on the drawings that are not held out. Returns the averaged VAE, its latents normalised.
+
+    `folder/psnr.jsonl` says how well held-out drawings are reconstructed on the way.
+    """
+    vae = place(build_vae(), device)
     ema = copy.deepcopy(vae).requires_grad_(False)
-    images, seen = drawings.images, drawings.indices(held_out=False)
+    seen, size = drawings.indices(held_out=False), drawings.images.shape[-1]
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        whole = step % 4 == 0
-        count = config.batch_size // 4 if whole else config.batch_size
+        shares = LATE_PIECES if step >= config.steps * (1 - LATE_SHARE) else EARLY_PIECES
+        kind = int(torch.multinomial(torch.tensor(list(shares.values())), 1, generator=generator))
+        width = size // list(shares)[kind]
+        count = max(1, config.batch_size // 4) if width == size else config.batch_size
         chosen = seen[torch.randint(len(seen), (count,), generator=generator)]
-        pixels = augment(to_unit(images[chosen]), generator)
-        pixels = (pixels if whole else random_crop(pixels, generator)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        pieces = [random_view(drawings.images[i], width, generator) for i in chosen]
+        pixels = to_unit(torch.stack(pieces)).to(device)
+        with autocast(device):
             posterior = vae.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         return reconstruction_loss(decoded.float(), pixels) + KL_WEIGHT * posterior.kl().float().mean()
 
-    train(vae, loss_fn, config, folder, ema)
-    return normalise_latents(ema, images[seen], device)
+    def watch(step: int, loss: float) -> None:
+        if (step + 1) % WATCH_EVERY == 0:
+            line = {"step": step + 1, "psnr": round(psnr(ema, drawings.on_white(held_out_sample(drawings)), device), 2)}
+            with (folder / "psnr.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    train(vae, loss_fn, config, folder, ema, watch)
+    return normalise_latents(ema, drawings.on_white(seen), device)
+
+
+def held_out_sample(drawings: Drawings, count: int = 32) -> Tensor:
+    """The numbers of some held-out drawings, always the same."""
+    held_out = drawings.indices(held_out=True)
+    return held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:count]]
+
+
+@torch.no_grad()
+def psnr(vae: Network, images: Tensor, device: torch.device) -> float:
+    """Mean peak signal-to-noise ratio in dB of uint8 pictures (N, 3, S, S) after the VAE; the signal spans [-1, 1]."""
+    ratios = []
+    for batch in images.split(8):
+        pixels = to_unit(batch).to(device)
+        with autocast(device):
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
+        ratios.append(10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3))))
+    return float(torch.cat(ratios).mean())
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -66,19 +109,20 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the batch, and shift all of it by up to 4 pixels; on white ground the rim may wrap around."""
-    mirrored = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5
-    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-    down, right = torch.randint(-4, 5, (2,), generator=generator).tolist()
-    return pixels.roll((down, right), dims=(-2, -1))
-
-
-def random_crop(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """A quarter of the area. The VAE is convolutional, so it learns as much from crops at a quarter of the cost."""
-    size = pixels.shape[-1] // 2
-    top, left = torch.randint(0, size + 1, (2,), generator=generator).tolist()
-    return pixels[:, :, top : top + size, left : left + size]
+def random_view(drawing: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A drawing (4, S, S) somewhere in a picture (3, size, size), float in [0, 255]: of any scale between half a
+    picture and the full resolution, mirrored or not, on a coloured ground or, mostly, on white.
+    """
+    full = drawing.shape[-1]
+    scale, mirror, white = torch.rand(3, generator=generator).tolist()
+    # The benchmark's pictures are at full resolution, and smaller ones have more to tell in each pixel.
+    scaled = full if scale < 0.5 else int(full * (0.5 + 0.5 * torch.rand((), generator=generator)))
+    ground = random_ground(size, generator) if white > 0.6 else torch.full((3, size, size), 255.0)
+    spare = min(scaled - size, 0), max(scaled - size, 0)
+    margin = full // 16
+    top, left = (-int(torch.randint(spare[0] - margin, spare[1] + margin + 1, (), generator=generator)) for _ in "yx")
+    paste(ground, drawing.flip(-1) if mirror < 0.5 else drawing, top, left, scaled)
+    return ground
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:

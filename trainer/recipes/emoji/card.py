@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from trainer.recipes.emoji.data import GROUPS, PACKAGES, Drawings
+from trainer.recipes.emoji.data import GROUPS, Drawings
+from trainer.recipes.emoji.icons import SETS
 from trainer.recipes.emoji.ledger import Row
 from trainer.report.tables import to_markdown
 
-CREDITS = {
-    "noto": "Noto Emoji, Google, Apache License 2.0",
-    "fluent": "Fluent Emoji (flat), Microsoft, MIT License",
-    "twemoji": "Twemoji, Twitter and contributors, CC-BY 4.0",
-}
 KNOWN_FAULTS = (
     "- Trained for hours on one or two CPU cores. Simple things (hearts, apples, plain faces) are good, busy ones",
     "  (vehicles, people, buildings) are blobs of the right colours.",
@@ -47,11 +43,11 @@ def model_card(
         "## Data",
         "",
         f"{len(drawings.entries)} drawings: Unicode's {', '.join(GROUPS.values())}",
-        f'in {len(PACKAGES)} styles, captioned with their names, keywords and style ("pizza, noto style").',
+        f'in {len(SETS)} styles, captioned with their names, keywords and style ("pizza, noto style").',
         f"{held_out} (emoji, style) pairs were held out of all generative training; the same emoji in the other styles",
         "were not.",
         "",
-        *(f"- {style} style: {CREDITS[style]} (package `{package}`)" for style, package in PACKAGES.items()),
+        *(f"- {style} style: {icons.credit} (package `{icons.package}`)" for style, icons in SETS.items()),
         f"- {NAMES_CREDIT}",
         "",
         "The weights are published under the licence of this repository; pictures painted with them may resemble the",

@@ -8,6 +8,7 @@ generative model ever reaches it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,17 +19,24 @@ from torch import Tensor, nn
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from trainer.loop import LoopConfig, train
 from trainer.recipes.emoji.autoencoder import to_unit
-from trainer.recipes.emoji.data import PACKAGES, Drawings, number_emoji
+from trainer.recipes.emoji.compute import autocast, place
+from trainer.recipes.emoji.data import Drawings, number_emoji
+from trainer.recipes.emoji.icons import SETS
+from trainer.recipes.emoji.scenes import resize
 
 FEATURE_WIDTH = 128
+FIRST_WIDTHS = (3, 24, 48, 80, 112)
+"""Of the first benchmark's network, which looks at 64 pixels."""
+WIDTHS = (3, 24, 48, 80, 112, 128)
+"""For 128 pixels: one stage more."""
 
 
 class FeatureNetwork(nn.Module):
-    """(B, 3, S, S) in [-1, 1] -> features (B, 128)."""
+    """(B, 3, S, S) in [-1, 1] -> features (B, 128), for pictures of one `size` S in pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 64, widths: Sequence[int] = FIRST_WIDTHS) -> None:
         super().__init__()
-        widths = (3, 24, 48, 80, 112)
+        self.size, self.widths = size, widths
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
@@ -42,17 +50,29 @@ class FeatureNetwork(nn.Module):
 
 
 def train_features(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> FeatureNetwork:
-    """Train on all real drawings (the held-out ones too: they are real) to name their emoji and their style."""
-    codes = number_emoji(drawings.entries)
-    styles = torch.tensor([list(PACKAGES).index(e.style) for e in drawings.entries])
-    heads = {"emoji": nn.Linear(FEATURE_WIDTH, int(codes.max()) + 1), "style": nn.Linear(FEATURE_WIDTH, len(PACKAGES))}
-    network = nn.ModuleDict({"features": FeatureNetwork(), **heads}).to(device)
+    """Train on all real drawings (the held-out ones too: they are real) to name their emoji and their style.
+
+    Tones of skin are left out: an emoji is told from other emoji, not from itself.
+    """
+    numbers = torch.tensor([i for i, e in enumerate(drawings.entries) if not e.is_toned])
+    entries = [drawings.entries[i] for i in numbers.tolist()]
+    codes = number_emoji(entries)
+    styles = torch.tensor([list(SETS).index(e.style) for e in entries])
+    size = drawings.images.shape[-1]
+    network = nn.ModuleDict(
+        {
+            "features": FeatureNetwork(size, FIRST_WIDTHS if size < 128 else WIDTHS),
+            "emoji": nn.Linear(FEATURE_WIDTH, int(codes.max()) + 1),
+            "style": nn.Linear(FEATURE_WIDTH, len(SETS)),
+        }
+    )
+    network = place(network, device)
     ema = copy.deepcopy(network).requires_grad_(False)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(codes), (config.batch_size,), generator=generator)
-        pixels = disturb(to_unit(drawings.images[chosen]), generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        pixels = disturb(to_unit(drawings.on_white(numbers[chosen])), generator).to(device)
+        with autocast(device):
             features = network["features"](pixels)
             emoji, style = network["emoji"](features), network["style"](features)
         loss = F.cross_entropy(emoji.float(), codes[chosen].to(device), label_smoothing=0.1)
@@ -65,12 +85,18 @@ def train_features(drawings: Drawings, config: LoopConfig, folder: Path, device:
 
 
 def save_features(path: Path, network: FeatureNetwork) -> None:
-    write_safetensors(path, {name: tensor.half() for name, tensor in network.state_dict().items()}, {})
+    """Write the network in half precision."""
+    tensors = {name: tensor.half() for name, tensor in network.state_dict().items()}
+    widths = " ".join(str(width) for width in network.widths)
+    write_safetensors(path, tensors, {"size": str(network.size), "widths": widths})
 
 
 def load_features(path: Path) -> FeatureNetwork:
-    network = FeatureNetwork()
-    network.load_state_dict(read_safetensors(path)[0])
+    """The network in a file; that of the first benchmark does not state its shape."""
+    tensors, metadata = read_safetensors(path)
+    widths = [int(width) for width in metadata.get("widths", "").split()] or FIRST_WIDTHS
+    network = FeatureNetwork(int(metadata.get("size", 64)), widths)
+    network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)
 
 
@@ -87,6 +113,9 @@ def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 256) -> Tensor:
-    """uint8 pictures (N, 3, S, S) -> features (N, 128), float32 on the CPU."""
+    """uint8 pictures (N, 3, S, S) -> features (N, 128), float32 on the CPU. Pictures larger than the network's are
+    shrunk to its size."""
     device = next(network.parameters()).device
-    return torch.cat([network(to_unit(part).to(device)).float().cpu() for part in images.split(batch_size)])
+    small = images.shape[-1] <= network.size
+    parts = (part if small else resize(part.float(), network.size) for part in images.split(batch_size))
+    return torch.cat([network(to_unit(part).to(device)).float().cpu() for part in parts])

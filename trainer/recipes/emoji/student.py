@@ -19,11 +19,11 @@ from trainer.data.cache import Batch
 from trainer.distill import distill
 from trainer.methods.config import MethodConfig
 from trainer.recipes.emoji import Network
-from trainer.recipes.emoji.teacher import PREDICTION_TYPE, CaptionedLatents
+from trainer.recipes.emoji.compute import precision
+from trainer.recipes.emoji.latents import CaptionedLatents
+from trainer.recipes.emoji.teacher import LATE_SIZES, PREDICTION_TYPE
 from trainer.recipes.emoji.words import tokenize
 from trainer.students import Student, full_student, lora_student, prepare_unet, unet_network
-
-PRECISION = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class EncodedCaptions:
     text_encoder: Network
 
     def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> list[tuple[Tensor, Tensor]]:
-        """Random latents, each with its caption's tokens."""
-        return list(zip(*self.data.batch(size, generator, caption_dropout), strict=True))
+        """Random latents, all of one size of picture, each with its caption's tokens."""
+        pixels = self.data.choose_size(LATE_SIZES, generator)
+        return list(zip(*self.data.batch(size, pixels, generator, caption_dropout), strict=True))
 
     def read(self, picks: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """Those samples, with the captions encoded."""
@@ -61,10 +62,10 @@ def distil_full(
     unet = teacher["unet"].to(device)
     exact_output(unet)
     component = Component(unet.state_dict(), dict(unet.config))
-    student = full_student(component, unet_network(unet, PRECISION), StudentConfig(), PRECISION, device)
-    height, width = data.latents.shape[-2:]
+    dtype = precision(device)
+    student = full_student(component, unet_network(unet, dtype), StudentConfig(), dtype, device)
     for network in (student.trained, student.average):
-        prepare_unet(network, StudentConfig(), (height, width))
+        prepare_unet(network, StudentConfig(), (data.largest // 8, data.largest // 8))
     _distil(student, data, teacher, method, config, folder)
     return student.average
 
@@ -81,7 +82,7 @@ def distil_lora(
     """Latent consistency distillation into a LoRA (arXiv 2311.05556), in kohya's layout."""
     unet = copy.deepcopy(teacher["unet"]).to(device)
     exact_output(unet)
-    student = lora_student(unet, unet_network(unet, PRECISION), StudentConfig(rank=rank))
+    student = lora_student(unet, unet_network(unet, precision(device)), StudentConfig(rank=rank))
     _distil(student, data, teacher, method, config, folder)
     return lora_state_dict(unet, ema=True, dtype=torch.float16)
 

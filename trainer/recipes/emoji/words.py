@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from lcm_core.files.atomic import atomic_write
 from trainer.recipes.emoji import Network
-from trainer.recipes.emoji.data import PACKAGES, TEMPLATES, Drawings
+from trainer.recipes.emoji.colours import HUES
+from trainer.recipes.emoji.data import STYLE_TEMPLATES, TEMPLATES, Drawings
+from trainer.recipes.emoji.icons import SETS
+from trainer.recipes.emoji.scenes import COUNTED, GROUND_PHRASES, GROUNDS, NUMBERS, plural
 
-MERGES = 4000
+MERGES = 4800
 """Byte pairs that are joined: about every word of the captions becomes one token."""
 CONTEXT_WIDTH = 128
 CONTEXT_LENGTH = 77
@@ -77,9 +80,13 @@ def _all_words(drawings: Drawings) -> Iterable[str]:
     for entry in drawings.entries:
         yield entry.label
         yield from entry.tags
+        if entry.group in COUNTED:
+            yield plural(entry.label)
     for _ in range(100):  # often enough to become single tokens
         yield from (template.format("") for template in TEMPLATES)
-        yield from (f", {style} style" for style in PACKAGES)
+        yield from (template.format("", style) for template in STYLE_TEMPLATES for style in SETS)
+        yield from (*GROUNDS, *HUES, *NUMBERS.values())
+        yield from (phrase.format("") for phrase in ("an", "and", *GROUND_PHRASES))
 
 
 def _learn_byte_pairs(words: Iterable[str]) -> tuple[dict[str, int], list[str]]:
