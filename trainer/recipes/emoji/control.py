@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lcm_core.diffusion.consistency import add_noise
 from lcm_core.files.safetensors import write_safetensors
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
@@ -86,16 +85,14 @@ def loss_of(model: Any, adapter: Any, batch: tuple[Tensor, Tensor, Tensor], gene
     """The teacher's own loss with the adapter's features; without an adapter, of the teacher alone."""
     x0, hints, words = batch
     # early steps decide about shapes: cubic sampling, arXiv 2302.08453 Eq. 6
-    last = model.schedule.num_train_timesteps - 1
+    last = model.diffusion.process.num_train_timesteps - 1
     t = ((1 - torch.rand(len(x0), generator=generator) ** 3) * last).round().long()
-    abar = model.schedule.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
     eps = torch.randn(x0.shape, generator=generator)
     features = None if adapter is None else adapter(hints)
     output = model.unet.model(
-        add_noise(x0, eps, abar), t, words, down_intrablock_additional_residuals=features, return_dict=False
+        model.diffusion.noise(x0, eps, t), t, words, down_intrablock_additional_residuals=features, return_dict=False
     )[0]
-    velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x0
-    return functional.mse_loss(output, velocity if model.prediction_type == "v_prediction" else eps)
+    return functional.mse_loss(output, model.diffusion.target(x0, eps, t))
 
 
 def train(steps: int, batch: int, learning_rate: float, seeds: int, seed: int = 0) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import to_eps, to_x0
-from lcm_core.diffusion.schedule import get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from trainer.recipes.emoji import Network
@@ -54,15 +53,14 @@ def averaged(folder: Path, network: Network, prefix: str = "") -> Network:
 @torch.no_grad()
 def paint(unet: Network, context: Tensor, null: Tensor, pixels: int, guidance_scale: float) -> Tensor:
     """Latents (B, 4, h, w) for text embeddings (B, 77, D), by DDIM."""
-    alphas_cumprod = get_alphas_cumprod().float()
+    diffusion = Diffusion(prediction_type=PREDICTION_TYPE)
     x = torch.randn(len(context), 4, pixels // 8, pixels // 8, generator=torch.Generator().manual_seed(0))
     times = torch.linspace(999, 0, STEPS + 1).long()
     for t, until in pairwise(times):
         both = unet(torch.cat([x, x]), t, torch.cat([context, null.expand_as(context)])).sample
         with_text, without = both.chunk(2)
-        output, abar = without + guidance_scale * (with_text - without), alphas_cumprod[t]
-        x0, eps = (f(output, x, abar, PREDICTION_TYPE) for f in (to_x0, to_eps))
-        x = alphas_cumprod[until].sqrt() * x0 + (1 - alphas_cumprod[until]).sqrt() * eps
+        output = without + guidance_scale * (with_text - without)
+        x = diffusion.jump(output, x, t.expand(len(x)), until.expand(len(x)))
     return x
 
 

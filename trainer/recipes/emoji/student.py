@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.schedule import NoiseSchedule, get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.files.checkpoint import Component
 from lcm_core.networks.lora_layers import lora_state_dict
 from lcm_core.networks.unet import exact_output
@@ -96,5 +96,4 @@ def _distil(
     folder: Path,
 ) -> None:
     source = EncodedCaptions(data, teacher["text_encoder"].to(next(student.trained.parameters()).device))
-    schedule = NoiseSchedule(get_alphas_cumprod())
-    distill(student, source, schedule, PREDICTION_TYPE, method, config, folder)
+    distill(student, source, Diffusion(prediction_type=PREDICTION_TYPE), method, config, folder)

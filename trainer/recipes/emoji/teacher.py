@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_core.diffusion.consistency import add_noise, prediction_target
-from lcm_core.diffusion.schedule import get_alphas_cumprod
+from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.networks.unet import set_attention
 from trainer.loop import LoopConfig, train
 from trainer.recipes.emoji import Network
@@ -52,7 +51,7 @@ def train_teacher(data: CaptionedLatents, config: LoopConfig, folder: Path, devi
     networks = {"unet": build_unet(), "text_encoder": build_text_encoder(len(data.tokenizer))}
     model = place(nn.ModuleDict(networks), device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    alphas_cumprod = get_alphas_cumprod().float()
+    diffusion = Diffusion(prediction_type=PREDICTION_TYPE)
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         late = step >= config.steps * (1 - LATE_SHARE)
@@ -60,25 +59,23 @@ def train_teacher(data: CaptionedLatents, config: LoopConfig, folder: Path, devi
         count = max(1, round(config.batch_size * (data.smallest / size) ** 2))
         x0, tokens = data.batch(count, size, generator, CAPTION_DROPOUT)
         eps = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(len(alphas_cumprod), (len(x0),), generator=generator)
-        abar = alphas_cumprod[t].view(-1, 1, 1, 1)
-        x_t = add_noise(x0, eps, abar).to(device)
+        t = diffusion.process.draw(len(x0), generator)
+        x_t = diffusion.noise(x0, eps, t).to(device)
         with autocast(device):
             context = model["text_encoder"](tokens.to(device)).last_hidden_state
             predicted = model["unet"](x_t, t.to(device), context).sample
-        aim = prediction_target(x0, eps, abar, PREDICTION_TYPE).to(device)
+        aim = diffusion.target(x0, eps, t).to(device)
         error = (predicted.float() - aim).square().mean((1, 2, 3))
-        return (error * min_snr_weight(abar.flatten()).to(device)).mean()
+        return (error * min_snr_weight(diffusion.snr(t)).float().to(device)).mean()
 
     train(model, loss_fn, config, folder, ema)
     return dict(ema.items())
 
 
-def min_snr_weight(abar: Tensor) -> Tensor:
-    """min(SNR, gamma) / SNR with SNR = abar / (1 - abar), Min-SNR's limit on nearly clean samples (arXiv 2303.09556).
+def min_snr_weight(snr: Tensor) -> Tensor:
+    """min(SNR, gamma) / SNR of the signal-to-noise ratios (B,), Min-SNR's limit on nearly clean samples (arXiv 2303.09556).
 
     On v it leaves the noisy samples their full weight, where the paper's min(SNR, gamma) / (SNR + 1) drops them: few
     steps stand or fall with the first guess from pure noise.
     """
-    snr = abar / (1 - abar)
     return snr.clamp(max=MIN_SNR_GAMMA) / snr
