@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -121,10 +120,9 @@ def check_fit(lora: Lora, model: Any) -> None:
     for flat, layer in layers.items():
         shape = tuple(weights[keys[f"lora_unet_{flat}"]].shape)
         if not layer.fits(shape):
-            theirs = layer.up.shape[0], *layer.down.shape[1:]
             raise InputError(
-                f"{lora.name} is for another kind of model: its layer '{flat}' is for a weight of shape {theirs}, this "
-                f"model's is {shape}; use a LoRA made for this kind of model"
+                f"{lora.name} is for another kind of model: its layer '{flat}' is for a weight of shape "
+                f"{layer.matrix_shape()}, this model's is {shape}; use a LoRA made for this kind of model"
             )
 
 
@@ -135,9 +133,7 @@ def to_kohya(lora: Lora) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for part, layers in lora.layers.items():
         for flat, layer in layers.items():
-            name = prefixes[part] + flat
-            state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = layer.down, layer.up
-            state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+            state |= {f"{prefixes[part]}{flat}.{name}": tensor for name, tensor in layer.to_kohya().items()}
     return state
 
 

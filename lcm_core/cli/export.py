@@ -142,12 +142,15 @@ def _merge(source: Source, components: dict[str, Component], loras: Any) -> None
     """Put the LoRAs into the components' weights, in the number format that these are stored in."""
     import torch
 
-    from lcm_core.files.lora import merge, read_lora
+    from lcm_core.files.lora import check_parts, merge, read_lora
     from lcm_core.networks.text_encoder import load_text
     from lcm_core.networks.unet import load_unet
     from lcm_core.pipeline.sources import find_lora
 
     files = [(read_lora(find_lora(path, source.root)), strength) for path, strength in loras]
+    parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+    for lora, _ in files:
+        check_parts(lora, ("unet", *(part for part in parts if part in components)))
     unet = components["unet"]
     stored = next(iter(unet.tensors.values())).dtype
     network = load_unet(unet, "cpu", stored, torch.contiguous_format)
@@ -155,7 +158,6 @@ def _merge(source: Source, components: dict[str, Component], loras: Any) -> None
     unet.tensors.update(network.state_dict())
     if not any(part != "unet" for lora, _ in files for part in lora.layers):
         return
-    parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
     for part, encoder in zip(parts, load_text(source.text, "cpu", stored).encoders, strict=False):
         merge(encoder.model, files, part)
         merged = encoder.model.state_dict()

@@ -56,17 +56,20 @@ def _describe_model(name: str) -> Iterator[tuple[str, object]]:
 
 
 def _is_lora(state: Mapping[str, Tensor]) -> bool:
-    return any(".lora_" in key or "lora_A" in key for key in state)
+    from lcm_core.files.lora_keys import is_adapter_key
+
+    return any(map(is_adapter_key, state))
 
 
 def _describe_lora(path: Path) -> Iterator[tuple[str, object]]:
     from lcm_core.files.lora import read_lora
 
     lora = read_lora(path)
-    yield "kind", "LoRA"
+    every = [layer for layers in lora.layers.values() for layer in layers.values()]
+    yield "kind", _listed(sorted({layer.kind + " with DoRA" * (layer.magnitude is not None) for layer in every}))
     for part, layers in lora.layers.items():
-        ranks = sorted({layer.rank for layer in layers.values()})
-        alphas = sorted({layer.alpha for layer in layers.values()})
+        ranks: list[Any] = sorted({layer.rank for layer in layers.values() if layer.rank is not None}) or ["none"]
+        alphas: list[Any] = sorted({layer.alpha for layer in layers.values() if layer.alpha is not None}) or ["none"]
         yield part, f"{len(layers)} layers, rank {_listed(ranks)}, alpha {_listed(alphas)}"
 
 

@@ -1,16 +1,17 @@
-"""LoRA files in kohya's, diffusers' and peft's layouts: reading, merging into a network, and taking them out exactly.
+"""LoRA files of every usual layout and kind: reading, merging into a network, and taking them out exactly.
 
-`W' = W + sum_i strength_i * alpha_i / rank_i * up_i @ down_i` (arXiv 2106.09685 Sec. 4.1). An LCM-LoRA and a style
-LoRA go in together with their strengths (arXiv 2311.05556: `t' = l1 * t_style + l2 * t_lcm`). For making and
-training new ones: `lcm_core.networks.lora_layers`.
+`W' = W + sum_i strength_i * change_i(W)`, where the change of a plain LoRA is `alpha_i / rank_i * up_i @ down_i` (arXiv
+2106.09685 Sec. 4.1) and `lora_formulas` has the other kinds. An LCM-LoRA and a style LoRA go in together with their
+strengths (arXiv 2311.05556: `t' = l1 * t_style + l2 * t_lcm`), in any order. A DoRA's strength is a straight line from
+W to its weight, as in ComfyUI and the web UIs. For making and training new ones: `lcm_core.networks.lora_layers`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,49 +23,17 @@ from lcm_core.errors import InputError
 from lcm_core.files import lora_keys
 from lcm_core.files import safetensors as weights
 from lcm_core.files.lora_keys import Part
-from lcm_core.networks.lora_layers import LoraAdapters, LoraModule, add_lora, lora_state_dict, remove_lora
+from lcm_core.files.lora_tensors import Layers, LoraLayer, read_layers
 
-__all__ = [
-    "Lora",
-    "LoraAdapters",
-    "LoraLayer",
-    "LoraModule",
-    "add_lora",
-    "lora_state_dict",
-    "merge",
-    "read_lora",
-    "remove_lora",
-    "save_lora",
-    "unmerge",
-]
 _ORIGINALS = "_weights_before_lora"
 _PEFT_CONFIG = "adapter_config.json"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
+_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+_NOT_LORA = "bundle_emb."  # embeddings that OneTrainer puts beside the LoRA
+_LEFT_OUT_AT_MOST = 0.1
+"""Share of a LoRA's modules that a model may lack; with more of them missing it was made for another architecture."""
+_LISTED = 8  # names in one message
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
-
-
-@dataclass(frozen=True)
-class LoraLayer:
-    """What a LoRA adds to one layer: `alpha / rank * up @ down`."""
-
-    down: Tensor  # (rank, in) or (rank, in, kh, kw)
-    up: Tensor  # (out, rank) or (out, rank, 1, 1)
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """The width of the bottleneck."""
-        return self.down.shape[0]
-
-    def delta(self, shape: Sequence[int]) -> Tensor:
-        """What is added to a weight of this shape, float32, on the LoRA's device."""
-        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
-        return (product * (self.alpha / self.rank)).reshape(tuple(shape))
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a weight of this shape can take it; linear layers and 1x1 convolutions are the same."""
-        inputs = self.down[0].numel()
-        return len(shape) >= 2 and self.up.shape[0] == shape[0] and inputs == torch.Size(shape[1:]).numel()
 
 
 @dataclass(frozen=True)
@@ -72,32 +41,57 @@ class Lora:
     """A LoRA file: layers by the network that they belong to, then by the module's flat name (`lora_keys`)."""
 
     name: str
-    layers: dict[Part, dict[str, LoraLayer]] = field(default_factory=dict)
+    layers: Layers = field(default_factory=dict)
 
 
 def read_lora(source: str | os.PathLike[str] | Mapping[str, Tensor], alpha: float | None = None) -> Lora:
-    """Read a LoRA in kohya's, diffusers' or peft's layout, whichever it is.
+    """Read a LoRA, DoRA, LoHa or LoKr in any layout that `lora_keys` knows, whichever it is.
 
     Args:
-        source: a safetensors file; a peft folder (`adapter_config.json`, `adapter_model.safetensors`); or a state dict.
+        source: a safetensors file; a folder as peft or diffusers write it (`find_lora_file`); or a state dict.
         alpha: for layouts that keep alpha outside the tensors, when it is not found beside them. Without any, alpha is
             the rank: the LoRA is used as it is.
 
+    Warns:
+        of parts of the file that have no effect.
+
     Raises:
-        InputError: unreadable, not finite, incomplete, or another kind of adapter (DoRA, LoHa, LoKr, ...).
+        InputError: unreadable, not finite, integers, incomplete, or another kind of adapter (OFT, GLoRA, ...).
     """
     if isinstance(source, Mapping):
-        name, tensors, settings = "the given LoRA", source, {}
+        name, tensors, file = "the given LoRA", dict(source), None
     else:
-        path = Path(source)
-        file = path / _PEFT_WEIGHTS if path.is_dir() else path
+        name, file = str(source), find_lora_file(source)
         tensors, metadata = weights.read_safetensors(file)
-        name, settings = str(path), _settings(file, metadata)
-    weights.check_finite(tensors, name)
+    others = [key for key in tensors if key.startswith(_NOT_LORA)]
     try:
-        return Lora(name, _layers(tensors, settings, alpha))
+        settings = _settings(file, metadata) if file else {}
+        layers = read_layers({key: tensors[key] for key in tensors if key not in others}, settings, alpha)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+    if others:
+        warnings.warn(f"{name}: {len(others)} tensors are no LoRA and are left out: {_listed(others)}", stacklevel=2)
+    _note_zeros(name, layers)
+    return Lora(name, layers)
+
+
+def find_lora_file(path: str | os.PathLike[str]) -> Path:
+    """The weights that a path stands for: a file itself, or the LoRA in a folder.
+
+    Raises:
+        InputError: a folder without a LoRA, or with several files of which none has a usual name.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    for name in (_PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    found = f"it holds {_listed([file.name for file in files])}; give one of these files" if files else ""
+    raise InputError(f"{folder}: " + (found or f"no LoRA in this folder ({_DIFFUSERS_WEIGHTS}); give the LoRA's file"))
 
 
 def save_lora(
@@ -106,7 +100,7 @@ def save_lora(
     family: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write kohya-layout tensors (see `adapters.lora_state_dict`) with the metadata that the web UIs read.
+    """Write kohya-layout tensors (see `lora_state_dict`) with the metadata that the web UIs read.
 
     Args:
         path: the .safetensors file.
@@ -140,20 +134,26 @@ def merge(
         part: which layers of the LoRAs to use.
         keep_originals: False saves their memory where nothing will be unmerged.
 
+    Warns:
+        when a few modules of a LoRA are not in the network; they are named and left out.
+
     Raises:
         InputError: a LoRA is for another architecture. Nothing has been merged then.
     """
     unmerge(model)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     names = lora_keys.flat_names(modules, part)
-    for lora, _ in loras:
-        _check_fit(lora, lora.layers.get(part, {}), names, modules)
-    changed = {names[flat] for lora, _ in loras for flat in lora.layers.get(part, {})} if keep_originals else set()
+    wanted: dict[str, list[tuple[LoraLayer, float]]] = {}
+    for lora, strength in loras:
+        for flat, layer in _fitting(lora, part, names, modules).items():
+            wanted.setdefault(names[flat], []).append((layer, strength))
     # .cpu() hands out the very tensor where it is on the CPU already; the merged weight below is new memory.
-    setattr(model, _ORIGINALS, {path: modules[path].weight.data.cpu() for path in changed})
+    kept = wanted if keep_originals else ()
+    setattr(model, _ORIGINALS, {path: modules[path].weight.data.cpu() for path in kept})
     with torch.no_grad():
-        for path, total in _deltas(loras, part, names, modules):
+        for path, layers in wanted.items():
             weight = modules[path].weight
+            total = torch.stack([strength * layer.change(weight.data) for layer, strength in layers]).sum(0)
             # empty_like keeps the memory format, a plain sum may not
             weight.data = torch.empty_like(weight.data).copy_(weight.data.float() + total.to(weight.device))
 
@@ -166,22 +166,28 @@ def unmerge(model: nn.Module) -> None:
     setattr(model, _ORIGINALS, {})
 
 
-def _deltas(
-    loras: Sequence[tuple[Lora, float]], part: Part, names: Mapping[str, str], modules: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, Tensor]]:
-    """For each module, one at a time, the sum of what all LoRAs add to its weight."""
-    wanted: dict[str, list[tuple[LoraLayer, float]]] = {}
-    for lora, strength in loras:
-        for flat, layer in lora.layers.get(part, {}).items():
-            wanted.setdefault(names[flat], []).append((layer, strength))
-    for path, layers in wanted.items():
-        shape = _shape(modules[path])
-        yield path, torch.stack([strength * layer.delta(shape) for layer, strength in layers]).sum(0)
+def check_parts(lora: Lora, parts: Iterable[Part]) -> None:
+    """Say which of a LoRA's networks a model does not have, before the LoRA is merged into those that it has.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    missing = [part for part in lora.layers if part not in set(parts)]
+    text = " and ".join(f"{len(lora.layers[part])} modules of {part}" for part in missing)
+    if missing and len(missing) == len(lora.layers):
+        raise InputError(
+            f"{lora.name} is for another architecture: it has {text}, which this model does not have; "
+            "use a LoRA made for this kind of model"
+        )
+    if missing:
+        warnings.warn(f"{lora.name}: {text} are left out, because this model does not have it", stacklevel=2)
 
 
-def _check_fit(
-    lora: Lora, layers: Mapping[str, LoraLayer], names: Mapping[str, str], modules: Mapping[str, nn.Module]
-) -> None:
+def _fitting(
+    lora: Lora, part: Part, names: Mapping[str, str], modules: Mapping[str, nn.Module]
+) -> dict[str, LoraLayer]:
+    """The layers that a network has modules for."""
+    layers = lora.layers.get(part, {})
     for flat, layer in layers.items():
         if flat in names and not layer.fits(shape := _shape(modules[names[flat]])):
             raise InputError(
@@ -189,11 +195,20 @@ def _check_fit(
                 f"{_shape_of(layer)}, this model's is {shape}; use a LoRA made for this kind of model"
             )
     missing = [flat for flat in layers if flat not in names]
-    if missing:
+    if len(missing) > _LEFT_OUT_AT_MOST * len(layers):
+        kind = next(filter(None, map(lora_keys.name_architecture, missing)), None)
         raise InputError(
-            f"{lora.name} is for another architecture: {len(missing)} of its {len(layers)} modules are not in this "
-            f"model (first: '{missing[0]}', {_shape_of(layers[missing[0]])}); use a LoRA made for this kind of model"
+            f"{lora.name} is for another architecture{f' ({kind})' if kind else ''}: {len(missing)} of its "
+            f"{len(layers)} modules are not in this model (first: '{missing[0]}', {_shape_of(layers[missing[0]])}); "
+            "use a LoRA made for this kind of model"
         )
+    if missing:
+        warnings.warn(
+            f"{lora.name}: {len(missing)} of its {len(layers)} modules for the {part} are not in this model and are "
+            f"left out: {_listed(missing)}",
+            stacklevel=3,
+        )
+    return {flat: layer for flat, layer in layers.items() if flat in names}
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -201,43 +216,24 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _shape_of(layer: LoraLayer) -> tuple[int, ...]:
-    return layer.up.shape[0], *layer.down.shape[1:]
+    plain = layer.kind == "LoRA" and "mid" not in layer.factors
+    return (layer.up.shape[0], *layer.down.shape[1:]) if plain else layer.matrix_shape()
 
 
-def _layers(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], alpha: float | None
-) -> dict[Part, dict[str, LoraLayer]]:
-    halves: dict[tuple[Part, str], dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        address = lora_keys.parse_key(key)
-        halves.setdefault((address.part, address.path), {})[address.role] = tensor
-    layers: dict[Part, dict[str, LoraLayer]] = {}
-    for (part, path), found in halves.items():
-        if "down" not in found or "up" not in found:
-            raise InputError(f"its module '{path}' has only {', '.join(found)}; get the file again")
-        down, up = found["down"], found["up"]
-        if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or up[0, 0].numel() != 1:
-            raise InputError(
-                f"its module '{path}' has halves {tuple(down.shape)} and {tuple(up.shape)} that do not join"
-            )
-        rank = down.shape[0]
-        stated = float(found["alpha"]) if "alpha" in found else _stated_alpha(settings.get(part, settings), path, rank)
-        value = stated if stated is not None else rank if alpha is None else alpha
-        layers.setdefault(part, {})[path.replace(".", "_")] = LoraLayer(down, up, float(value))
-    if not layers:
-        raise InputError("it holds no tensors; give a LoRA file")
-    return layers
+def _note_zeros(name: str, layers: Layers) -> None:
+    """Say which modules have no effect."""
+    every = [(flat, layer) for found in layers.values() for flat, layer in found.items()]
+    zeros = [flat for flat, layer in every if layer.alpha == 0]
+    if zeros:
+        warnings.warn(
+            f"{name}: alpha is 0 in {len(zeros)} of {len(every)} modules, so that these add nothing: {_listed(zeros)}",
+            stacklevel=3,
+        )
 
 
-def _stated_alpha(settings: Mapping[str, Any], path: str, rank: int) -> float | None:
-    """Alpha by peft's configuration, which has patterns for modules; a rank-stabilised scale is alpha / sqrt(rank)."""
-    value = settings.get("lora_alpha")
-    for pattern, other in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            value = other
-    if value is None:
-        return None
-    return value * rank**0.5 if settings.get("use_rslora") else value
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -245,12 +241,19 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     config = file.with_name(_PEFT_CONFIG)
     if file.name == _PEFT_WEIGHTS and config.is_file():
         return weights.read_json(config)
-    packed: dict[str, Any] = json.loads(metadata.get(_DIFFUSERS_METADATA, "{}"))
+    try:
+        packed = json.loads(metadata.get(_DIFFUSERS_METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its metadata {_DIFFUSERS_METADATA} is no JSON ({error}); correct or remove it") from error
+    if not isinstance(packed, dict):
+        raise InputError(f"its metadata {_DIFFUSERS_METADATA} holds no JSON object; correct or remove it")
     settings: dict[str, Any] = {}
     for key, value in packed.items():
-        part, _, name = key.partition(".")
-        if name:
-            settings.setdefault(part, {})[name] = value
+        part, dot, name = key.partition(".")
+        if dot:
+            group = settings.setdefault(part, {})
+            if isinstance(group, dict):
+                group[name] = value
         else:
             settings[key] = value
     return settings

@@ -16,7 +16,7 @@ from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_termina
 from lcm_core.errors import InputError
 from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo, list_components
-from lcm_core.files.lora import merge, read_lora
+from lcm_core.files.lora import check_parts, merge, read_lora
 from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import Stated
 from lcm_core.files.safetensors import PathLike
@@ -174,8 +174,10 @@ def merge_loras(unet: UNet, text: TextEncoder, files: Sequence[tuple[Path, float
     if not files:
         return
     loras = [(read_lora(path), strength) for path, strength in files]
-    merge(unet.model, loras, keep_originals=False)
     parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+    for lora, _ in loras:
+        check_parts(lora, ("unet", *parts[: len(text.encoders)]))
+    merge(unet.model, loras, keep_originals=False)
     for part, encoder in zip(parts, text.encoders, strict=False):
         merge(encoder.model, loras, part, keep_originals=False)
     text.clear_cache()

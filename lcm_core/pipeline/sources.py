@@ -13,6 +13,7 @@ from typing import Any
 from lcm_core.errors import InputError
 from lcm_core.files.architecture import check_scheduler
 from lcm_core.files.checkpoint import ModelInfo, read_info
+from lcm_core.files.lora import find_lora_file
 from lcm_core.files.recommended import (
     FOLDER_KEY,
     GUIDANCE_KEY,
@@ -99,11 +100,7 @@ def find_model(name: PathLike) -> Path:
         return embedded[os.fspath(name)]
     if path.exists():
         return path.parent if path.name == "model_index.json" else path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(name)) and not path.suffix and not path.parent.exists():
-        raise InputError(
-            f"there is no folder {os.fspath(name)}; if that is a model's name on Hugging Face, get it first: "
-            f"hf download {os.fspath(name)} --local-dir FOLDER, then give the FOLDER"
-        )
+    check_hub_name(name)
     near = sorted(p.name for p in path.parent.glob("*.safetensors"))[:5] if path.parent.is_dir() else []
     known = ", ".join([*(f"'{model}'" for model in embedded), *near]) or "none"
     raise InputError(
@@ -111,13 +108,33 @@ def find_model(name: PathLike) -> Path:
     )
 
 
+def check_hub_name(name: PathLike) -> None:
+    """Refuse what is no path here but looks like a name on a model hub, and say how to get it.
+
+    Raises:
+        InputError: it is such a name.
+    """
+    path = Path(name)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(name)) and not path.suffix and not path.parent.exists():
+        raise InputError(
+            f"there is no folder {os.fspath(name)}; if that is a name on Hugging Face, get it first: "
+            f"hf download {os.fspath(name)} --local-dir FOLDER, then give the FOLDER"
+        )
+
+
 def find_lora(path: PathLike, root: Path) -> Path:
+    """The file of a LoRA: given by its path, by its folder, or by its name beside the model at `root`.
+
+    Raises:
+        InputError: there is none.
+    """
     own = root / "lora"
     named = own / f"{os.fspath(path)}.safetensors"
     if Path(path).exists():
-        return Path(path)
+        return find_lora_file(path)
     if named.is_file():
         return named
+    check_hub_name(path)
     known = ", ".join(file.stem for file in sorted(own.glob("*.safetensors")))
     raise InputError(
         f"LoRA {os.fspath(path)!r} does not exist; check the path" + (f" (this model's own: {known})" if known else "")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lcm_core.errors import InputError
 from lcm_core.files import ldm_keys
-from lcm_core.files.lora import add_lora, lora_state_dict, merge, read_lora, remove_lora, save_lora, unmerge
+from lcm_core.files.lora import merge, read_lora, save_lora, unmerge
 from lcm_core.files.lora_keys import parse_key
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
-from lcm_core.networks.lora_layers import TARGET_MODULES, load_lora_state_dict
+from lcm_core.networks.lora_layers import TARGET_MODULES, add_lora, load_lora_state_dict, lora_state_dict, remove_lora
 
 LAYOUTS = ("kohya", "kohya ldm", "diffusers", "diffusers old", "peft", "peft state")
 
@@ -288,11 +288,11 @@ def test_second_text_encoder_is_told_apart() -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("lora_unet_a.dora_scale", "DoRA"),
-        ("base_model.model.a.lora_magnitude_vector.default.weight", "DoRA"),
-        ("lora_unet_a.hada_w1_a", "LoHa"),
-        ("lora_unet_a.lokr_w1", "LoKr"),
-        ("lora_unet_a.lora_mid.weight", "Tucker"),
+        ("lora_unet_a.hada_w1_a", "hada_w1_a too"),
+        ("lora_unet_a.lokr_w1", "lokr_w1 too"),
+        ("base_model.model.a.lora_B.default.bias", "LoRA with biases"),
+        ("lora_unet_b.on_input", "IA3"),
+        ("lora_unet_b.a1.weight", "GLoRA"),
         ("lora_unet_a.oft_blocks", "OFT"),
         ("lora_unet_a.diff", "full difference"),
         ("model.diffusion_model.out.2.weight", "no key of a LoRA"),
