@@ -183,7 +183,7 @@ def evaluate_rows(
     progress: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One row of scores for each number of steps; names as in `trainer.report.tables.COLUMNS`. All processes get all rows.
+    """One row of scores for each number of steps, by the names of `report.tables.COLUMNS`. All processes get all rows.
 
     Args:
         name: of the model, for the table.

@@ -48,7 +48,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write `report.html` from what a run left in its folder. Returns the page's path.
 
     Read are, where they exist: `config.json`; `run/log.jsonl`; `run/machine.json` (`trainer.machine.describe_machine`);
-    `results.json` with `rows` and a `remark`; `samples/` (`trainer.report.preview.save_samples`); `previews/step-*.png`;
+    `results.json` with `rows` and a `remark`; `samples/` (`preview.save_samples`); `previews/step-*.png`;
     `skipped.json`, a list of [name, reason].
 
     Raises:

@@ -73,7 +73,7 @@ def train_teacher(data: CaptionedLatents, config: LoopConfig, folder: Path, devi
 
 
 def min_snr_weight(snr: Tensor) -> Tensor:
-    """min(SNR, gamma) / SNR of the signal-to-noise ratios (B,), Min-SNR's limit on nearly clean samples (arXiv 2303.09556).
+    """min(SNR, gamma) / SNR, (B,) -> (B,): Min-SNR's limit on nearly clean samples (arXiv 2303.09556).
 
     On v it leaves the noisy samples their full weight, where the paper's min(SNR, gamma) / (SNR + 1) drops them: few
     steps stand or fall with the first guess from pure noise.
