@@ -1,0 +1,59 @@
+"""No input, however odd, ends in a traceback, a hang, a file in a wrong place, or two gigabytes of memory.
+
+The bars are in `guards.py`; each kind of input has a file of its own here. The plain run is the same each time, the
+slow one draws 10,000 other inputs; pytest's `--hypothesis-seed` repeats one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from tests.fuzz import commands, models, pictures, training, weights
+from tests.fuzz.guards import Case, Worker
+
+Strategy = Callable[[Path], SearchStrategy[Case]]
+
+KINDS: dict[Strategy, tuple[int, int]] = {
+    weights.file_case: (12, 1500),
+    weights.lora_case: (15, 2000),
+    pictures.picture_case: (15, 2000),
+    models.folder_case: (20, 2000),
+    commands.command_case: (12, 1500),
+    training.data_case: (4, 500),
+    training.settings_case: (6, 500),
+}
+"""Strategies, and how many inputs each gives to the plain and to the slow run."""
+
+
+def fuzz(worker: Worker, cases: SearchStrategy[Case], count: int, repeatable: bool) -> None:
+    """Run cases until one breaks a bar; in the slow run hypothesis then looks for the smallest that does."""
+
+    @settings(
+        max_examples=count,
+        derandomize=repeatable,
+        phases=[Phase.generate] if repeatable else [Phase.generate, Phase.shrink],  # shrinking may take minutes
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def check(case: Case) -> None:
+        assert worker.faults(case) == []
+
+    check()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_same_inputs_each_time(worker: Worker, tiny_models: Path, kind: Strategy) -> None:
+    fuzz(worker, kind(tiny_models), KINDS[kind][0], repeatable=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_ten_thousand_other_inputs(worker: Worker, tiny_models: Path, kind: Strategy) -> None:
+    fuzz(worker, kind(tiny_models), KINDS[kind][1], repeatable=False)
