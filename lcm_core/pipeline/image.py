@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,8 @@ def open_image(source: str | os.PathLike[str] | Image) -> Image:
         return source
     Image.init()
     try:
-        with open_file(source) as stream:
+        # bytes that are in memory already come as an open stream
+        with nullcontext(source) if hasattr(source, "read") else open_file(source) as stream:
             image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(f"picture {source} has {image.width}x{image.height} pixels; make it smaller first")
