@@ -255,10 +255,8 @@ def _written(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}); free some space, "
-            "or choose another folder of the runs in Settings > LCM Suite"
-        ) from error
+        said = f"{folder} cannot be written ({error.strerror}); free some space or choose another folder of the runs"
+        raise InputError(said) from error
 
 
 def _check_writable(folder: Path, what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def get_sigmas_padded(
     process: VariancePreserving,
     num_inference_steps: int,
     host_steps: int,
-    original_steps: int = 50,
+    original_steps: int = ORIGINAL_STEPS,
     strength: float = 1.0,
 ) -> Tensor:
     """`get_sigmas_lcm` for N steps at `strength`, with its first value repeated in front, (host_steps + 1,).
@@ -39,7 +41,10 @@ def fit_steps(num_inference_steps: int, original_steps: int = ORIGINAL_STEPS, st
 
 def fit_strength(original_steps: int, strength: float) -> float:
     """`strength`, or the least that leaves a step on a grid: that of its lowest timestep."""
-    return max(strength, 1 / original_steps)
+    least = 1 / original_steps
+    if int(original_steps * least) < 1:  # rounded to below the one step
+        least = math.nextafter(least, 1)
+    return max(strength, least)
 
 
 def fit_remarks(asked: int, steps: int, strength: float, fitted: float, say: Say = english) -> list[str]:

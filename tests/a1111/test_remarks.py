@@ -134,6 +134,12 @@ def test_steps_are_fitted_to_the_grid(steps: int, strength: float, wanted: int) 
         assert said == ["20 steps are more than the grid has at strength 0.3; 15 were taken."]
 
 
+def test_every_grid_has_a_step_left_at_hardly_any_strength() -> None:
+    """49 * (1 / 49) is below 1 in floating point."""
+    for original_steps in range(1, 1001):
+        assert len(get_timesteps_lcm(1, original_steps, fit_strength(original_steps, 1e-4))) == 1
+
+
 @pytest.mark.parametrize("host_steps", [1, 4, 50, 66, 400, 2000])
 def test_the_schedule_gives_as_many_levels_as_a_host_asks_for(host_steps: int) -> None:
     """20 steps at denoising 0.3 make a host ask for 66; an error would end hires fix after its first pass."""

@@ -93,7 +93,7 @@ class WebUI:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "IGNORE_CMD_ARGS_ERRORS": "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "IGNORE_CMD_ARGS_ERRORS": "1", "PYTHONUNBUFFERED": "1"}
         flags = f"{_FLAGS} {_CPU[self.kind]} --server-name 127.0.0.1 --port {self.port} --data-dir {self.data}"
         flags += f" --gradio-allowed-path {self.checkout}"  # Forge forgets its own page under --data-dir
         self._output = self.log.open("w")
