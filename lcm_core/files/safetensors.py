@@ -157,8 +157,9 @@ def check_file(file: Path) -> dict[str, Any]:
     broken = f"{file} is not a safetensors file; download or export it again"
     with open_file(file) as stream:
         size = os.fstat(stream.fileno()).st_size
-        start = stream.read(8)
-        if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
+        start, brace = stream.read(8), stream.read(1)
+        # a header of 640 bytes begins as a pickle does, but only a header goes on with a brace behind its length
+        if file.suffix.lower() in _PICKLES or (start.startswith(_PICKLE_STARTS) and brace != b"{"):
             raise InputError(
                 f"{file} is a pickle, which can run code when it is opened; convert it where you trust it: "
                 "torch.load(file, weights_only=True), then safetensors.torch.save_file"
@@ -168,7 +169,7 @@ def check_file(file: Path) -> dict[str, Any]:
             raise InputError(broken)
         if length > size - 8:
             raise InputError(f"{file} is truncated ({size:,} bytes); download or export it again")
-        text = stream.read(length)
+        text = brace + stream.read(max(length - 1, 0))
     try:
         header = parse_json(text, str(file))
     except InputError as error:
