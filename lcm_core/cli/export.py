@@ -158,6 +158,7 @@ def _merge(source: Source, components: dict[str, Component], loras: Any) -> None
     unet.tensors.update(network.state_dict())
     if not any(part != "unet" for lora, _ in files for part in lora.layers):
         return
+    stored = next(iter(components["text_encoder"].tensors.values())).dtype
     for part, encoder in zip(parts, load_text(source.text, "cpu", stored).encoders, strict=False):
         merge(encoder.model, files, part)
         merged = encoder.model.state_dict()

@@ -296,3 +296,30 @@ def test_a_header_of_640_bytes_is_no_pickle(tmp_path: Path) -> None:
             break
     assert file.read_bytes()[:2] == b"\x80\x02"
     assert read_lora(file).layers["unet"]
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "text_encoder.", "text_encoder.base_model.model."])
+def test_text_encoder_dora_equals_peft(prefix: str) -> None:
+    """The whole encoder's output, every projection adapted: one missed module would change the words' meaning."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=9, **sizes)).eval().requires_grad_(False)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    reference: Any = get_peft_model(copy.deepcopy(text), LoraConfig(r=2, target_modules=targets, use_dora=True)).eval()
+    for name, parameter in reference.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data + torch.rand(parameter.shape) * 0.5
+    state = {}
+    for key, value in get_peft_model_state_dict(reference).items():
+        path, _, role = key.removeprefix("base_model.model.").rpartition(".lora_")
+        path = "text_model." + path.removeprefix("text_model.")
+        kohya = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(role, "dora_scale")
+        flat = prefix.startswith("lora_")
+        state[f"{prefix}{path.replace('.', '_')}.{kohya}" if flat else f"{prefix}{path}.lora_{role}"] = value
+    merge(text, [(read_lora(state, alpha=8), 1.0)], "text_encoder")
+    ids = torch.tensor([[1, 2, 3, 4, 8]])
+    expected = reference(ids).last_hidden_state
+    torch.testing.assert_close(text(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
