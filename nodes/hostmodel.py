@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion, per_sample, to_x0
-from lcm_core.diffusion.process import VariancePreserving, abar_from_sigma
+from lcm_core.diffusion.process import Process, VariancePreserving, abar_from_sigma
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import Stated
 
@@ -132,7 +132,7 @@ def attach_stated(model: Any, stated: Stated | None) -> None:
         model.set_attachments(_STATED, stated)
 
 
-def process_of(sampling: Any) -> VariancePreserving:
+def process_of(sampling: Any) -> Process:
     """The noise process of a host's `model_sampling`.
 
     Raises:

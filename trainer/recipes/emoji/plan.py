@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lcm_core.files.safetensors import read_json, read_metadata, write_json
 from trainer.config import LoopConfig
@@ -24,7 +25,9 @@ def plan_loop(folder: Path, config: LoopConfig, batch_scale: int) -> LoopConfig:
     state, path = folder / "state.safetensors", folder / "plan.json"
     done = int(read_metadata(state)["step"]) if state.exists() else 0
     asked = {"steps": config.steps, "batch_scale": batch_scale}
-    plan = read_json(path) if path.exists() else {"asked": asked, "from": 0, "steps": config.steps, "share": 1.0}
+    plan: dict[str, Any] = (
+        read_json(path) if path.exists() else {"asked": asked, "from": 0, "steps": config.steps, "share": 1.0}
+    )
     if not path.exists() or plan["asked"] != asked:
         left = plan["share"] * (1 - min(1.0, (done - plan["from"]) / max(1, plan["steps"] - plan["from"])))
         steps = done + math.ceil(left * config.steps / batch_scale)
