@@ -323,3 +323,28 @@ def test_text_encoder_dora_equals_peft(prefix: str) -> None:
     ids = torch.tensor([[1, 2, 3, 4, 8]])
     expected = reference(ids).last_hidden_state
     torch.testing.assert_close(text(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "single-file"])
+def test_export_merges_the_text_encoder(layout: str, tmp_path: Path) -> None:
+    """A file that is exported with a style LoRA must hold its words' half too, in the encoder's own number format."""
+    from lcm_core.cli.main import main
+    from lcm_core.files.checkpoint import read_component
+    from lcm_core.pipeline.model import find_source
+
+    key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    before = read_component(find_source("emoji").text, "text_encoder").tensors
+    name = key if key in before else key.removeprefix("text_model.")
+    width = before[name].shape[0]
+    module = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    down, up = torch.randn(2, width) * 0.1, torch.randn(width, 2)
+    tensors = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    write_safetensors(tmp_path / "style.safetensors", tensors)
+    target = tmp_path / ("out" if layout == "diffusers" else "out.safetensors")
+    lora = ["--lora", f"{tmp_path / 'style.safetensors'}:0.5"]
+    assert main(["export", "--to", layout, "--path", str(target), *lora]) == 0
+    after = read_component(target, "text_encoder").tensors
+    name_after = key if key in after else key.removeprefix("text_model.")
+    assert after[name_after].dtype == before[name].dtype
+    expected = before[name].float() + 0.5 * up @ down
+    torch.testing.assert_close(after[name_after].float(), expected, rtol=2e-3, atol=2e-3)  # stored in half precision
