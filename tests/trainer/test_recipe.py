@@ -11,7 +11,7 @@ import torch
 
 from lcm_core.files.safetensors import read_safetensors
 from trainer.cli.main import main
-from trainer.recipes.emoji import recipe
+from trainer.recipes.emoji import publish, stages
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
 from trainer.recipes.emoji.data import CORE, REDRAWN, STYLE_HELD_OUT, is_held_out
 from trainer.recipes.emoji.icons import NAME_LISTS, NAMES_PACKAGE, SETS, load_drawings
@@ -121,10 +121,10 @@ def test_normalised_latents_have_mean_0_and_spread_1_and_the_same_pictures(drawi
 
 
 def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, capsys, monkeypatch):
-    small = {name: replace(config, batch_size=4) for name, config in recipe.STAGES.items()}
-    monkeypatch.setattr(recipe, "STAGES", small)
-    monkeypatch.setattr(recipe, "TEACHER_GUIDANCE", (2.0,))
-    monkeypatch.setattr(recipe, "STUDENT_GUIDANCE", (1.0,))
+    small = {name: replace(config, batch_size=4) for name, config in stages.STAGES.items()}
+    monkeypatch.setattr(stages, "STAGES", small)
+    monkeypatch.setattr(publish, "TEACHER_GUIDANCE", (2.0,))
+    monkeypatch.setattr(publish, "STUDENT_GUIDANCE", (1.0,))
     arguments = ["recipe", "emoji", "--work", str(tmp_path / "work"), "--icons", str(icons)]
     arguments += ["--effort", "0.00005", "--samples", "24", "--size", "64", "--output", str(tmp_path / "model")]
     assert main(arguments) == 0
@@ -132,10 +132,12 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
     assert "held-out" in (tmp_path / "model/README.md").read_text()
     lora = read_safetensors(tmp_path / "model/lora/lcm_lora.safetensors")[0]
     assert any(key.startswith("lora_unet_down_blocks_0") and key.endswith(".alpha") for key in lora)
+    style = read_safetensors(tmp_path / "model/lora/ink_style.safetensors")[0]
+    assert style.keys() == lora.keys()
     student = read_safetensors(tmp_path / "model/unet_lcm/diffusion_pytorch_model.safetensors")[0]
     assert student["time_embedding.cond_proj.weight"].dtype == torch.float16
     configs = [file.read_text() for file in (tmp_path / "model").glob("*/config.json")]
-    assert len(configs) == 4
+    assert len(configs) == 5
     assert not any(str(tmp_path) in text for text in configs)  # nobody's folders in a published model
     command = [sys.executable, "-m", "lcm_core", "generate", "red disc", "--model", str(tmp_path / "model")]
     subprocess.run([*command, "--steps", "1", "--out", str(tmp_path / "disc.png")], check=True)

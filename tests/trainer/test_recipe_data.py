@@ -74,7 +74,7 @@ def test_grey_and_many_coloured_things_have_no_colour():
         ("cat with wry smile", "cats with wry smile"),
         ("fox", "foxes"),
         ("glasses", "glasses"),
-        ("waving hand, dark skin tone", "waving hands, dark skin tone"),
+        ("waving hand: dark skin tone", "waving hands: dark skin tone"),
     ],
 )
 def test_names_of_several(one, several):
@@ -203,7 +203,7 @@ def test_shipped_latents_are_rounded_by_a_hundredth_of_their_spread(tmp_path):
     latents, features = torch.randn(5, 4, 16, 16), torch.randn(6, 128)
     entries = [_drawing(f"thing {i}") for i in range(5)]
     entries.append(Drawing("1f3ff", "kept", (), "food", "noto", True))
-    save_shipped(tmp_path, entries, latents, features)
+    save_shipped(tmp_path, entries, latents, {"features": features})
     again, captions = load_shipped(tmp_path)
     assert captions == [f"thing {i}, noto style" for i in range(5)]
     torch.testing.assert_close(again, latents, rtol=0, atol=0.5 / 24 + 1e-6)

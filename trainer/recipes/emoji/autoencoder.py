@@ -66,10 +66,7 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
         shares = LATE_PIECES if step >= config.steps * (1 - LATE_SHARE) else EARLY_PIECES
         kind = int(torch.multinomial(torch.tensor(list(shares.values())), 1, generator=generator))
         width = size // list(shares)[kind]
-        count = max(1, config.batch_size // 4) if width == size else config.batch_size
-        chosen = seen[torch.randint(len(seen), (count,), generator=generator)]
-        pieces = [random_view(drawings.images[i], width, generator) for i in chosen]
-        pixels = to_unit(torch.stack(pieces)).to(device)
+        pixels = to_unit(random_pieces(drawings, seen, config, width, generator)).to(device)
         with autocast(device):
             posterior = vae.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -86,9 +83,41 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
     return normalise_latents(ema, drawings.on_white(seen), device)
 
 
+def build_tiny_vae() -> Network:
+    """An untrained AutoencoderTiny for the same latents: a fifteenth of the weights, without normalisation."""
+    from diffusers import AutoencoderTiny
+
+    widths = (32,) * len(WIDTHS)
+    tiny: Network = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 2, 2),
+        num_decoder_blocks=(2, 2, 1, 1),
+    )
+    return tiny
+
+
+def train_tiny_vae(vae: Network, drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> Network:
+    """Train a tiny VAE that encodes and decodes the same scaled latents as the full one. Returns its average."""
+    tiny = place(build_tiny_vae(), device)
+    ema = copy.deepcopy(tiny).requires_grad_(False)
+    seen, size = drawings.indices(held_out=False), drawings.images.shape[-1]
+
+    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+        pixels = to_unit(random_pieces(drawings, seen, config, size // 2, generator)).to(device)
+        with torch.no_grad(), autocast(device):
+            latents = vae.encode(pixels).latent_dist.mean.float() * SCALING_FACTOR
+        with autocast(device):
+            encoded, decoded = tiny.encode(pixels).latents, tiny.decode(latents).sample
+        return reconstruction_loss(decoded.float(), pixels) + F.l1_loss(encoded.float(), latents)
+
+    train(tiny, loss_fn, config, folder, ema)
+    return ema
+
+
 def held_out_sample(drawings: Drawings, count: int = 32) -> Tensor:
-    """The numbers of some held-out drawings, always the same."""
-    held_out = drawings.indices(held_out=True)
+    """The numbers of some held-out drawings of the core styles, always the same."""
+    held_out = torch.tensor([i for i, e in enumerate(drawings.entries) if e.held_out and e.is_core])
     return held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:count]]
 
 
@@ -107,6 +136,15 @@ def psnr(vae: Network, images: Tensor, device: torch.device) -> float:
 def to_unit(images: Tensor) -> Tensor:
     """uint8 pictures -> float in [-1, 1]."""
     return images.float() / 127.5 - 1.0
+
+
+def random_pieces(
+    drawings: Drawings, allowed: Tensor, config: LoopConfig, width: int, generator: torch.Generator
+) -> Tensor:
+    """A batch (B, 3, width, width) of random views, float in [0, 255]; of whole pictures a quarter as many."""
+    count = config.batch_size if width < drawings.images.shape[-1] else max(1, config.batch_size // 4)
+    chosen = allowed[torch.randint(len(allowed), (count,), generator=generator)]
+    return torch.stack([random_view(drawings.images[i], width, generator) for i in chosen])
 
 
 def random_view(drawing: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,8 @@ from lcm_core.files.safetensors import read_safetensors
 from trainer.recipes.emoji.data import SHIPPED, Drawing, number_emoji, read_entries
 from trainer.recipes.emoji.features import FeatureNetwork, load_features
 
+FIRST_FILE = "features-first.safetensors"
+
 
 class Benchmark:
     """What models are asked to paint, and the drawings that their pictures are compared with.
@@ -33,12 +35,24 @@ class Benchmark:
         self.held_out = torch.tensor([entries[i].held_out for i in self.chosen.tolist()])
 
 
-def load_benchmark(samples: int = 2048, folder: Path = SHIPPED) -> Benchmark:
+def load_benchmark(samples: int = 2048, folder: Path = SHIPPED, first: bool = False) -> Benchmark:
     """The benchmark as shipped: no icons have to be rendered, no network trained.
+
+    Args:
+        samples: how many pictures are asked for.
+        folder: of a model's benchmark.
+        first: measure with the first benchmark's network, which sees 64 pixels, to compare with its numbers.
 
     Raises:
         InputError: the folder lacks a file of it.
     """
-    real = read_safetensors(folder / "drawings.safetensors")[0]["features"].float()
-    network = load_features(folder / "features.safetensors")
+    tensors, _ = read_safetensors(folder / "drawings.safetensors")
+    network = load_features(folder / (FIRST_FILE if first else "features.safetensors"))
+    real = tensors["features_first" if first else "features"].float()
     return Benchmark(read_entries(folder / "drawings.json"), real, network, samples)
+
+
+def load_first_features() -> FeatureNetwork:
+    """The first benchmark's network, from the model that is shipped now."""
+    path = SHIPPED / FIRST_FILE
+    return load_features(path if path.exists() else SHIPPED / "features.safetensors")

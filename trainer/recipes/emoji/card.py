@@ -23,12 +23,19 @@ NAMES_CREDIT = "Names and keywords: emojibase-data, MIT License, from Unicode CL
 
 
 def model_card(
-    drawings: Drawings, size: int, cost: dict[str, tuple[int, int, float]], device: str, rows: list[Row]
+    drawings: Drawings,
+    size: int,
+    cost: dict[str, tuple[int, int, float]],
+    device: str,
+    rows: list[Row],
+    first_rows: list[Row],
 ) -> str:
     """Markdown.
 
     Args:
         cost: of each stage: steps, batch size, seconds.
+        rows: the table.
+        first_rows: lines measured with the first benchmark's feature network.
     """
     held_out = len(drawings.indices(held_out=True))
     lines = [
@@ -68,6 +75,9 @@ def model_card(
         "any style. Fixed seeds; the captions are the drawings' names with their style.",
         "",
         to_markdown([asdict(row) for row in rows]) if rows else "Not measured yet for these weights.\n",
+        "In the features of the first benchmark, which sees 64 pixels:",
+        "",
+        to_markdown([asdict(row) for row in first_rows]) if first_rows else "Not measured yet for these weights.\n",
         "## Limits",
         "",
         *KNOWN_FAULTS,

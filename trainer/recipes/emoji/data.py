@@ -109,15 +109,16 @@ def write_entries(path: Path, entries: list[Drawing]) -> None:
         temporary.write_text(json.dumps([asdict(e) for e in entries], separators=(",", ":"), ensure_ascii=False))
 
 
-def save_shipped(folder: Path, entries: list[Drawing], latents: Tensor, features: Tensor) -> None:
+def save_shipped(folder: Path, entries: list[Drawing], latents: Tensor, features: dict[str, Tensor]) -> None:
     """Keep what is needed of the drawings where the icons are not at hand, rounded.
 
     Args:
         latents: (M, 4, h, w) of the drawings that are not held out, in their order, scaled as the U-Net wants.
-        features: (N, D) of all drawings, from the benchmark's feature network.
+        features: (N, D) of all drawings, from the benchmark's feature networks, by the names to keep them under.
     """
     rounded = (latents.float() * LATENT_STEPS).round().clamp(-127, 127).to(torch.int8)
-    write_safetensors(folder / "drawings.safetensors", {"latents": rounded, "features": features.half()}, {})
+    halves = {name: tensor.half() for name, tensor in features.items()}
+    write_safetensors(folder / "drawings.safetensors", {"latents": rounded, **halves}, {})
     write_entries(folder / "drawings.json", entries)
 
 

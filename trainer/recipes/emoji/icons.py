@@ -106,7 +106,7 @@ def list_drawings(modules: Path) -> tuple[list[Drawing], list[str]]:
             code = _normal_code(e["hexcode"])
             if code in found and (style in CORE or "tone" not in e):
                 tags = tuple(t for t in e.get("tags", []) if t not in e["label"])
-                label = e["label"].lower().replace(": ", ", ")
+                label = e["label"].lower()
                 entries.append(Drawing(code, label, tags, GROUPS[e["group"]], style, is_held_out(code, style)))
                 svgs.append(_svg(icons, found[code]))
     return entries, svgs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,54 +80,56 @@ class CaptionedLatents:
 def encode_pool(
     vae: Network,
     drawings: Drawings,
+    chosen: Tensor,
     tokenizer: Any,
     folder: Path,
     device: torch.device,
     effort: float = 1.0,
 ) -> CaptionedLatents:
-    """Encode all drawings that are not held out, and scenes of them, at each size up to the drawings' own.
+    """Encode drawings, and scenes of them, at each size up to the drawings' own.
 
     What was encoded before is read from `folder`.
 
     Args:
-        effort: multiplies the number of scenes.
+        chosen: (N,) numbers of the drawings.
+        effort: multiplies the number of scenes; 0 for none.
     """
-    seen, latents, scenes = drawings.indices(held_out=False), {}, {}
+    latents, scenes = {}, {}
     for size, count in SCENES.items():
         if size <= drawings.images.shape[-1]:
             first = size * 1_000_000  # other scenes at each size
-            seeds = range(first, first + max(1, round(count * effort)))
-            scenes[size] = [draw_scene(drawings.entries, drawings.images, seen, seed) for seed in seeds]
-            parts = _parts(vae, drawings, seen, scenes[size], size, folder, device)
+            seeds = range(first, first + math.ceil(count * effort))
+            scenes[size] = [draw_scene(drawings.entries, drawings.images, chosen, seed) for seed in seeds]
+            parts = _parts(vae, drawings, chosen, scenes[size], size, folder, device)
             latents[size] = torch.cat(list(parts))
-    return CaptionedLatents(latents, seen, scenes, drawings, tokenizer)
+    return CaptionedLatents(latents, chosen, scenes, drawings, tokenizer)
 
 
 def _parts(
     vae: Network,
     drawings: Drawings,
-    seen: Tensor,
+    chosen: Tensor,
     scenes: list[Scene],
     size: int,
     folder: Path,
     device: torch.device,
 ) -> Iterator[Tensor]:
     """Latents of the drawings and the scenes in their order, in half precision."""
-    total = len(seen) + len(scenes)
+    total = len(chosen) + len(scenes)
     for start in range(0, total, PART):
         path = folder / f"{size}-{start}.safetensors"
         if not path.exists():
             numbers = range(start, min(start + PART, total))
             done = [
-                encode_mean(vae, _pictures(drawings, seen, scenes, size, numbers[i : i + 32]), device).cpu()
+                encode_mean(vae, _pictures(drawings, chosen, scenes, size, numbers[i : i + 32]), device).cpu()
                 for i in range(0, len(numbers), 32)
             ]
             write_safetensors(path, {"latents": (torch.cat(done) * SCALING_FACTOR).half()}, {})
         yield read_safetensors(path)[0]["latents"]
 
 
-def _pictures(drawings: Drawings, seen: Tensor, scenes: list[Scene], size: int, numbers: range) -> Tensor:
+def _pictures(drawings: Drawings, chosen: Tensor, scenes: list[Scene], size: int, numbers: range) -> Tensor:
     """Pictures (B, 3, size, size) in [0, 255], by their numbers: first the drawings, then the scenes."""
-    whole = drawings.on_white(seen[[i for i in numbers if i < len(seen)]])
-    composed = [scenes[i - len(seen)].picture(drawings.images, size) for i in numbers if i >= len(seen)]
+    whole = drawings.on_white(chosen[[i for i in numbers if i < len(chosen)]])
+    composed = [scenes[i - len(chosen)].picture(drawings.images, size) for i in numbers if i >= len(chosen)]
     return torch.cat([resize(whole.float(), size), *(picture[None] for picture in composed)])

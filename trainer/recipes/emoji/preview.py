@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, encode_mean, held_out_sample
 from trainer.recipes.emoji.icons import load_drawings
-from trainer.recipes.emoji.teacher import PREDICTION_TYPE, build_unet
+from trainer.recipes.emoji.teacher import DIFFUSION, build_unet
 from trainer.recipes.emoji.words import build_text_encoder, build_tokenizer, tokenize
 
 PROMPTS = (
@@ -53,14 +52,13 @@ def averaged(folder: Path, network: Network, prefix: str = "") -> Network:
 @torch.no_grad()
 def paint(unet: Network, context: Tensor, null: Tensor, pixels: int, guidance_scale: float) -> Tensor:
     """Latents (B, 4, h, w) for text embeddings (B, 77, D), by DDIM."""
-    diffusion = Diffusion(prediction_type=PREDICTION_TYPE)
     x = torch.randn(len(context), 4, pixels // 8, pixels // 8, generator=torch.Generator().manual_seed(0))
     times = torch.linspace(999, 0, STEPS + 1).long()
     for t, until in pairwise(times):
         both = unet(torch.cat([x, x]), t, torch.cat([context, null.expand_as(context)])).sample
         with_text, without = both.chunk(2)
         output = without + guidance_scale * (with_text - without)
-        x = diffusion.jump(output, x, t.expand(len(x)), until.expand(len(x)))
+        x = DIFFUSION.jump(output, x, t.expand(len(x)), until.expand(len(x)))
     return x
 
 

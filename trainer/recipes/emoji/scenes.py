@@ -137,7 +137,7 @@ def coloured_name(name: str, colour: str) -> str:
 
 def plural(name: str) -> str:
     """Several of what the first noun says: "slices of pizza", "red apples", "cherries"."""
-    head, *rest = re.split(r"(?=(?: of | with | in | on |, ))", name, maxsplit=1)
+    head, *rest = re.split(r"(?=(?: of | with | in | on |: ))", name, maxsplit=1)
     if re.search("(s|x|ch|sh)$", head):
         head += "" if head.endswith("s") and not head.endswith("ss") else "es"
     elif re.search("[^aeiou]y$", head):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.files.checkpoint import Component
 from lcm_core.networks.lora_layers import lora_state_dict
 from lcm_core.networks.unet import exact_output
@@ -21,7 +20,7 @@ from trainer.methods.config import MethodConfig
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.compute import precision
 from trainer.recipes.emoji.latents import CaptionedLatents
-from trainer.recipes.emoji.teacher import LATE_SIZES, PREDICTION_TYPE
+from trainer.recipes.emoji.teacher import LATE_SIZES
 from trainer.recipes.emoji.words import tokenize
 from trainer.students import Student, full_student, lora_student, prepare_unet, unet_network
 
@@ -96,4 +95,4 @@ def _distil(
     folder: Path,
 ) -> None:
     source = EncodedCaptions(data, teacher["text_encoder"].to(next(student.trained.parameters()).device))
-    distill(student, source, Diffusion(prediction_type=PREDICTION_TYPE), method, config, folder)
+    distill(student, source, DIFFUSION, method, config, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ LATE_SHARE = 0.3
 MIN_SNR_GAMMA = 5.0
 PREDICTION_TYPE = "v_prediction"
 """With epsilon the error at the last timestep counts 14.6-fold in x0, which a U-Net as small as this cannot meet."""
+DIFFUSION = Diffusion(prediction_type=PREDICTION_TYPE)
 
 
 def build_unet(**overrides: Any) -> Network:
-    """An untrained U-Net: Stable Diffusion 1.x's blocks at a fifth of its width, so that LoRA names fit both."""
+    """An untrained U-Net: Stable Diffusion 1.x's blocks, a fifth as wide and less, so that LoRA names fit both."""
     from diffusers import UNet2DConditionModel
 
     settings: dict[str, Any] = {
         "sample_size": 16,
-        "block_out_channels": (64, 96, 128, 160),
+        "block_out_channels": (64, 128, 128, 128),  # whole multiples of the first, as hosts write them
         "layers_per_block": 2,
         "attention_head_dim": 2,  # diffusers' name for the number of heads here
         "cross_attention_dim": CONTEXT_WIDTH,
@@ -51,25 +53,43 @@ def train_teacher(data: CaptionedLatents, config: LoopConfig, folder: Path, devi
     networks = {"unet": build_unet(), "text_encoder": build_text_encoder(len(data.tokenizer))}
     model = place(nn.ModuleDict(networks), device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    diffusion = Diffusion(prediction_type=PREDICTION_TYPE)
+
+    def predict(x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        context = model["text_encoder"](tokens).last_hidden_state
+        output: Tensor = model["unet"](x_t, t, context).sample
+        return output
 
     def loss_fn(step: int, generator: torch.Generator) -> Tensor:
         late = step >= config.steps * (1 - LATE_SHARE)
         size = data.choose_size(LATE_SIZES if late else EARLY_SIZES, generator)
         count = max(1, round(config.batch_size * (data.smallest / size) ** 2))
         x0, tokens = data.batch(count, size, generator, CAPTION_DROPOUT)
-        eps = torch.randn(x0.shape, generator=generator)
-        t = diffusion.process.draw(len(x0), generator)
-        x_t = diffusion.noise(x0, eps, t).to(device)
-        with autocast(device):
-            context = model["text_encoder"](tokens.to(device)).last_hidden_state
-            predicted = model["unet"](x_t, t.to(device), context).sample
-        aim = diffusion.target(x0, eps, t).to(device)
-        error = (predicted.float() - aim).square().mean((1, 2, 3))
-        return (error * min_snr_weight(diffusion.snr(t)).float().to(device)).mean()
+        return diffusion_loss(predict, x0, tokens, generator, device)
 
     train(model, loss_fn, config, folder, ema)
     return dict(ema.items())
+
+
+def diffusion_loss(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x0: Tensor,
+    tokens: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """Weighted squared error of the predicted v on noised latents; a scalar.
+
+    Args:
+        predict: (x_t (B, 4, h, w), t (B,), tokens (B, 77)), all on the device -> v (B, 4, h, w).
+        x0: latents (B, 4, h, w) on the CPU.
+        generator: of the noise and the timesteps.
+    """
+    eps = torch.randn(x0.shape, generator=generator)
+    t = DIFFUSION.process.draw(len(x0), generator)
+    with autocast(device):
+        predicted = predict(DIFFUSION.noise(x0, eps, t).to(device), t.to(device), tokens.to(device))
+    error = (predicted.float() - DIFFUSION.target(x0, eps, t).to(device)).square().mean((1, 2, 3))
+    return (error * min_snr_weight(DIFFUSION.snr(t)).float().to(device)).mean()
 
 
 def min_snr_weight(snr: Tensor) -> Tensor:

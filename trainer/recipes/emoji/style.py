@@ -1,0 +1,51 @@
+"""A style LoRA: the teacher learns, from its drawings alone, the one style that was kept from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lcm_core.networks.lora_layers import lora_state_dict
+from lcm_core.networks.unet import exact_output
+from trainer.config import LoopConfig, StudentConfig
+from trainer.loop import train
+from trainer.recipes.emoji import Network
+from trainer.recipes.emoji.compute import precision
+from trainer.recipes.emoji.latents import CaptionedLatents
+from trainer.recipes.emoji.teacher import CAPTION_DROPOUT, LATE_SIZES, diffusion_loss
+from trainer.students import lora_student, unet_network
+
+
+def train_style(
+    data: CaptionedLatents,
+    teacher: Mapping[str, Network],
+    config: LoopConfig,
+    rank: int,
+    folder: Path,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Train a LoRA on the teacher with the teacher's own loss. Returns its tensors in kohya's layout.
+
+    Args:
+        data: drawings of the style.
+    """
+    unet, text_encoder = copy.deepcopy(teacher["unet"]).to(device), teacher["text_encoder"].to(device)
+    exact_output(unet)
+    student = lora_student(unet, unet_network(unet, precision(device)), StudentConfig(rank=rank))
+
+    def predict(x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            context = text_encoder(tokens).last_hidden_state
+        return student.networks.online(x_t, t, {"encoder_hidden_states": context}, None)
+
+    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+        size = data.choose_size(LATE_SIZES, generator)
+        x0, tokens = data.batch(config.batch_size, size, generator, CAPTION_DROPOUT)
+        return diffusion_loss(predict, x0, tokens, generator, device)
+
+    train(student.trained, loss_fn, config, folder, student.average)
+    return lora_state_dict(unet, ema=True, dtype=torch.float16)
