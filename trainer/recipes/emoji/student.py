@@ -20,7 +20,7 @@ from trainer.methods.config import MethodConfig
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.compute import precision
 from trainer.recipes.emoji.latents import CaptionedLatents
-from trainer.recipes.emoji.teacher import LATE_SIZES
+from trainer.recipes.emoji.teacher import DIFFUSION, LATE_SIZES
 from trainer.recipes.emoji.words import tokenize
 from trainer.students import Student, full_student, lora_student, prepare_unet, unet_network
 
