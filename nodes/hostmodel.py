@@ -110,9 +110,10 @@ def inspect_model(model: Any) -> Facts:
     Raises:
         InputError: not a Stable Diffusion 1.x, 2.x or SDXL model.
     """
+    diffusion = _find_diffusion(model)  # first: it refuses MODELs of other kinds
     return Facts(
         family=_family(model),
-        diffusion=_find_diffusion(model),
+        diffusion=diffusion,
         guidance=get_guidance(model),
         lora_layers=sum(key != BIAS for key in model.patches),
         stated=getattr(model, "attachments", {}).get(_STATED),

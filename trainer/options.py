@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from lcm_core.errors import InputError
+from lcm_core.files.reading import read_json, read_text
 from trainer.config import DistillConfig
 from trainer.methods.config import (
     METHOD_CONFIGS,
@@ -234,15 +235,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, or neither TOML nor JSON.
     """
+    if path.suffix == ".json":
+        return read_json(path)
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else _parse_toml(text)
-    except (OSError, ValueError) as error:  # both parsers' errors are ValueErrors
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the settings in {path} ({reason}); give a TOML or JSON file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no settings; give a TOML or JSON file with sections")
-    return content
+        return _parse_toml(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read the settings in {path} ({error}); give a TOML or JSON file") from error
 
 
 def to_dict(config: DistillConfig) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class VariancePreserving:
     alphas_cumprod: Tensor = field(default_factory=get_alphas_cumprod)  # (T,)
     _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    reaches_pure_noise: bool = field(init=False)
+    """Whether the last timestep carries no signal at all: a = 0."""
+
+    _highest: float = field(init=False, repr=False)  # the last sigma, or what stands for it between timesteps
+
     has_boundary = True
     """Whether f needs boundary scalings to be the identity at the clean end, where t = 0 still holds some noise."""
 
@@ -60,6 +65,10 @@ class VariancePreserving:
         if abar[-1] < 1e-12:  # what rounding left of 0
             abar[-1] = 0
         object.__setattr__(self, "alphas_cumprod", abar)
+        # read once, here: inside a sampler's loop nothing may be read back from a device
+        last = min(ZERO_SNR_ABAR, float(abar[-2]) / 2) if abar[-1] == 0 else float(abar[-1])
+        object.__setattr__(self, "reaches_pure_noise", float(abar[-1]) == 0)
+        object.__setattr__(self, "_highest", ((1 - last) / last) ** 0.5)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -75,11 +84,6 @@ class VariancePreserving:
     def zero_terminal_snr(self) -> bool:
         """Whether the last timestep carries (almost) no signal, so that x0 cannot be computed from eps there."""
         return bool(self.alphas_cumprod[-1] <= ZERO_SNR_ABAR * 1.001 and self.alphas_cumprod[-2] < 1e-6)
-
-    @cached_property
-    def reaches_pure_noise(self) -> bool:
-        """Whether the last timestep carries no signal at all: a = 0."""
-        return float(self.alphas_cumprod[-1]) == 0
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) at timesteps t, whole or fractional, each of t's shape, in t's precision but at least float32."""
@@ -179,9 +183,7 @@ class VariancePreserving:
 
     def _log_sigmas(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(T,) finite: only what lies between the last two timesteps depends on what stands for an infinite one."""
-        last = min(ZERO_SNR_ABAR, float(self.alphas_cumprod[-2]) / 2)
-        stand_in = float(((1 - last) / last) ** 0.5) if self.reaches_pure_noise else torch.inf
-        return self._on(device, dtype, "log_sigmas", lambda: self.sigmas.clamp(max=stand_in).log())
+        return self._on(device, dtype, "log_sigmas", lambda: self.sigmas.clamp(max=self._highest).log())
 
     def _on(self, device: torch.device, dtype: torch.dtype, name: str, make: Callable[[], Tensor]) -> Tensor:
         # Moved once per device: a copy inside every step would wait for the device.

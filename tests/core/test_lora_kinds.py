@@ -274,11 +274,11 @@ def test_embeddings_beside_the_lora_are_said() -> None:
 
 def test_names_on_a_hub_and_index_files(tmp_path: Path) -> None:
     """`owner/name` is what model cards show; the message must say how to get it, for there is no network here."""
-    from lcm_core.pipeline.model import find_lora, find_model
+    from lcm_core.pipeline.sources import find_lora, find_model
 
-    with pytest.raises(InputError, match=r"hf download some/model --local-dir model"):
+    with pytest.raises(InputError, match=r"hf download some/model --local-dir FOLDER"):
         find_model("some/model")
-    with pytest.raises(InputError, match=r"hf download some/lora --local-dir lora"):
+    with pytest.raises(InputError, match=r"hf download some/lora --local-dir FOLDER"):
         find_lora("some/lora", tmp_path)
     with pytest.raises(InputError) as plain_path:
         find_model("models/absent.safetensors")

@@ -274,7 +274,7 @@ def test_zero_terminal_snr_is_not_exact(net: TinyNet, steps: int, prediction: st
     assert_parity(actual, reference(scheduler, net), 1e-6)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [sample_lcm, sample_tcd, sample_euler])  # the others look back, over an infinite h
 def test_zero_terminal_snr_gives_another_picture_than_its_limit(net: TinyNet, sampler: Any) -> None:
     """In the scale x_t = a x0 + b eps every sampler does what it does in x0 + sigma eps, whose last sigma is finite."""
     exact = VariancePreserving(get_alphas_cumprod(zero_terminal_snr=True))
@@ -439,7 +439,7 @@ def test_step_reads_the_device(net: TinyNet, sampler: Any, kind: str, denoiser: 
     schedule = VariancePreserving(get_alphas_cumprod())
     sigmas = get_sigmas_lcm(schedule, 3)
     cond = {"encoder_hidden_states": torch.randn(2, 5, 6)}
-    model: Any = denoiser(net, schedule)
+    model: Any = denoiser(net, Diffusion(schedule))
     if kind == "inpaint":
         model = inpaint(model, torch.randn(2, *SHAPE), torch.ones(1, 1, 8, 8), torch.randn(2, *SHAPE))
     elif kind == "cfg":

@@ -498,7 +498,7 @@ def test_name_that_is_no_text_spoils_the_picture(tmp_path: Path) -> None:
 def test_what_no_file_can_hold_is_found_after_painting(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lcm_core.pipeline.paint", lambda *_: pytest.fail("painted in vain"))
+    monkeypatch.setattr("lcm_core.pipeline.pipeline.paint", lambda *_: pytest.fail("painted in vain"))
     monkeypatch.chdir(tmp_path)
     argv = ["generate", "--model", str(models / "emoji"), "--out"]
     cases = (

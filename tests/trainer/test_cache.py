@@ -423,7 +423,7 @@ def test_shards_are_mapped_not_read(made):
 
 
 @pytest.mark.parametrize("kind", ["latents", "text"])
-@pytest.mark.parametrize("place", [8, 60, -3])
+@pytest.mark.parametrize("place", [8, -500, -3])
 def test_a_shard_with_one_flipped_bit_is_named_and_made_again(config, made, copied, kind, place):
     """In its header or among its numbers: it must not be trained on, nor end in a traceback."""
     shard = next(copied.glob(f"{kind}-*/000000.safetensors"))

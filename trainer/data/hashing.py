@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
+from lcm_core.files.reading import open_file
 
 _BLOCK = 1 << 20  # bytes read at once
 _LENGTH = 32  # hexadecimal digits that are kept: 128 bits
@@ -67,13 +68,15 @@ def _remember(known: dict[str, str], file: Path) -> str:
         if name not in known:
             known[name] = _hash_file(file)
         return known[name]
+    except InputError as error:
+        return f"unreadable: {error}"
     except OSError as error:
         return f"unreadable: {error.strerror}"
 
 
 def _hash_file(file: Path) -> str:
     total = hashlib.sha256()
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         for block in _blocks(stream):
             total.update(block)
     return total.hexdigest()[:_LENGTH]

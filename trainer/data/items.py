@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
+from lcm_core.files.reading import open_file
 from lcm_core.pipeline.image import IMAGE_SUFFIXES, open_image
 
 if TYPE_CHECKING:
@@ -103,13 +104,13 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, key: str, start: int = 0, size: int = -1) -> bytes:
-    """A file's bytes, or `size` of them from `start` on.
+    """A plain file's bytes, or `size` of them from `start` on.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_file(path) as stream:
             stream.seek(start)
             return stream.read(size)
     except OSError as error:
