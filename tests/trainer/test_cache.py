@@ -29,7 +29,7 @@ from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts
 from trainer.data.teacher import Teacher
 from trainer.distributed import Processes
-from trainer.recipes.emoji.data import Drawing, load_shipped, save_shipped
+from trainer.recipes.emoji.data import LATENT_STEPS, Drawing, load_shipped, save_shipped
 
 EMOJI = MODELS / "emoji"
 SIZES = [(96, 64), (64, 96), (80, 80), (200, 64), (40, 40), (64, 64)]
@@ -299,9 +299,9 @@ def test_another_way_of_painting_is_another_folder(tmp_path, teachers):
 
 
 def test_the_shipped_drawings_need_no_vae(tmp_path, monkeypatch):
-    latents, drawing = torch.randn(3, 4, 8, 8).half().float(), ("1f355", "pizza", (), "food", "noto")
+    latents, drawing = torch.randint(-99, 99, (3, 4, 8, 8)) / LATENT_STEPS, ("1f355", "pizza", (), "food", "noto")
     entries = [Drawing(*drawing, held_out=i == 1) for i in range(4)]
-    save_shipped(tmp_path, entries, latents, torch.zeros(4, 2))
+    save_shipped(tmp_path, entries, latents, {"features": torch.zeros(4, 2)})
     monkeypatch.setattr("trainer.recipes.emoji.data.load_shipped", lambda: load_shipped(tmp_path))
     cache = prepare(DataConfig(path="emoji"), "emoji", tmp_path / "cache", "cpu")
     torch.testing.assert_close(rows(cache).latents, latents, rtol=0, atol=0)
