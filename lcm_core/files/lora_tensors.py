@@ -33,6 +33,10 @@ _ABOUT = {"alpha", "dora_scale", "magnitude"}
 """Roles that are no factors."""
 _KOHYA_NAMES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
 
+_REPEATS = re.compile(r"[*+{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+"""What makes the time of a match grow without bound; no pattern that peft writes needs it."""
+
 
 @dataclass(frozen=True)
 class LoraLayer:
@@ -195,6 +199,10 @@ def _by_pattern(settings: Mapping[str, Any], path: str, name: str, patterns: str
     if not isinstance(others, dict):
         raise InputError(f"its settings have a {patterns} that is no JSON object; correct or remove it")
     for pattern, other in others.items():
+        if len(pattern) > 256 or len(_REPEATS.findall(pattern)) > 2 or _REPEATED_GROUP.search(pattern):
+            raise InputError(
+                f"its settings have the {patterns} {pattern[:60]!r}, which might match for ever; write out the names"
+            )
         try:
             value = other if re.fullmatch(rf"(.*\.)?({pattern})", path) else value
         except (re.error, OverflowError, RecursionError) as error:

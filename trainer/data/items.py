@@ -52,10 +52,8 @@ class Source:
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, one at a time."""
     try:
-        with open(path, encoding="utf-8-sig") as stream:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as stream:
             yield from stream
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
