@@ -121,12 +121,23 @@ def test_normalised_latents_have_mean_0_and_spread_1_and_the_same_pictures(drawi
 
 
 def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, capsys, monkeypatch):
-    small = {name: replace(config, batch_size=4) for name, config in stages.STAGES.items()}
+    small = {name: replace(config, batch_size=2) for name, config in stages.STAGES.items()}
     monkeypatch.setattr(stages, "STAGES", small)
     monkeypatch.setattr(publish, "TEACHER_GUIDANCE", (2.0,))
     monkeypatch.setattr(publish, "STUDENT_GUIDANCE", (1.0,))
     arguments = ["recipe", "emoji", "--work", str(tmp_path / "work"), "--icons", str(icons)]
-    arguments += ["--effort", "0.00005", "--samples", "24", "--size", "64", "--output", str(tmp_path / "model")]
+    arguments += [
+        "--effort",
+        "0.00005",
+        "--samples",
+        "24",
+        "--size",
+        "64",
+        "--batch-scale",
+        "2",
+        "--output",
+        str(tmp_path / "model"),
+    ]
     assert main(arguments) == 0
     assert "|LCM|lcm|4|" in capsys.readouterr().out.replace(" ", "")
     assert "held-out" in (tmp_path / "model/README.md").read_text()
