@@ -135,6 +135,8 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
         "64",
         "--batch-scale",
         "2",
+        "--workers",
+        "2",
         "--output",
         str(tmp_path / "model"),
     ]

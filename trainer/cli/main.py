@@ -66,6 +66,13 @@ def _add_recipe(commands: Any) -> None:
         help="batches N times as large, in as many fewer steps of what is left; about 8 for a GPU (default: 1)",
     )
     parser.add_argument("--samples", type=int, default=2048, help="pictures behind each line of the table")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that prepare batches while a GPU computes (default: 0)",
+    )
     parser.set_defaults(run=_run_recipe)
 
 
@@ -82,5 +89,6 @@ def _run_recipe(args: argparse.Namespace) -> None:
             effort=args.effort,
             batch_scale=args.batch_scale,
             samples=args.samples,
+            workers=args.workers,
         )
     )

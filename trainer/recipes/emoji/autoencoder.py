@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lcm_core.networks.unet import set_attention
-from trainer.loop import LoopConfig, train
+from trainer.data.prefetch import Prefetch
+from trainer.loop import LoopConfig, step_generator, train
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.compute import autocast, place
 from trainer.recipes.emoji.data import Drawings
@@ -53,7 +54,7 @@ def build_vae() -> Network:
     return vae
 
 
-def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> Network:
+def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0) -> Network:
     """Train on the drawings that are not held out. Returns the averaged VAE, its latents normalised.
 
     `folder/psnr.jsonl` says how well held-out drawings are reconstructed on the way.
@@ -62,14 +63,20 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
     ema = copy.deepcopy(vae).requires_grad_(False)
     seen, size = drawings.indices(held_out=False), drawings.images.shape[-1]
 
-    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        generator = step_generator(config.seed, step)
         shares = LATE_PIECES if step >= config.steps * (1 - LATE_SHARE) else EARLY_PIECES
         kind = int(torch.multinomial(torch.tensor(list(shares.values())), 1, generator=generator))
         width = size // list(shares)[kind]
-        pixels = to_unit(random_pieces(drawings, seen, config, width, generator)).to(device)
+        pixels = to_unit(random_pieces(drawings, seen, config, width, generator))
+        return pixels, torch.randn(len(pixels), 4, width // 8, width // 8, generator=generator)
+
+    batches = Prefetch(draw, config.steps, workers)
+
+    def loss_fn(step: int, _: torch.Generator) -> Tensor:
+        pixels, noise = (tensor.to(device) for tensor in batches(step))
         with autocast(device):
             posterior = vae.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         return reconstruction_loss(decoded.float(), pixels) + KL_WEIGHT * posterior.kl().float().mean()
 
@@ -97,14 +104,21 @@ def build_tiny_vae() -> Network:
     return tiny
 
 
-def train_tiny_vae(vae: Network, drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> Network:
+def train_tiny_vae(
+    vae: Network, drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
+) -> Network:
     """Train a tiny VAE that encodes and decodes the same scaled latents as the full one. Returns its average."""
     tiny = place(build_tiny_vae(), device)
     ema = copy.deepcopy(tiny).requires_grad_(False)
     seen, size = drawings.indices(held_out=False), drawings.images.shape[-1]
 
-    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
-        pixels = to_unit(random_pieces(drawings, seen, config, size // 2, generator)).to(device)
+    def draw(step: int) -> Tensor:
+        return to_unit(random_pieces(drawings, seen, config, size // 2, step_generator(config.seed, step)))
+
+    batches = Prefetch(draw, config.steps, workers)
+
+    def loss_fn(step: int, _: torch.Generator) -> Tensor:
+        pixels = batches(step).to(device)
         with torch.no_grad(), autocast(device):
             latents = vae.encode(pixels).latent_dist.mean.float() * SCALING_FACTOR
         with autocast(device):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
-from trainer.loop import LoopConfig, train
+from trainer.data.prefetch import Prefetch
+from trainer.loop import LoopConfig, step_generator, train
 from trainer.recipes.emoji.autoencoder import to_unit
 from trainer.recipes.emoji.compute import autocast, place
 from trainer.recipes.emoji.data import Drawings, number_emoji
@@ -49,7 +50,9 @@ class FeatureNetwork(nn.Module):
         return self.project(F.adaptive_avg_pool2d(self.body(pixels), 4).flatten(1))
 
 
-def train_features(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device) -> FeatureNetwork:
+def train_features(
+    drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
+) -> FeatureNetwork:
     """Train on all real drawings (the held-out ones too: they are real) to name their emoji and their style.
 
     Tones of skin are left out: an emoji is told from other emoji, not from itself.
@@ -69,14 +72,20 @@ def train_features(drawings: Drawings, config: LoopConfig, folder: Path, device:
     network = place(network, device)
     ema = copy.deepcopy(network).requires_grad_(False)
 
-    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = step_generator(config.seed, step)
         chosen = torch.randint(len(codes), (config.batch_size,), generator=generator)
-        pixels = disturb(to_unit(drawings.on_white(numbers[chosen])), generator).to(device)
+        return disturb(to_unit(drawings.on_white(numbers[chosen])), generator), codes[chosen], styles[chosen]
+
+    batches = Prefetch(draw, config.steps, workers)
+
+    def loss_fn(step: int, _: torch.Generator) -> Tensor:
+        pixels, code, style = (tensor.to(device) for tensor in batches(step))
         with autocast(device):
             features = network["features"](pixels)
-            emoji, style = network["emoji"](features), network["style"](features)
-        loss = F.cross_entropy(emoji.float(), codes[chosen].to(device), label_smoothing=0.1)
-        return loss + F.cross_entropy(style.float(), styles[chosen].to(device))
+            guesses = network["emoji"](features), network["style"](features)
+        loss = F.cross_entropy(guesses[0].float(), code, label_smoothing=0.1)
+        return loss + F.cross_entropy(guesses[1].float(), style)
 
     train(network, loss_fn, config, folder, ema)
     features = ema["features"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
+from trainer.data.prefetch import Prefetch
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, encode_mean
 from trainer.recipes.emoji.data import Drawings
@@ -22,8 +23,8 @@ SCENES = {64: 30_000, 96: 8_000, 128: 16_000}
 """Pixels -> how many scenes are composed at this size."""
 SCENE_SHARE = 0.4
 """Share of the scenes among the samples; the others are single drawings on white."""
-PART = 1000
-"""Pictures in each stored file."""
+BATCH, PART = 32, 32
+"""Pictures that are encoded at once, and how many times so many are stored in one file."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def encode_pool(
     folder: Path,
     device: torch.device,
     effort: float = 1.0,
+    workers: int = 0,
 ) -> CaptionedLatents:
     """Encode drawings, and scenes of them, at each size up to the drawings' own.
 
@@ -100,7 +102,7 @@ def encode_pool(
             first = size * 1_000_000  # other scenes at each size
             seeds = range(first, first + math.ceil(count * effort))
             scenes[size] = [draw_scene(drawings.entries, drawings.images, chosen, seed) for seed in seeds]
-            parts = _parts(vae, drawings, chosen, scenes[size], size, folder, device)
+            parts = _parts(vae, drawings, chosen, scenes[size], size, folder, device, workers)
             latents[size] = torch.cat(list(parts))
     return CaptionedLatents(latents, chosen, scenes, drawings, tokenizer)
 
@@ -113,17 +115,20 @@ def _parts(
     size: int,
     folder: Path,
     device: torch.device,
+    workers: int,
 ) -> Iterator[Tensor]:
     """Latents of the drawings and the scenes in their order, in half precision."""
-    total = len(chosen) + len(scenes)
-    for start in range(0, total, PART):
-        path = folder / f"{size}-{start}.safetensors"
+    numbers = range(len(chosen) + len(scenes))
+
+    def compose(batch: int) -> Tensor:
+        return _pictures(drawings, chosen, scenes, size, numbers[batch * BATCH : (batch + 1) * BATCH])
+
+    batches = Prefetch(compose, math.ceil(len(numbers) / BATCH), workers)
+    for first in range(0, batches.count, PART):
+        path = folder / f"{size}-{first * BATCH}.safetensors"
         if not path.exists():
-            numbers = range(start, min(start + PART, total))
-            done = [
-                encode_mean(vae, _pictures(drawings, chosen, scenes, size, numbers[i : i + 32]), device).cpu()
-                for i in range(0, len(numbers), 32)
-            ]
+            part = range(first, min(first + PART, batches.count))
+            done = [encode_mean(vae, batches(batch), device).cpu() for batch in part]
             write_safetensors(path, {"latents": (torch.cat(done) * SCALING_FACTOR).half()}, {})
         yield read_safetensors(path)[0]["latents"]
 

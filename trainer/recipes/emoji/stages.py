@@ -64,6 +64,8 @@ class Options:
     """Multiplies every stage's batches, and divides the steps that are left: 8 or so on a GPU."""
     samples: int = 2048
     """Pictures behind each line of the table."""
+    workers: int = 0
+    """Processes that prepare batches while a GPU computes."""
 
     def loop(self, stage: str) -> LoopConfig:
         """How the stage is trained, given what was done of it before."""
@@ -93,7 +95,8 @@ def get_vae(recipe: Recipe) -> Network:
     from diffusers import AutoencoderKL
 
     def make(folder: Path) -> Mapping[str, Network]:
-        return {"vae": train_vae(recipe.drawings, recipe.options.loop("vae"), folder, recipe.device)}
+        config, workers = recipe.options.loop("vae"), recipe.options.workers
+        return {"vae": train_vae(recipe.drawings, config, folder, recipe.device, workers)}
 
     return _cached(recipe, "vae", {"vae": AutoencoderKL}, make)["vae"]
 
@@ -102,7 +105,8 @@ def get_tiny_vae(recipe: Recipe, vae: Network) -> Network:
     from diffusers import AutoencoderTiny
 
     def make(folder: Path) -> Mapping[str, Network]:
-        return {"vae": train_tiny_vae(vae, recipe.drawings, recipe.options.loop("tiny"), folder, recipe.device)}
+        config, workers = recipe.options.loop("tiny"), recipe.options.workers
+        return {"vae": train_tiny_vae(vae, recipe.drawings, config, folder, recipe.device, workers)}
 
     return _cached(recipe, "tiny", {"vae": AutoencoderTiny}, make)["vae"]
 
@@ -111,7 +115,9 @@ def get_latents(recipe: Recipe, vae: Network) -> CaptionedLatents:
     """The VAE's latents of all drawings that are not held out, and of scenes made from them, in several sizes."""
     options = recipe.options
     seen, folder = recipe.drawings.indices(held_out=False), recipe.folder("latents")
-    return encode_pool(vae, recipe.drawings, seen, recipe.tokenizer, folder, recipe.device, options.effort)
+    return encode_pool(
+        vae, recipe.drawings, seen, recipe.tokenizer, folder, recipe.device, options.effort, options.workers
+    )
 
 
 def get_teacher(recipe: Recipe, data: CaptionedLatents) -> dict[str, Network]:
@@ -120,7 +126,7 @@ def get_teacher(recipe: Recipe, data: CaptionedLatents) -> dict[str, Network]:
     from transformers import CLIPTextModel
 
     def make(folder: Path) -> Mapping[str, Network]:
-        return train_teacher(data, recipe.options.loop("teacher"), folder, recipe.device)
+        return train_teacher(data, recipe.options.loop("teacher"), folder, recipe.device, recipe.options.workers)
 
     return _cached(recipe, "teacher", {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}, make)
 
@@ -152,7 +158,7 @@ def get_style(recipe: Recipe, vae: Network, teacher: Mapping[str, Network]) -> d
         drawings, config = recipe.drawings, recipe.options.loop("style")
         chosen = torch.tensor([i for i, e in enumerate(drawings.entries) if e.style == STYLE_HELD_OUT])
         data = encode_pool(vae, drawings, chosen, recipe.tokenizer, folder / "latents", recipe.device, effort=0)
-        return train_style(data, teacher, config, LORA_RANK, folder, recipe.device)
+        return train_style(data, teacher, config, LORA_RANK, folder, recipe.device, recipe.options.workers)
 
     return _cached_lora(recipe, "style", make)
 
@@ -163,7 +169,8 @@ def get_features(recipe: Recipe) -> FeatureNetwork:
     path = folder / "features.safetensors"
     if not path.exists():
         torch.manual_seed(0)  # the network's first weights
-        save_features(path, train_features(recipe.drawings, recipe.options.loop("features"), folder, recipe.device))
+        config, workers = recipe.options.loop("features"), recipe.options.workers
+        save_features(path, train_features(recipe.drawings, config, folder, recipe.device, workers))
     return load_features(path)
 
 

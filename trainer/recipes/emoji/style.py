@@ -12,11 +12,12 @@ from torch import Tensor
 from lcm_core.networks.lora_layers import lora_state_dict
 from lcm_core.networks.unet import exact_output
 from trainer.config import LoopConfig, StudentConfig
-from trainer.loop import train
+from trainer.data.prefetch import Prefetch
+from trainer.loop import step_generator, train
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.compute import precision
 from trainer.recipes.emoji.latents import CaptionedLatents
-from trainer.recipes.emoji.teacher import CAPTION_DROPOUT, LATE_SIZES, diffusion_loss
+from trainer.recipes.emoji.teacher import CAPTION_DROPOUT, LATE_SIZES, NoisedBatch, add_noise, diffusion_loss
 from trainer.students import lora_student, unet_network
 
 
@@ -27,6 +28,7 @@ def train_style(
     rank: int,
     folder: Path,
     device: torch.device,
+    workers: int = 0,
 ) -> dict[str, Tensor]:
     """Train a LoRA on the teacher with the teacher's own loss. Returns its tensors in kohya's layout.
 
@@ -42,10 +44,17 @@ def train_style(
             context = text_encoder(tokens).last_hidden_state
         return student.networks.online(x_t, t, {"encoder_hidden_states": context}, None)
 
-    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int) -> NoisedBatch:
+        generator = step_generator(config.seed, step)
         size = data.choose_size(LATE_SIZES, generator)
-        x0, tokens = data.batch(config.batch_size, size, generator, CAPTION_DROPOUT)
-        return diffusion_loss(predict, x0, tokens, generator, device)
+        return add_noise(*data.batch(config.batch_size, size, generator, CAPTION_DROPOUT), generator)
 
-    train(student.trained, loss_fn, config, folder, student.average)
+    batches = Prefetch(draw, config.steps, workers)
+    train(
+        student.trained,
+        lambda step, _: diffusion_loss(predict, batches(step), device),
+        config,
+        folder,
+        student.average,
+    )
     return lora_state_dict(unet, ema=True, dtype=torch.float16)

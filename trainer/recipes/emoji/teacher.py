@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.networks.unet import set_attention
-from trainer.loop import LoopConfig, train
+from trainer.data.prefetch import Prefetch
+from trainer.loop import LoopConfig, step_generator, train
 from trainer.recipes.emoji import Network
 from trainer.recipes.emoji.compute import autocast, place
 from trainer.recipes.emoji.latents import CaptionedLatents
@@ -48,7 +49,9 @@ def build_unet(**overrides: Any) -> Network:
     return unet
 
 
-def train_teacher(data: CaptionedLatents, config: LoopConfig, folder: Path, device: torch.device) -> dict[str, Network]:
+def train_teacher(
+    data: CaptionedLatents, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
+) -> dict[str, Network]:
     """Train U-Net and text encoder to predict v. Returns both, averaged: "unet" and "text_encoder"."""
     networks = {"unet": build_unet(), "text_encoder": build_text_encoder(len(data.tokenizer))}
     model = place(nn.ModuleDict(networks), device)
@@ -59,37 +62,53 @@ def train_teacher(data: CaptionedLatents, config: LoopConfig, folder: Path, devi
         output: Tensor = model["unet"](x_t, t, context).sample
         return output
 
-    def loss_fn(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int) -> NoisedBatch:
+        generator = step_generator(config.seed, step)
         late = step >= config.steps * (1 - LATE_SHARE)
         size = data.choose_size(LATE_SIZES if late else EARLY_SIZES, generator)
         count = max(1, round(config.batch_size * (data.smallest / size) ** 2))
-        x0, tokens = data.batch(count, size, generator, CAPTION_DROPOUT)
-        return diffusion_loss(predict, x0, tokens, generator, device)
+        return add_noise(*data.batch(count, size, generator, CAPTION_DROPOUT), generator)
 
-    train(model, loss_fn, config, folder, ema)
+    batches = Prefetch(draw, config.steps, workers)
+    train(model, lambda step, _: diffusion_loss(predict, batches(step), device), config, folder, ema)
     return dict(ema.items())
 
 
+class NoisedBatch(NamedTuple):
+    """What one step of the diffusion loss needs, on the CPU."""
+
+    x_t: Tensor
+    """Noised latents (B, 4, h, w)."""
+    t: Tensor
+    """Timesteps (B,)."""
+    tokens: Tensor
+    """Of the captions, (B, 77)."""
+    target: Tensor
+    """The v that is to be predicted, (B, 4, h, w)."""
+    weight: Tensor
+    """Of each sample's error, (B,)."""
+
+
+def add_noise(x0: Tensor, tokens: Tensor, generator: torch.Generator) -> NoisedBatch:
+    """Latents (B, 4, h, w) and captions (B, 77) at random timesteps."""
+    eps = torch.randn(x0.shape, generator=generator)
+    t = DIFFUSION.process.draw(len(x0), generator)
+    weight = min_snr_weight(DIFFUSION.snr(t)).float()
+    return NoisedBatch(DIFFUSION.noise(x0, eps, t), t, tokens, DIFFUSION.target(x0, eps, t), weight)
+
+
 def diffusion_loss(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x0: Tensor,
-    tokens: Tensor,
-    generator: torch.Generator,
-    device: torch.device,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor], batch: NoisedBatch, device: torch.device
 ) -> Tensor:
-    """Weighted squared error of the predicted v on noised latents; a scalar.
+    """Weighted squared error of the predicted v; a scalar.
 
     Args:
         predict: (x_t (B, 4, h, w), t (B,), tokens (B, 77)), all on the device -> v (B, 4, h, w).
-        x0: latents (B, 4, h, w) on the CPU.
-        generator: of the noise and the timesteps.
     """
-    eps = torch.randn(x0.shape, generator=generator)
-    t = DIFFUSION.process.draw(len(x0), generator)
+    x_t, t, tokens, target, weight = (tensor.to(device) for tensor in batch)
     with autocast(device):
-        predicted = predict(DIFFUSION.noise(x0, eps, t).to(device), t.to(device), tokens.to(device))
-    error = (predicted.float() - DIFFUSION.target(x0, eps, t).to(device)).square().mean((1, 2, 3))
-    return (error * min_snr_weight(DIFFUSION.snr(t)).float().to(device)).mean()
+        predicted = predict(x_t, t, tokens)
+    return ((predicted.float() - target).square().mean((1, 2, 3)) * weight).mean()
 
 
 def min_snr_weight(snr: Tensor) -> Tensor:
