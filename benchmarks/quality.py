@@ -131,7 +131,8 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
     """What is embedded, without training: the teacher under its solvers, the students, and all from other noise."""
     device = torch.device(args.device)
     teacher = load_model("emoji", device, unet="teacher")
-    guided, strong = {"guidance_scale": teacher.teacher_guidance_scale}, {"guidance_scale": 1 + PAPER_W}
+    usual = teacher.settings("euler")
+    guided, strong = {"guidance_scale": usual.guidance_scale}, {"guidance_scale": 1 + PAPER_W}
     full, lora = load_model("emoji", device), load_model("emoji", device, unet="teacher", lora=[("lcm_lora", 1.0)])
 
     def measure(
@@ -142,7 +143,7 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
             table.add(labels, describe_cost(args), score(name, model, exam, [steps], **options))
 
     for sampler, name in SOLVERS.items():
-        for steps in (*STEPS, teacher.teacher_steps):
+        for steps in (*STEPS, usual.num_inference_steps):
             measure("solvers", name, "teacher", teacher, steps, sampler=sampler, **guided)
             measure("guidance", f"w = {PAPER_W:g}, {name}", "teacher", teacher, steps, **strong, sampler=sampler)
     for steps in STEPS:

@@ -11,10 +11,19 @@ from typing import Any
 from modules import shared
 
 from extension_a1111 import host
-from extension_a1111.embedding import no_embedding, read_cond_proj, read_guidance
+from extension_a1111.embedding import no_embedding, read_cond_proj
 from extension_a1111.loras import find_loras, read_accelerated
 from extension_a1111.options import Options, read_options
-from extension_a1111.recommend import MOST_STEPS, Recommendation, Request, Wishes, recommend, remarks
+from extension_a1111.recommend import (
+    MOST_STEPS,
+    USUAL_FULL,
+    USUAL_LORA,
+    Recommendation,
+    Request,
+    recommend,
+    remarks,
+)
+from lcm_core.files.recommended import Recommended
 
 NOTHING = "No LCM-LoRA in the prompt, and the checkpoint is no LCM: nothing was changed."
 
@@ -45,8 +54,8 @@ def offer(
         return *old, html.escape(str(error))
     if advised is None:
         return *old, host.say()(NOTHING)
-    gamma = gamma if advised.stated.gamma is None else advised.stated.gamma
-    grid = advised.stated.original_steps or Options.original_steps  # not what an earlier model left
+    gamma = gamma if advised.recommended.gamma is None else advised.recommended.gamma
+    grid = advised.recommended.original_steps or Options.original_steps  # not what an earlier model left
     said = html.escape(f"{advised.text(host.say())}.")
     return advised.sampler, advised.steps, advised.guidance_scale, gamma, grid, said
 
@@ -67,9 +76,8 @@ def _advise(file: Path | None, prompt: str, steps: int, cfg_scale: float) -> Rec
     full_lcm = name if _is_full_lcm(file) else None
     # A full LCM's own file comes first: LoRAs on top of it change its style, not its sampler.
     loras = [] if full_lcm else [read_accelerated(lora.name, host.lora_file(lora.name)) for lora in find_loras(prompt)]
-    stated = read_guidance(file) if file is not None else None
     models = [*loras, read_accelerated(name, file)]
-    return recommend(steps, cfg_scale, models, full_lcm, _wishes(), stated)
+    return recommend(steps, cfg_scale, models, full_lcm, _usual(full_lcm is not None))
 
 
 def _request(p: Any) -> Request:
@@ -92,7 +100,7 @@ def _is_full_lcm(file: Path | None) -> bool:
 
 def _stated(advised: Recommendation, options: Options) -> dict[str, float]:
     """What the model's file states, as far as nobody asked for something else."""
-    said = advised.stated.options
+    said = advised.recommended.grid
     return {name: value for name, value in said.items() if getattr(options, name) == getattr(Options, name)}
 
 
@@ -106,10 +114,9 @@ def _set(p: Any, advised: Recommendation) -> None:
         p.hr_cfg = advised.guidance_scale
 
 
-def _wishes() -> Wishes:
+def _usual(full_lcm: bool) -> Recommended:
+    """What the settings page says."""
     given = shared.opts.data
-    return Wishes(
-        int(given.get("lcm_suite_steps", Wishes.steps)),
-        float(given.get("lcm_suite_lora_cfg", Wishes.lora_guidance)),
-        float(given.get("lcm_suite_full_cfg", Wishes.full_guidance)),
-    )
+    usual, field = (USUAL_FULL, "lcm_suite_full_cfg") if full_lcm else (USUAL_LORA, "lcm_suite_lora_cfg")
+    steps, scale = given.get("lcm_suite_steps", usual.steps), given.get(field, usual.guidance_scale)
+    return Recommended(steps=int(steps), guidance_scale=float(scale))

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from lcm_core.diffusion.guidance import Model, guide
 from lcm_core.errors import InputError
-from lcm_core.export import GUIDANCE_KEY
-from lcm_core.files.safetensors import check_file, read_metadata
+from lcm_core.files.safetensors import check_file
 
 COND_PROJ = "time_embed.cond_proj.weight"
 
@@ -30,14 +29,6 @@ def read_cond_proj(checkpoint: str | os.PathLike[str]) -> Tensor | None:
     if file.suffix.lower() != ".safetensors" or not file.is_file():
         return None
     return _read_cond_proj(str(file), file.stat().st_mtime_ns)
-
-
-def read_guidance(checkpoint: Path) -> float | None:
-    """The guidance scale that a full LCM's file recommends in its metadata; None where it says nothing."""
-    try:
-        return float(read_metadata(checkpoint)[GUIDANCE_KEY])
-    except (KeyError, ValueError):  # InputError among them: a file that cannot be read is the host's to report
-        return None
 
 
 @functools.lru_cache(maxsize=4)

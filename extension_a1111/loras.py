@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lcm_core.files.recommended import Stated, read_stated
+from lcm_core.files.recommended import Recommended, recommended_in
 from lcm_core.files.safetensors import check_file
 
 Kind = Literal["lcm", "tcd"]
@@ -22,7 +22,7 @@ class Accelerated(NamedTuple):
     """A LoRA or checkpoint for few steps."""
 
     name: str
-    stated: Stated
+    recommended: Recommended
     """How it wants to be sampled; from its name alone only with which sampler."""
 
 
@@ -57,8 +57,8 @@ def read_accelerated(name: str, file: Path | None) -> Accelerated | None:
     titles = [name]
     if file is not None and file.suffix == ".safetensors":
         metadata = check_file(file).get("__metadata__", {})
-        if (stated := read_stated(metadata, file.name)) is not None:
-            return Accelerated(name, stated)
+        if (said := recommended_in(metadata, file.name)).is_distilled:
+            return Accelerated(name, said)
         titles += [file.stem, *(metadata.get(key, "") for key in _TITLES)]
     kind = kind_of_name(*titles)
-    return None if kind is None else Accelerated(name, Stated(kind))
+    return None if kind is None else Accelerated(name, Recommended(kind))

@@ -8,22 +8,17 @@ from dataclasses import dataclass
 from extension_a1111.loras import Accelerated
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
 from extension_a1111.words import Say, english
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended
 
 MOST_STEPS = 8
 """More steps than this do not help an LCM (arXiv 2310.04378 Table 1)."""
 _SAMPLERS = {"lcm": LCM_SAMPLER, "tcd": TCD_SAMPLER}
 _LORA_GUIDANCE = (1.0, 2.0)
+USUAL_LORA = Recommended(steps=4, guidance_scale=1.0)
+"""What to set where neither a LoRA's file nor the settings page says anything."""
+USUAL_FULL = Recommended(steps=4, guidance_scale=FULL_LCM_GUIDANCE)
+"""Alike, for a full LCM."""
 _FULL_GUIDANCE = (2.0, 14.0)  # what full LCMs are trained with (arXiv 2310.04378 Sec. 5)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """The user's own idea of good settings, from the settings page."""
-
-    steps: int = 4
-    lora_guidance: float = 1.0
-    full_guidance: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,16 @@ class Recommendation:
     guidance_scale: float
     model: str
     is_full_lcm: bool
-    stated: Stated
+    recommended: Recommended
 
     def text(self, say: Say = english) -> str:
         """The reason and the settings, in one line."""
         kind = "{model} is a full LCM" if self.is_full_lcm else "{model} is made for few steps"
+        said = self.recommended
         parts = [
             say("{sampler}, {steps} steps, CFG {cfg}", sampler=self.sampler, steps=self.steps, cfg=self._cfg()),
-            *([say("gamma {gamma}", gamma=f"{self.stated.gamma:g}")] if self.stated.gamma is not None else []),
-            *([say("{steps} original steps", steps=grid)] if (grid := self.stated.original_steps) is not None else []),
+            *([say("gamma {gamma}", gamma=f"{said.gamma:g}")] if said.gamma is not None else []),
+            *([say("{steps} original steps", steps=grid)] if (grid := said.original_steps) is not None else []),
         ]
         return f"{say(kind, model=self.model)}: {', '.join(parts)}"
 
@@ -112,8 +108,7 @@ def recommend(
     guidance_scale: float,
     models: Iterable[Accelerated | None],
     full_lcm: str | None,
-    wishes: Wishes,
-    stated_guidance: float | None = None,
+    usual: Recommended,
 ) -> Recommendation | None:
     """What suits the models in use; None where none of them is an LCM or TCD model.
 
@@ -121,23 +116,19 @@ def recommend(
         steps, guidance_scale: as they stand; kept where they are in the model's range.
         models: the prompt's LoRAs and the checkpoint, with None for ordinary ones; the first other counts.
         full_lcm: name of the checkpoint, if it takes guidance as w-embedding.
-        wishes: what to set where neither that nor the model's file says anything.
-        stated_guidance: what a full LCM's file says of itself; up to twice and down to half of it is kept.
+        usual: steps and guidance to set where neither that nor the model's file says anything. Of the guidance that a
+            full LCM's file states, up to twice and down to half is kept.
     """
     model = next((found for found in models if found is not None), None)
     if full_lcm is not None:
-        model = model or Accelerated(full_lcm, Stated("lcm"))
-        span = (stated_guidance / 2, stated_guidance * 2) if stated_guidance else _FULL_GUIDANCE
-        kept = _within(guidance_scale, span, stated_guidance or wishes.full_guidance)
-    elif model is not None:
-        kept = _within(guidance_scale, _LORA_GUIDANCE, wishes.lora_guidance)
-    else:
+        model = model or Accelerated(full_lcm, Recommended("lcm"))
+    if model is None:
         return None
-    stated = model.stated
-    wanted = steps if 1 <= steps <= MOST_STEPS else stated.steps or wishes.steps
-    name = model.name if full_lcm is None else full_lcm
-    return Recommendation(_SAMPLERS[stated.sampler], wanted, kept, name, full_lcm is not None, stated)
-
-
-def _within(value: float, span: tuple[float, float], otherwise: float) -> float:
-    return value if span[0] <= value <= span[1] else otherwise
+    said = usual | model.recommended
+    steps = steps if 1 <= steps <= MOST_STEPS else int(said.steps or 1)
+    guidance = float(said.guidance_scale or 1)
+    own = model.recommended.guidance_scale
+    span = _LORA_GUIDANCE if full_lcm is None else (own / 2, own * 2) if own else _FULL_GUIDANCE
+    kept = guidance_scale if span[0] <= guidance_scale <= span[1] else guidance
+    sampler, name = _SAMPLERS[str(said.sampler)], model.name if full_lcm is None else full_lcm
+    return Recommendation(sampler, steps, kept, name, full_lcm is not None, model.recommended)

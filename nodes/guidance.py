@@ -15,16 +15,15 @@ from torch import Tensor
 
 from lcm_core.diffusion.guidance import guidance_bias
 from lcm_core.errors import InputError
-from lcm_core.export import GUIDANCE_KEY
+from lcm_core.files.recommended import FULL_LCM_GUIDANCE, recommended_in
 
-PAPER_GUIDANCE = 8.0
-"""Of the tables in arXiv 2310.04378: what a full LCM takes when its file does not say."""
 BIAS = "diffusion_model.time_embed.0.bias"
 """The weight of a MODEL that guidance shifts."""
 _KEY = "lcm_suite.guidance"  # what travels with a MODEL through all its clones
 _SAVED_BIAS, _SAVED_COND_PROJ = "time_embed.0.bias", "time_embed.cond_proj.weight"
 _COND_PROJ = (_SAVED_COND_PROJ, "time_embedding.cond_proj.weight")
 _LINEAR_1 = ("time_embed.0.weight", "time_embedding.linear_1.weight")
+_SAVED_SCALE = "lcm_suite.guidance_scale"  # a tensor: the host writes no metadata of ours
 _TO_SAVED = "process_unet_state_dict_for_saving"
 State = dict[str, Any]
 
@@ -39,7 +38,7 @@ class Guidance:
 
     cond_proj: Tensor  # (C, D)
     linear_1: Tensor  # (E, C): the first time layer's weight as loaded, before any LoRA
-    default_scale: float = PAPER_GUIDANCE
+    default_scale: float = FULL_LCM_GUIDANCE
     shift: Tensor | None = None  # (E,): what has been added to the bias by now
 
     def shift_for(self, guidance_scale: float) -> Tensor:
@@ -87,11 +86,12 @@ def with_guidance(model: Any, guidance_scale: float) -> Any:
 
 def take_guidance(state: State, metadata: Mapping[str, str]) -> Guidance | None:
     """Take `cond_proj` out of a checkpoint's state dict, which the host would drop with a warning."""
-    saved_scale = state.pop(GUIDANCE_KEY, None)
+    saved_scale = state.pop(_SAVED_SCALE, FULL_LCM_GUIDANCE)
     cond_proj = _find(state, _COND_PROJ)
     if cond_proj is None:
         return None
-    scale = float(metadata.get(GUIDANCE_KEY, PAPER_GUIDANCE if saved_scale is None else saved_scale))
+    said = recommended_in(metadata, "the checkpoint").guidance_scale
+    scale = float(saved_scale if said is None else said)
     return Guidance(state.pop(cond_proj).float(), state[str(_find(state, _LINEAR_1))].float().clone(), scale)
 
 
@@ -108,7 +108,7 @@ def save_with_guidance(plain: Callable[[State], State], guidance: Guidance, stat
         bias = state[_SAVED_BIAS].to("cpu")
         state[_SAVED_BIAS] = (bias.float() - guidance.shift).to(bias.dtype)
     state[_SAVED_COND_PROJ] = guidance.cond_proj.contiguous()
-    return {**plain(state), GUIDANCE_KEY: torch.tensor(guidance.default_scale)}
+    return {**plain(state), _SAVED_SCALE: torch.tensor(guidance.default_scale)}
 
 
 def _saver(config: Any, guidance: Guidance) -> Callable[[State], State]:
@@ -127,7 +127,7 @@ def _of_file(model: Any) -> Guidance | None:
 def _read_guidance(path: str, changed: int) -> Guidance | None:
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
-        found = [_find(keys, ends) for ends in (_COND_PROJ, _LINEAR_1, (GUIDANCE_KEY,))]
+        found = [_find(keys, ends) for ends in (_COND_PROJ, _LINEAR_1, (_SAVED_SCALE,))]
         state = {key: file.get_tensor(key) for key in found if key is not None}
         return take_guidance(state, file.metadata() or {})
 

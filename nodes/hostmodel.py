@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_sampling
@@ -15,13 +15,13 @@ from torch import Tensor
 from lcm_core.diffusion.diffusion import Diffusion, per_sample, to_x0
 from lcm_core.diffusion.process import Process, VariancePreserving, abar_from_sigma
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 
 from .flow import is_flow, name_of
 from .guidance import BIAS, Guidance, get_guidance
 
 _GROUPS = 32  # of all normalisation layers
-_STATED = "lcm_suite.stated"  # what travels with a MODEL through all its clones
+_RECOMMENDED = "lcm_suite.recommended"  # what travels with a MODEL through all its clones
 
 
 class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS, torch.nn.Module):
@@ -81,7 +81,7 @@ class Facts:
     diffusion: Diffusion
     guidance: Guidance | None
     lora_layers: int
-    stated: Stated | None = None
+    recommended: Recommended = field(default_factory=Recommended)
     """How its file wants to be sampled, where that was loaded by a node of ours."""
 
     @property
@@ -91,7 +91,7 @@ class Facts:
 
     def describe(self) -> str:
         """A sentence for the user."""
-        return self._describe() + ("" if self.stated is None else f"; made for {self.stated}")
+        return self._describe() + (f"; made for {self.recommended}" if self.recommended.is_distilled else "")
 
     def _describe(self) -> str:
         kind = f"{self.family}, {self.diffusion.prediction_type.replace('_', '-')}"
@@ -116,7 +116,7 @@ def inspect_model(model: Any) -> Facts:
         diffusion=diffusion,
         guidance=get_guidance(model),
         lora_layers=sum(key != BIAS for key in model.patches),
-        stated=getattr(model, "attachments", {}).get(_STATED),
+        recommended=getattr(model, "attachments", {}).get(_RECOMMENDED, Recommended()),
     )
 
 
@@ -127,10 +127,11 @@ def with_sampling(model: Any, facts: Facts, original_steps: int = 50) -> Any:
     return clone
 
 
-def attach_stated(model: Any, stated: Stated | None) -> None:
-    """Let a MODEL know how its file, or that of its LoRA, wants to be sampled; None leaves what it knew."""
-    if stated is not None:
-        model.set_attachments(_STATED, stated)
+def attach_recommended(model: Any, recommended: Recommended) -> None:
+    """Let a MODEL know how its file, or that of its LoRA, wants to be sampled; one that is not for few steps leaves
+    what it knew."""
+    if recommended.is_distilled:
+        model.set_attachments(_RECOMMENDED, recommended)
 
 
 def process_of(sampling: Any) -> Process:

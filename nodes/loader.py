@@ -11,15 +11,14 @@ import folder_paths
 from comfy_api.latest import io
 
 from lcm_core.errors import InputError
-from lcm_core.export import GUIDANCE_KEY
 from lcm_core.files.checkpoint import read_component, save_single_file
-from lcm_core.files.recommended import read_stated
+from lcm_core.files.recommended import recommended_in
 from lcm_core.files.safetensors import check_file
 from lcm_core.pipeline.sources import find_source
 
 from .guidance import attach_guidance, take_guidance
 from .host import say, schema
-from .hostmodel import attach_stated, inspect_model
+from .hostmodel import attach_recommended, inspect_model
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _SHIPPED = {"emoji (shipped with LCM Suite)": "lcm", "emoji teacher (shipped with LCM Suite)": "teacher"}
@@ -85,7 +84,7 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     model.cached_patcher_init = (load_checkpoint, (path,), 0)  # how newer hosts load a MODEL once more
     if guidance is not None:
         attach_guidance(model, guidance)
-    attach_stated(model, read_stated(metadata or {}, Path(path).name))
+    attach_recommended(model, recommended_in(metadata or {}, Path(path).name))
     return loaded
 
 
@@ -112,6 +111,5 @@ def _unpack(unet: str) -> str:
         return str(file)
     places = {"unet": source.unet, "vae": source.vae, "text_encoder": source.text}
     parts = {part: read_component(place, part) for part, place in places.items()}
-    stated = {GUIDANCE_KEY: str(source.card["guidance_scale"])} if unet == "lcm" else None
-    save_single_file(file, parts, source.info, metadata=stated)
+    save_single_file(file, parts, source.info, metadata=source.recommended.metadata())
     return str(file)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.lora import Lora, read_lora, save_lora
-from lcm_core.files.recommended import Stated, read_stated
+from lcm_core.files.recommended import Recommended, read_recommended
 from lcm_core.files.safetensors import read_metadata
 
 from .host import say, schema
-from .hostmodel import attach_stated
+from .hostmodel import attach_recommended
 
 _MARK = "lcm_suite.saved_by"
 """Metadata of our own files; others are never overwritten."""
@@ -82,7 +82,7 @@ class LCMLoraConvert(io.ComfyNode):
     ) -> io.NodeOutput:
         """Read it once; every use is of the same tensors."""
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        lora, stated = read_lora(path), _read_stated(path)
+        lora, recommended = read_lora(path), _read_recommended(path)
         layers = {part: len(found) for part, found in lora.layers.items()}
         info = ", ".join(f"{count} layers of {part.replace('_', ' ')}" for part, count in layers.items())
         if model is not None:
@@ -91,9 +91,9 @@ class LCMLoraConvert(io.ComfyNode):
         if model is not None or clip is not None:
             model, clip = comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
         if model is not None:
-            attach_stated(model, stated)
+            attach_recommended(model, recommended)
         if save_as.strip():
-            save_lora_file(target := lora_file(save_as), state, stated=stated)
+            save_lora_file(target := lora_file(save_as), state, recommended)
             lora_name = target.name
             info += f"; saved as {lora_name}"
         say(cls, info)
@@ -161,11 +161,11 @@ def lora_file(name: str, what: str = "save_as") -> Path:
 
 
 def save_lora_file(
-    file: Path, state: Mapping[str, Tensor], family: str | None = None, stated: Stated | None = None
+    file: Path, state: Mapping[str, Tensor], recommended: Recommended, family: str | None = None
 ) -> None:
     """Write a LoRA in kohya's layout, marked as ours, with how it wants to be sampled."""
-    save_lora(file, state, family, {_MARK: "LCM Suite", **({} if stated is None else stated.metadata())})
+    save_lora(file, state, family, {_MARK: "LCM Suite", **recommended.metadata()})
 
 
-def _read_stated(path: str) -> Stated | None:
-    return read_stated(read_metadata(path), Path(path).name) if path.endswith((".safetensors", ".sft")) else None
+def _read_recommended(path: str) -> Recommended:
+    return read_recommended(Path(path)) if path.endswith((".safetensors", ".sft")) else Recommended()

@@ -24,7 +24,7 @@ from lcm_core.diffusion.samplers import (
     seeded_noise_sampler,
 )
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Stated
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.settings import Settings
 
 from .flow import check_noise, is_flow, sample_flow
@@ -120,8 +120,7 @@ def choose_settings(model: Any, guidance_scale: float, **settings: Any) -> tuple
     the model."""
     facts = inspect_model(model)
     if settings.get("sampler", AUTO) == AUTO:
-        stated = facts.stated or Stated("lcm")
-        settings |= {"sampler": stated.sampler, **stated.options}
+        settings |= {"sampler": facts.recommended.sampler or "lcm", **facts.recommended.grid}
     return Settings(guidance_scale=guidance_scale or facts.guidance_scale, **settings), facts
 
 

@@ -22,7 +22,7 @@ from lcm_core.diffusion.grids import get_sigmas_lcm
 from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_json, write_json
 from lcm_core.pipeline.settings import Settings
 from trainer.config import LoopConfig, StudentConfig
@@ -88,7 +88,7 @@ class Run:
         self._identify(fingerprint(unet.parameters()), method, loop)
         names = name_layers(unet)
         torch.manual_seed(loop.seed)  # of the adapters' first weights
-        stated = sampling_of(method)
+        recommended = sampling_of(method)
         config = StudentConfig(rank=self.rank, target_modules=TARGET_MODULES)
         student = lora_student(unet, as_network(unet), config, loop.ema_decay > 0)
         self.losses = self._logged()
@@ -100,7 +100,7 @@ class Run:
             self.learnt = True
             picture = None
             if (step + 1) % self.preview_every == 0 or step + 1 == loop.steps:
-                picture = ("JPEG", self._preview(student, stated, step + 1, loop.steps), None)
+                picture = ("JPEG", self._preview(student, recommended, step + 1, loop.steps), None)
             bar.update_absolute(step + 1, loop.steps, picture)
             self._tell(step, loop)
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -118,11 +118,11 @@ class Run:
             )
         except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION) as error:
             if self.learnt:
-                self._save(student, names, stated)
+                self._save(student, names, recommended)
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 raise InputError(_out_of_memory(loop, self.rank)) from error
             raise
-        return self._save(student, names, stated)
+        return self._save(student, names, recommended)
 
     def summary(self) -> str:
         """What was done, in a line."""
@@ -189,14 +189,14 @@ class Run:
         self.tell(f"step {step + 1} of {loop.steps}, loss {mean:.4g}")
         self.told = now
 
-    def _save(self, student: Student, names: dict[str, str], stated: Stated) -> dict[str, Tensor]:
+    def _save(self, student: Student, names: dict[str, str], recommended: Recommended) -> dict[str, Tensor]:
         state = lora_of(student, names)
-        save_lora_file(self.target, state, _FAMILIES[self.facts.family], stated)
+        save_lora_file(self.target, state, recommended, _FAMILIES[self.facts.family])
         return state
 
-    def _preview(self, student: Student, stated: Stated, step: int, steps: int) -> Image.Image:
+    def _preview(self, student: Student, recommended: Recommended, step: int, steps: int) -> Image.Image:
         """The same prompt and noise every time, beside the loss plot; kept in a file."""
-        picture = self._paint(student, stated)
+        picture = self._paint(student, recommended)
         with atomic_write(self.home / "previews" / f"step-{step:06d}.png") as temporary:
             picture.save(temporary)
         plot = draw_loss(self.losses, steps)
@@ -207,19 +207,19 @@ class Run:
         return sheet
 
     @torch.no_grad()
-    def _paint(self, student: Student, stated: Stated) -> Image.Image:
+    def _paint(self, student: Student, recommended: Recommended) -> Image.Image:
         network, shape = student.networks.target, self.data.latents.shape[1:]
         first = {name: value[:1] for name, value in self.data.conditioning.items()}
-        process, is_tcd = self.facts.diffusion.process, stated.sampler == "tcd"
+        process, is_tcd = self.facts.diffusion.process, recommended.sampler == "tcd"
         kind = Denoiser if is_tcd else ConsistencyDenoiser
         model = kind(lambda x, t: network(x, t, first, None), self.facts.diffusion)
         device = next(student.unet.parameters()).device
-        sigmas = get_sigmas_lcm(process, stated.steps, stated.original_steps or Settings.original_steps)
+        sigmas = get_sigmas_lcm(process, recommended.steps, recommended.original_steps or Settings.original_steps)
         x = initial_latents(initial_noise([0], shape, device), sigmas[0], process=process)
         noise = seeded_noise_sampler([0], shape, device)
         if is_tcd:
             x = sample_tcd(
-                model, x, sigmas, disable=True, noise_sampler=noise, gamma=stated.gamma or 0.0, process=process
+                model, x, sigmas, disable=True, noise_sampler=noise, gamma=recommended.gamma or 0.0, process=process
             )
         else:
             x = sample_lcm(model, x, sigmas, disable=True, noise_sampler=noise)

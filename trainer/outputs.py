@@ -20,8 +20,8 @@ from lcm_core.files.checkpoint import (
     save_single_file,
 )
 from lcm_core.files.lora import save_lora
-from lcm_core.files.recommended import FOLDER_KEY, Stated
-from lcm_core.files.safetensors import read_json, write_json
+from lcm_core.files.recommended import SCHEDULERS, Recommended
+from lcm_core.files.safetensors import write_json
 from lcm_core.networks.lora_layers import lora_state_dict
 from lcm_core.pipeline.sources import CARD, MODELS, Source
 from trainer.config import DistillConfig
@@ -35,8 +35,6 @@ DISTILL_KEY = "lcm_suite.distill"
 """Safetensors metadata: JSON of the settings that the weights were trained with."""
 _CLIP_WORDS = 49408  # a tokenizer of another size is the model's own and must travel with it
 _STORED = torch.float16
-_SCHEDULERS = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}
-"""diffusers' class for each sampler."""
 
 
 def run_name(config: DistillConfig) -> str:
@@ -51,8 +49,8 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         InputError: the folder cannot be written, or the disk is full.
     """
     folder, name = Path(config.output), run_name(config)
-    stated = sampling_of(config.method)
-    metadata = {**stated.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
+    recommended = sampling_of(config.method)
+    metadata = {**recommended.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:
         file = folder / f"{name}_lora.safetensors"
         tensors = lora_state_dict(student.unet, ema=student.final == "ema", dtype=_STORED)
@@ -60,7 +58,7 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         return [file]
     components = read_parts(source) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
-    _write_folder(folder / "diffusers", components, info, source, stated)
+    _write_folder(folder / "diffusers", components, info, source, recommended)
     return [folder / f"{name}.safetensors", folder / "diffusers"]
 
 
@@ -78,30 +76,15 @@ def _unet_component(student: Student) -> Component:
 
 
 def _write_folder(
-    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, stated: Stated
+    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, recommended: Recommended
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of this run, before more steps were asked for
     with new_folder(folder) as temporary:
-        save_diffusers(temporary, components, info)
-        _name_scheduler(temporary, stated)
+        save_diffusers(temporary, components, info, recommended)
         for name, files in source.read_tokenizers().items():
             (temporary / name).mkdir()
             for file, text in files.items():
                 (temporary / name / file).write_text(text, encoding="utf-8")
-
-
-def _name_scheduler(folder: Path, stated: Stated) -> None:
-    """Say how this model is sampled, which diffusers' and our own pipelines then do by themselves."""
-    scheduler = _SCHEDULERS[stated.sampler]
-    grid = stated.original_steps or MethodConfig.original_steps
-    for file in (folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"):
-        content = read_json(file)
-        if "scheduler" in content:
-            content["scheduler"] = ["diffusers", scheduler]
-        else:
-            content |= {"_class_name": scheduler, "original_inference_steps": grid, "timestep_scaling": 10.0}
-            content[FOLDER_KEY] = stated.metadata()
-        write_json(file, content)
 
 
 def _write_file(
@@ -153,12 +136,12 @@ def _lcm_nodes(info: ModelInfo, model: list[Any], texts: Mapping[str, Any]) -> d
 
 def _tcd_nodes(config: MethodConfig, model: list[Any], texts: Mapping[str, Any]) -> dict[str, Any]:
     """TCD's sampler is this suite's own."""
-    stated, original_steps = sampling_of(config), config.original_steps
-    grid = {"steps": stated.steps, "strength": 1.0, "original_steps": original_steps, "timesteps": ""}
+    recommended, original_steps = sampling_of(config), config.original_steps
+    grid = {"steps": recommended.steps, "strength": 1.0, "original_steps": original_steps, "timesteps": ""}
     places = {"model": ["sampling", 0], "sampler": ["method", 0], "sigmas": ["steps", 0]}
     return {
         "sampling": _node("LCMApply", model=model, guidance_scale=0.0, original_steps=original_steps),
-        "method": _node("LCMSampler", sampler="tcd", gamma=stated.gamma),
+        "method": _node("LCMSampler", sampler="tcd", gamma=recommended.gamma),
         "steps": _node("LCMScheduler", model=["sampling", 0], **grid),
         "sampler": _node("SamplerCustom", **places, **texts, add_noise=True, noise_seed=0, cfg=1.0),
     }
@@ -207,10 +190,10 @@ def _learnt_by(method: MethodConfig) -> str:
 
 
 def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> str:
-    stated = sampling_of(config.method)
-    scheduler = _SCHEDULERS[stated.sampler]
-    how = f"num_inference_steps={stated.steps}" + ("" if stated.gamma is None else f", eta={stated.gamma:g}")
-    grid = "" if stated.original_steps is None else f", original_inference_steps={stated.original_steps}"
+    said = sampling_of(config.method)
+    scheduler = SCHEDULERS[str(said.sampler)]
+    how = f"num_inference_steps={said.steps}" + ("" if said.gamma is None else f", eta={said.gamma:g}")
+    grid = "" if said.original_steps is None else f", original_inference_steps={said.original_steps}"
     if is_lora:
         file = f"{name}_lora.safetensors"
         pipeline, load = _teacher_pipeline(config.teacher, info)

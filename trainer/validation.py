@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,23 +41,23 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
     network: Any = student.teacher_unet or own if role == "teacher" else own
     vae = load_vae(source.vae, device)
     text = load_text(source.text, device, None, setup.config.tokenizer or None)
-    card = source.card
+    said = source.recommended
+    if role == "teacher":
+        recommended = replace(said, sampler="euler")
+    else:
+        method = setup.config.method
+        # a LoRA has its guidance inside, a full student is asked for the middle of what it was trained with
+        guidance = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
+        recommended = replace(sampling_of(method), guidance_scale=guidance)
     model = Model(
         name=role,
         unet=UNet(network),
         vae=vae,
         text=text,
         diffusion=setup.diffusion,
-        resolution=int(card.get("resolution") or network.config.sample_size * vae.scale),
-        teacher_guidance_scale=float(card.get("teacher_guidance_scale", 7.5)),
+        resolution=said.resolution or network.config.sample_size * vae.scale,
+        recommended=recommended,
     )
-    if role == "teacher":
-        model.sampler = "euler"
-    else:
-        method = setup.config.method
-        model.follow(sampling_of(method))
-        # a LoRA has its guidance inside, a full student is asked for the middle of what it learnt
-        model.guidance_scale = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
     which: Which = "off" if role == "teacher" else student.final
     with nullcontext() if adapters is None else adapters.using(which), torch.no_grad():
         yield model
@@ -91,18 +92,17 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[str], weights: Pa
         if role == "teacher" and student.adapters is None and student.teacher_unet is None:
             continue
         with painter(setup, student, role) as model:
-            guidance = model.teacher_guidance_scale if role == "teacher" else model.guidance_scale
             if setup.config.report.preview_every:
-                save_samples(setup.folder, role, model, prompts, seeds, shown_steps(role), guidance_scale=guidance)
+                save_samples(setup.folder, role, model, prompts, seeds, shown_steps(role))
             if exam is not None:
                 for steps in shown_steps(role):
-                    scores.add(role, name, model, exam, steps, guidance)
+                    scores.add(role, name, model, exam, steps, model.settings().guidance_scale)
     return scores
 
 
 def is_scored(config: DistillConfig, source: Source) -> bool:
     """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from."""
-    return bool(config.report.samples) and bool(source.card or config.data.path)
+    return bool(config.report.samples) and (source.is_shipped or bool(config.data.path))
 
 
 def _exam(setup: Setup) -> Exam:
@@ -111,7 +111,7 @@ def _exam(setup: Setup) -> Exam:
     from trainer.recipes.emoji.features import extract
 
     config, samples = setup.config, setup.config.report.samples
-    if setup.source.card or config.data.path == "emoji":
+    if setup.source.is_shipped or config.data.path == "emoji":
         return benchmark_exam(load_benchmark(samples))
     from trainer.data.sources import read_source
 
@@ -128,9 +128,7 @@ def save_preview(setup: Setup, student: Student, prompts: Sequence[str], step: i
     if not report.preview_every or (step + 1) % report.preview_every:
         return
     with painter(setup, student, "student") as model:
-        grid = preview_grid(
-            model, prompts, list(range(len(prompts))), report.preview_steps, guidance_scale=model.guidance_scale
-        )
+        grid = preview_grid(model, prompts, list(range(len(prompts))), report.preview_steps)
     file = setup.folder / "previews" / f"step-{step + 1:06d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     grid.save(file)

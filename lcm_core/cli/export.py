@@ -14,6 +14,7 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.files.checkpoint import Component
     from lcm_core.files.lora_keys import Part
+    from lcm_core.files.recommended import Recommended
     from lcm_core.pipeline.sources import Source
 
 HOSTS = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge"}
@@ -65,12 +66,12 @@ def _to_layout(args: argparse.Namespace) -> None:
     check_output(args.path, folder=args.to == "diffusers")
     source = find_source(args.model, args.unet)
     components = _components(source, args.lora or (), args.dtype)
-    stated = _stated(source, components, args.lora or ())
+    recommended = _recommended(source, components, args.lora or ())
     if args.to == "single-file":
-        save_single_file(args.path, components, source.info, _own_words(source, components), stated)
+        save_single_file(args.path, components, source.info, _own_words(source, components), recommended.metadata())
     else:
         with new_folder(args.path) as folder:
-            save_diffusers(folder, components, source.info, stated)
+            save_diffusers(folder, components, source.info, recommended)
             for name, files in source.read_tokenizers().items():
                 (folder / name).mkdir()
                 for file, text in files.items():
@@ -94,24 +95,24 @@ def _to_host(args: argparse.Namespace) -> None:
         for file in sorted((source.root / "lora").glob("*.safetensors")):
             written += host.export_lora(args.path, file, f"{source.root.name}_{file.stem}")
         if hasattr(host, "export_extras"):
-            written += host.export_extras(args.path, source.root, source.card["resolution"])
+            written += host.export_extras(args.path, source.root, source.recommended.resolution or 512)
     print("\n".join(f"{HOSTS[args.to]}: {file}" for file in written))
 
 
 def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> list[Path]:
     components = _components(source, args.lora or (), args.dtype)
     name = f"{source.root.stem}_{source.chosen}" if source.chosen else source.root.stem
-    stated = _stated(source, components, args.lora or ())
+    recommended = _recommended(source, components, args.lora or ())
     words = _own_words(source, components)
-    return host.export_checkpoint(args.path, name, components, source.info, words, metadata=stated)
+    return host.export_checkpoint(args.path, name, components, source.info, words, recommended.metadata())
 
 
-def _stated(source: Source, components: Mapping[str, Component], loras: Any) -> dict[str, str]:
+def _recommended(source: Source, components: Mapping[str, Component], loras: Any) -> Recommended:
     """How the copy wants to be sampled: like the model itself."""
-    from lcm_core.pipeline.sources import find_lora, stated_metadata
+    from lcm_core.pipeline.sources import find_lora, recommended_for
 
     is_full = components["unet"].config.get("time_cond_proj_dim") is not None
-    return stated_metadata(source, is_full, [find_lora(path, source.root) for path, _ in loras])
+    return recommended_for(source, is_full, [find_lora(path, source.root) for path, _ in loras])
 
 
 def _own_words(source: Source, components: Mapping[str, Component]) -> dict[str, str] | None:

@@ -167,7 +167,7 @@ def _warn(pipe: Pipeline, settings: Settings) -> None:
         side *= settings.upscale
     if not 1 / _FAR <= side / own <= _FAR:
         note(f"{pipe.model.name} was trained at {own}x{own} pixels; at {side:.0f} it may show no more than texture")
-    if settings.sampler in ("lcm", "tcd") and not pipe.model.is_distilled:
+    if settings.sampler in ("lcm", "tcd") and not pipe.model.recommended.is_distilled:
         note(
             f"{pipe.model.name} looks like a plain model; few steps need an LCM-LoRA (--lora PATH), "
             "or use --sampler dpmpp_2m --steps 25 --guidance 7.5"

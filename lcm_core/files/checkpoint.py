@@ -17,7 +17,7 @@ from lcm_core.files import architecture, ldm_convert
 from lcm_core.files import safetensors as weights
 from lcm_core.files.architecture import Family
 from lcm_core.files.reading import parse_json
-from lcm_core.files.recommended import FOLDER_KEY
+from lcm_core.files.recommended import FOLDER_KEY, SCHEDULERS, Recommended
 from lcm_core.files.safetensors import (
     PathLike,
     check_checksum,
@@ -56,6 +56,8 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _V_PREDICTION_SPREAD = 0.09
 _checked: set[tuple[str, int, int]] = set()
 _MODELSPEC = {"epsilon": "epsilon", "v_prediction": "v"}
+_NOTHING_SAID = Recommended()
+_USUAL_GRID = 50  # timesteps of a distillation, where nothing else is said; diffusers assumes them too
 
 
 @dataclass(frozen=True)
@@ -219,22 +221,39 @@ def save_component(folder: PathLike, component: Component, metadata: Mapping[str
 
 
 def save_diffusers(
-    folder: PathLike, components: Mapping[str, Component], info: ModelInfo, metadata: Mapping[str, str] | None = None
+    folder: PathLike,
+    components: Mapping[str, Component],
+    info: ModelInfo,
+    recommended: Recommended = _NOTHING_SAID,
 ) -> None:
     """Write networks as a diffusers folder with scheduler and `model_index.json`; the caller copies tokenizers.
 
-    `metadata` is what a single file would have; it goes into the scheduler's configuration.
+    How the model wants to be sampled goes into the scheduler's configuration: diffusers' pipelines and our own then do
+    it by themselves.
     """
     target = Path(folder)
     for name, component in components.items():
         save_component(target / name, component)
-    own = {FOLDER_KEY: dict(metadata)} if metadata else {}
-    write_json(target / "scheduler" / "scheduler_config.json", scheduler_config(info) | own)
-    write_json(target / "model_index.json", _model_index(components, info))
+    scheduler = scheduler_config(info, recommended)
+    write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(target / "model_index.json", _model_index(components, info, scheduler["_class_name"]))
 
 
-def scheduler_config(info: ModelInfo) -> dict[str, Any]:
-    """diffusers' scheduler configuration that states this schedule."""
+def scheduler_config(info: ModelInfo, recommended: Recommended = _NOTHING_SAID) -> dict[str, Any]:
+    """diffusers' scheduler configuration that states this schedule, and what is recommended."""
+    few_step = {
+        "_class_name": SCHEDULERS.get(str(recommended.sampler)),
+        "original_inference_steps": recommended.original_steps or _USUAL_GRID,
+        "timestep_scaling": 10.0,
+    }
+    return (
+        _plain_scheduler(info)
+        | (few_step if recommended.is_distilled else {})
+        | ({FOLDER_KEY: recommended.said} if recommended.said else {})
+    )
+
+
+def _plain_scheduler(info: ModelInfo) -> dict[str, Any]:
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": info.num_train_timesteps,
@@ -337,12 +356,12 @@ def _info(family: Family, scheduler: Mapping[str, Any], source: Path) -> ModelIn
     return ModelInfo(family, **stated)
 
 
-def _model_index(components: Mapping[str, Component], info: ModelInfo) -> dict[str, Any]:
+def _model_index(components: Mapping[str, Component], info: ModelInfo, scheduler: str) -> dict[str, Any]:
     sdxl = info.family == "sdxl"
     tokenizers = ("tokenizer", "tokenizer_2") if sdxl else ("tokenizer",)
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
     }
     for name, component in components.items():

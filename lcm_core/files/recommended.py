@@ -1,15 +1,19 @@
-"""How a distilled model wants to be sampled, as its file states it: the trainer writes it, and all hosts follow it."""
+"""How a model wants to be sampled: one record, whether a file's metadata, a diffusers folder or a model card holds it.
+
+Exporters and the trainer write it; the pipeline, the nodes and the web UI's extension follow it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from lcm_core.errors import InputError
 from lcm_core.files.reading import parse_json
-
-Number = TypeVar("Number", int, float)
+from lcm_core.files.safetensors import read_json, read_metadata
 
 FEW_STEP_SAMPLERS = ("lcm", "tcd")
 """For distilled models: they walk the grid of `original_steps`."""
@@ -18,138 +22,137 @@ TEACHER_SAMPLERS = ("euler", "dpmpp_2m", "dpm_2m")
 SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
 MAX_SIDE = 8192
 """Pixels along one side."""
+FULL_LCM_GUIDANCE = 8.0
+"""Of the tables in arXiv 2310.04378: what a full LCM takes when its file does not say."""
 
-KIND_KEY = "lcm_suite.kind"
-"""Safetensors metadata: which sampler a distilled model or LoRA was made for, lcm or tcd."""
-STEPS_KEY = "lcm_suite.steps"
-"""Alike: how many steps it is best at."""
-GAMMA_KEY = "lcm_suite.gamma"
-"""Alike: for tcd, the share of fresh noise in each step."""
-ORIGINAL_STEPS_KEY = "lcm_suite.original_steps"
-"""Alike: how many timesteps the distillation knew, where that is not the usual number; the steps lie on them."""
-GUIDANCE_KEY = "lcm_suite.guidance_scale"
-"""Alike: the guidance scale that a full LCM is used with where the user says nothing."""
-SAMPLING_KEY = "lcm_suite.sampling"
-"""Alike: JSON of all that is used where the user says nothing, by the names of `SAMPLING`."""
+RECOMMENDED_KEY = "lcm_suite.recommended"
+"""Safetensors metadata: JSON of a `Recommended`."""
 FOLDER_KEY = "_lcm_suite"
-"""In scheduler_config.json of a diffusers folder: all of these. diffusers passes over names that begin so."""
-
-
-SAMPLING: dict[str, tuple[type, float, float]] = {
-    "sampler": (str, 0, 0),
+"""The same in scheduler_config.json of a diffusers folder. diffusers passes over names that begin so."""
+SCHEDULERS = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}
+"""diffusers' class for each few-step sampler."""
+_LIMITS: dict[str, tuple[type, float, float]] = {
     "steps": (int, 1, 1000),
     "gamma": (float, 0, 1),
-    "guidance_scale": (float, 0, 100),
-    "teacher_guidance_scale": (float, 0, 100),
-    "teacher_steps": (int, 1, 1000),
     "original_steps": (int, 1, 1000),
+    "shift": (float, 0.01, 100),
+    "guidance_scale": (float, 0, 100),
+    "teacher_steps": (int, 1, 1000),
+    "teacher_guidance_scale": (float, 0, 100),
     "resolution": (int, 8, MAX_SIDE),
-    "is_distilled": (bool, 0, 1),
 }
-"""Defaults that a model may state, by their names in `loading.Model`: type, least and greatest value."""
 
 
 @dataclass(frozen=True)
-class Stated:
-    """How a distilled model wants to be sampled; what is None is not said."""
+class Recommended:
+    """What to sample a model with where the user says nothing; None is not said.
 
-    sampler: str
-    """One of `FEW_STEP_SAMPLERS`."""
+    `a | b` is what `b` says, and what `a` says where `b` says nothing.
+    """
+
+    sampler: str | None = None
+    """One of `SAMPLERS`; one of `FEW_STEP_SAMPLERS` says that the model is distilled."""
     steps: int | None = None
+    """Of a few-step sampler."""
     gamma: float | None = None
+    """The share of fresh noise in each step of tcd."""
     original_steps: int | None = None
+    """Timesteps that the distillation used, on which the steps lie."""
+    shift: float | None = None
+    """Of the timesteps of a rectified flow."""
+    guidance_scale: float | None = None
+    """With a few-step sampler; 1 is off."""
+    teacher_steps: int | None = None
+    """Of any other sampler."""
+    teacher_guidance_scale: float | None = None
+    """With any other sampler."""
+    resolution: int | None = None
+    """Pixels along each side."""
+
+    def __or__(self, other: Recommended) -> Recommended:
+        return Recommended(**{**self.said, **other.said})
 
     @property
-    def options(self) -> dict[str, float]:
-        """What is said beyond sampler and steps, by the names that `Settings` has for it."""
-        said = {"gamma": self.gamma, "original_steps": self.original_steps}
-        return {name: value for name, value in said.items() if value is not None}
+    def said(self) -> dict[str, Any]:
+        """All that is said, by name: plain JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """All that is said, by the names that `SAMPLING` has for it."""
-        steps = {} if self.steps is None else {"steps": self.steps}
-        return {"sampler": self.sampler, **steps, **self.options}
+    def is_distilled(self) -> bool:
+        """Whether the model is said to do with few steps."""
+        return self.sampler in FEW_STEP_SAMPLERS
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """What is said of the steps beyond their number, by the names that `Settings` has for it."""
+        return {name: self.said[name] for name in ("gamma", "original_steps") if name in self.said}
 
     @property
     def remark(self) -> str:
-        """The same in words, behind a comma; empty where nothing is said."""
-        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
-        return gamma + ("" if self.original_steps is None else f", {self.original_steps} original steps")
+        """`grid` and `shift` in words, behind a comma; empty where nothing is said."""
+        words = {"gamma": "gamma {:g}", "original_steps": "{} original steps", "shift": "shift {:g}"}
+        return "".join(f", {text.format(self.said[name])}" for name, text in words.items() if name in self.said)
 
     def __str__(self) -> str:
-        steps = "" if self.steps is None else f", {self.steps} steps"
-        return f"{self.sampler}{steps}{self.remark}"
+        return f"{self.sampler}{'' if self.steps is None else f', {self.steps} steps'}{self.remark}"
 
     def metadata(self) -> dict[str, str]:
-        """What to write into a file."""
-        said = {
-            KIND_KEY: self.sampler,
-            STEPS_KEY: self.steps,
-            GAMMA_KEY: self.gamma,
-            ORIGINAL_STEPS_KEY: self.original_steps,
-        }
-        return {key: str(value) for key, value in said.items() if value is not None}
+        """What to write into a safetensors file."""
+        return {RECOMMENDED_KEY: json.dumps(self.said)} if self.said else {}
 
 
-def read_stated(metadata: Mapping[str, str], name: str) -> Stated | None:
-    """What a file's metadata state; None where they say nothing.
+def parse_recommended(values: Mapping[str, Any], where: str) -> Recommended:
+    """The record in values that come from outside; names that it does not know are passed over.
 
     Args:
-        metadata: of a safetensors file.
-        name: the file's, for the message.
-
-    Raises:
-        InputError: a number is none, or out of range.
-    """
-    sampler = metadata.get(KIND_KEY)
-    if sampler not in FEW_STEP_SAMPLERS:
-        return None
-    return Stated(
-        sampler,
-        steps=_number(metadata, STEPS_KEY, int, 1, 1000, name),
-        gamma=_number(metadata, GAMMA_KEY, float, 0, 1, name),
-        original_steps=_number(metadata, ORIGINAL_STEPS_KEY, int, 1, 1000, name),
-    )
-
-
-def read_sampling(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """The defaults that a file's metadata state, by the names of `SAMPLING`; empty where they state none.
-
-    Raises:
-        InputError: no JSON, or a value of the wrong type or out of range.
-    """
-    where = f"the metadata '{SAMPLING_KEY}' of {name}"
-    return check_sampling(parse_json(metadata.get(SAMPLING_KEY, "{}"), where, "export it again"), where)
-
-
-def check_sampling(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Those of `values` that `SAMPLING` knows.
+        values: by the names of `Recommended`.
+        where: their place, for the message.
 
     Raises:
         InputError: a value of the wrong type or out of range.
     """
-    known = {key: values[key] for key in SAMPLING if key in values}
-    for key, value in known.items():
-        kind, least, greatest = SAMPLING[key]
-        good = type(value) is kind or (kind is float and type(value) is int)
-        if kind is str:
-            good = value in SAMPLERS
-        if not good or (kind is not str and not least <= value <= greatest):
-            allowed = ", ".join(SAMPLERS) if kind is str else f"{least:g} to {greatest:g}"
-            raise InputError(f"{name} states {key} {value!r:.60}; it must be {allowed}")
-    return known
+    known = {name: values[name] for name in ("sampler", *_LIMITS) if values.get(name) is not None}
+    for name, value in known.items():
+        if name == "sampler":
+            good, allowed = isinstance(value, str) and value in SAMPLERS, ", ".join(SAMPLERS)
+        else:
+            kind, least, most = _LIMITS[name]
+            typed = type(value) is kind or (kind is float and type(value) is int)
+            good, allowed = typed and least <= value <= most, f"{least:g} to {most:g}"
+        if not good:
+            raise InputError(f"{where} states {name} {value!r:.60}; it must be {allowed}")
+    return Recommended(**known)
 
 
-def _number(
-    metadata: Mapping[str, str], key: str, kind: Callable[[str], Number], lowest: float, highest: float, name: str
-) -> Number | None:
-    if key not in metadata:
-        return None
-    try:
-        value = kind(metadata[key])
-    except ValueError as error:
-        raise InputError(f"{name}: {key} must be a number: {error}") from error
-    if not lowest <= value <= highest:
-        raise InputError(f"{name} states {key} {value:g}, which is out of range; it must be {lowest:g} to {highest:g}")
-    return value
+def recommended_in(metadata: Mapping[str, str], name: str) -> Recommended:
+    """What a safetensors file's metadata say; an empty record where they say nothing.
+
+    Args:
+        metadata: of the file.
+        name: the file's, for the message.
+
+    Raises:
+        InputError: no JSON, or a value of the wrong type or out of range.
+    """
+    where = f"the metadata '{RECOMMENDED_KEY}' of {name}"
+    return parse_recommended(parse_json(metadata.get(RECOMMENDED_KEY, "{}"), where, "export it again"), where)
+
+
+def read_recommended(path: Path) -> Recommended:
+    """What a file, or the scheduler's configuration of a diffusers folder, says.
+
+    Raises:
+        InputError: it cannot be read, or states what cannot be.
+    """
+    if path.is_file():
+        return recommended_in(read_metadata(path), str(path))
+    file = path / "scheduler" / "scheduler_config.json"
+    content = read_json(file) if file.exists() else {}
+    own = content.get(FOLDER_KEY, {})
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: {FOLDER_KEY} of its scheduler holds no JSON object; get the model again")
+    samplers = {scheduler: sampler for sampler, scheduler in SCHEDULERS.items()}
+    by_class: dict[str, Any] = {}
+    if (sampler := samplers.get(str(content.get("_class_name")))) is not None:
+        by_class = {"sampler": sampler, "original_steps": content.get("original_inference_steps")}
+    return parse_recommended(by_class | own, f"the scheduler of {path}")

@@ -18,28 +18,26 @@ from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo, list_components
 from lcm_core.files.lora import check_parts, merge, read_lora
 from lcm_core.files.lora_keys import Part
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
 from lcm_core.networks.device import choose_device
 from lcm_core.networks.text_encoder import TextEncoder, load_text
 from lcm_core.networks.unet import UNet, load_unet
 from lcm_core.networks.vae import VAE, load_vae
-from lcm_core.pipeline.sources import (
-    find_lora,
-    find_source,
-    read_sampling_defaults,
-)
+from lcm_core.pipeline.settings import Settings
+from lcm_core.pipeline.sources import find_lora, find_source, recommended_for
 
 Loras = Sequence[tuple[PathLike, float]]
 
 _SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
 _SDXL_SCALING_FACTOR = 0.13025
+_TEACHER_USUAL = (25, 7.5)  # steps and guidance scale of the samplers for plain models
 
 
 @dataclass
 class Model:
-    """Networks, noise schedule, and what to use where the user says nothing."""
+    """Networks, noise process, and how they want to be sampled."""
 
     name: str
     """As the user gave it."""
@@ -49,18 +47,8 @@ class Model:
     diffusion: Diffusion
     resolution: int
     """Pixels, along each side, that the model was trained at."""
-    sampler: str = "lcm"
-    steps: int = 4
-    """For the few-step samplers."""
-    gamma: float = 0.3
-    """Tcd's share of fresh noise in each step."""
-    guidance_scale: float = 1.0
-    """For the few-step samplers."""
-    teacher_guidance_scale: float = 7.5
-    teacher_steps: int = 25
-    original_steps: int = 50
-    is_distilled: bool = True
-    """False when nothing says that the model can do with few steps."""
+    recommended: Recommended = field(default_factory=Recommended)
+    """How its files say that it wants to be sampled."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What to give to `load_model` to get it again."""
 
@@ -85,10 +73,27 @@ class Model:
         unet = self.origin.get("unet")
         return f"{self.name} ({unet})" if unet else self.name
 
-    def follow(self, stated: Stated) -> None:
-        """Take over what a file states of how to sample."""
-        for name, value in stated.sampling.items():
-            setattr(self, name, value)
+    def settings(self, sampler: str | None = None) -> Settings:
+        """What a picture is painted with where the user says nothing.
+
+        Args:
+            sampler: one of `SAMPLERS`; None takes the model's. Steps and guidance depend on its kind.
+        """
+        said = self.recommended
+        sampler = sampler or said.sampler or Settings.sampler
+        if sampler in FEW_STEP_SAMPLERS:
+            usual = Settings.num_inference_steps, Settings.guidance_scale
+            steps, guidance = said.steps, said.guidance_scale
+        else:
+            usual, steps, guidance = _TEACHER_USUAL, said.teacher_steps, said.teacher_guidance_scale
+        return Settings(
+            sampler=sampler,
+            num_inference_steps=usual[0] if steps is None else steps,
+            guidance_scale=usual[1] if guidance is None else guidance,
+            width=self.resolution,
+            height=self.resolution,
+            **said.grid,
+        )
 
     def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
         """Conditioning of prompts for a picture of this size."""
@@ -147,6 +152,7 @@ def load_model(
     if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
         optimise_unet(network.model)
         optimise_vae(loaded_vae.model)
+    said = recommended_for(source, network.guidance_embedding_dim is not None, [path for path, _ in files])
     origin: dict[str, Any] = {"unet": source.chosen, "vae": vae, "tokenizer": tokenizer}
     model = Model(
         name=os.fspath(name),
@@ -154,14 +160,12 @@ def load_model(
         vae=loaded_vae,
         text=text,
         diffusion=diffusion_of(source.info),
-        resolution=_own_size(network, source.info) * loaded_vae.scale,
+        resolution=said.resolution or _own_size(network, source.info) * loaded_vae.scale,
+        recommended=said,
         origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
     )
     if lora:
         model.origin["lora"] = [[os.fspath(path), float(strength)] for path, strength in lora]
-    defaults = read_sampling_defaults(source, network.guidance_embedding_dim is not None, [path for path, _ in files])
-    for key, value in defaults.items():
-        setattr(model, key, value)
     return model
 
 

@@ -15,7 +15,6 @@ import torch
 
 from lcm_core.diffusion.interpolation import plan_frames
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
 from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
@@ -134,21 +133,16 @@ class Pipeline:
             InputError: a setting that this model cannot use.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        model = self.model
-        given.setdefault("sampler", model.sampler)
-        few = given["sampler"] in FEW_STEP_SAMPLERS
-        steps = len(given["timesteps"]) if given.get("timesteps") else model.steps if few else model.teacher_steps
-        given.setdefault("num_inference_steps", steps)
-        given.setdefault("guidance_scale", model.guidance_scale if few else model.teacher_guidance_scale)
-        given.setdefault("gamma", model.gamma)
-        given.setdefault("original_steps", model.original_steps)
+        if given.get("timesteps"):
+            given.setdefault("num_inference_steps", len(given["timesteps"]))
         if image is None and given.get("strength", 1) != 1:
             raise InputError(f"strength {given['strength']} was given without an input image; add one or leave it out")
         given.setdefault("strength", 1.0 if image is None else DEFAULT_STRENGTH)
-        width, height = self._size(image)
-        given.setdefault("width", width)
-        given.setdefault("height", height)
-        settings = Settings(**given).check()
+        if image is not None:
+            width, height = self._size(image)
+            given.setdefault("width", width)
+            given.setdefault("height", height)
+        settings = replace(self.model.settings(given.get("sampler")), **given).check()
         plan_passes(self.model, settings)
         return settings
 
@@ -213,11 +207,9 @@ class Pipeline:
             **{name: os.fspath(path) for name, path in paths.items() if isinstance(path, (str, os.PathLike))},
         }
 
-    def _size(self, image: Source | None) -> tuple[int, int]:
+    def _size(self, image: Source) -> tuple[int, int]:
         """The model's own size, in the proportions of the input image."""
         side, multiple = self.model.resolution, self.model.size_multiple
-        if image is None:
-            return side, side
         width, height = open_image(image).size
         scale = side / (width * height) ** 0.5
         width, height = (max(round(length * scale / multiple), 1) * multiple for length in (width, height))

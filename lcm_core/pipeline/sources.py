@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,24 +13,14 @@ from lcm_core.errors import InputError
 from lcm_core.files.architecture import check_scheduler
 from lcm_core.files.checkpoint import ModelInfo, read_info
 from lcm_core.files.lora import find_lora_file
-from lcm_core.files.recommended import (
-    FOLDER_KEY,
-    GUIDANCE_KEY,
-    SAMPLING_KEY,
-    Stated,
-    check_sampling,
-    read_sampling,
-    read_stated,
-)
-from lcm_core.files.safetensors import PathLike, read_json, read_metadata
+from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended, parse_recommended, read_recommended
+from lcm_core.files.safetensors import PathLike, read_json
 from lcm_core.networks.tokenizer import read_tokenizer_files, read_tokenizer_folder
 
 MODELS = Path(__file__).parents[1] / "models"
 """Models that are shipped with the package; each folder has a model.json."""
 CARD = "model.json"
 SHIPPED_UNETS = ("lcm", "teacher")
-_FEW_STEP_SCHEDULERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
-_PAPER_GUIDANCE = 8.0  # of the tables in arXiv 2310.04378
 _CARD_NAMES = {"schedule": "beta_schedule"}
 
 
@@ -46,8 +35,13 @@ class Source:
     info: ModelInfo
     chosen: str | None = None
     """Which U-Net of a shipped model."""
-    card: Mapping[str, Any] = field(default_factory=dict)
-    """What its model.json says."""
+    recommended: Recommended = field(default_factory=Recommended)
+    """How its own files say that it wants to be sampled."""
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it comes with this package."""
+        return self.chosen is not None
 
     def read_tokenizers(self) -> dict[str, dict[str, str]]:
         """The tokenizers in the model's folder, or in the metadata of its file: name to file name to text."""
@@ -71,7 +65,7 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     if not (root / CARD).is_file():
         if unet is not None:
             raise InputError(f"{name} has one U-Net only; leave out unet '{unet}', which is for shipped models")
-        return Source(root, root, root, root, read_info(root))
+        return Source(root, root, root, root, read_info(root), recommended=read_recommended(root))
     chosen = unet or "lcm"
     if chosen not in SHIPPED_UNETS:
         raise InputError(f"unknown unet {unet!r}; choose {' or '.join(SHIPPED_UNETS)}")
@@ -85,7 +79,7 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     check_scheduler(stated, root / CARD)
     names = {item.name for item in fields(ModelInfo)}
     info = replace(read_info(folder), **{name: value for name, value in stated.items() if name in names})
-    return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, card)
+    return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, _of_card(card, chosen, root / CARD))
 
 
 def find_model(name: PathLike) -> Path:
@@ -141,68 +135,29 @@ def find_lora(path: PathLike, root: Path) -> Path:
     )
 
 
-def stated_metadata(source: Source, guidance_embedding: bool, loras: Sequence[Path] = ()) -> dict[str, str]:
-    """What to write into a copy of a model, with `loras` merged, so that it is sampled like the model itself.
+def recommended_for(source: Source, guidance_embedding: bool, loras: Sequence[Path] = ()) -> Recommended:
+    """How a model with `loras` merged wants to be sampled, by what the files of both say.
 
     Args:
         source: the model.
         guidance_embedding: whether its U-Net is a full LCM.
-        loras: files.
+        loras: files. They decide how the model is sampled, and any of them may be the one for few steps.
     """
-    sampling = read_sampling_defaults(source, guidance_embedding, loras)
-    metadata = {SAMPLING_KEY: json.dumps(sampling)}
+    said = source.recommended
     if guidance_embedding:
-        metadata[GUIDANCE_KEY] = str(sampling["guidance_scale"])
-    for path in (source.root, *loras):
-        stated = _read_stated(path)
-        metadata |= {} if stated is None else stated.metadata()
-    return metadata
+        guidance = FULL_LCM_GUIDANCE if said.guidance_scale is None else said.guidance_scale
+        said = Recommended(sampler="lcm", guidance_scale=guidance, teacher_guidance_scale=guidance) | said
+    elif loras and not said.is_distilled:
+        said = replace(said, sampler="lcm")
+    for path in loras:
+        said |= read_recommended(path)
+    return said
 
 
-def read_sampling_defaults(source: Source, guidance_embedding: bool, loras: Sequence[Path]) -> dict[str, Any]:
-    """What the model's own files, and those of its LoRAs, say about how to use it, by the names of `SAMPLING`."""
-    card = check_sampling(source.card, f"{source.root / CARD}")
-    guidance = card.pop("guidance_scale", _PAPER_GUIDANCE)
-    values = card
-    if guidance_embedding:
-        values["guidance_scale"] = values["teacher_guidance_scale"] = guidance
-    elif loras:
-        values |= {"sampler": "lcm", "is_distilled": True}
-    else:
-        values["is_distilled"] = _read_stated(source.root) is not None
-        if source.chosen == "teacher":
-            values["sampler"] = "dpmpp_2m"
-    own = read_sampling(_read_own(source.root), str(source.root))
-    if loras:  # they decide how the model is sampled, and whether in few steps
-        own = {name: value for name, value in own.items() if name not in ("sampler", "is_distilled")}
-    values |= own
-    for path in (source.root, *loras):
-        if (stated := _read_stated(path)) is not None:
-            values |= stated.sampling
-    return values
-
-
-def _read_own(path: Path) -> dict[str, str]:
-    """The metadata of this suite in a file, or in a diffusers folder's scheduler configuration."""
-    if path.is_file():
-        return read_metadata(path)
-    own = _read_scheduler(path).get(FOLDER_KEY, {})
-    if not isinstance(own, dict):
-        raise InputError(f"{path}: {FOLDER_KEY} of its scheduler holds no JSON object; get the model again")
-    return {key: str(value) for key, value in own.items()}
-
-
-def _read_stated(path: Path) -> Stated | None:
-    """What a file or a diffusers folder states; None where it names no few-step sampler."""
-    if path.is_file():
-        return read_stated(read_metadata(path), str(path))
-    content = _read_scheduler(path)
-    sampler = _FEW_STEP_SCHEDULERS.get(str(content.get("_class_name")))
-    steps = content.get("original_inference_steps")
-    usual = {} if sampler is None else Stated(sampler, original_steps=steps).metadata()
-    return read_stated(usual | _read_own(path), str(path))
-
-
-def _read_scheduler(root: Path) -> dict[str, Any]:
-    file = root / "scheduler" / "scheduler_config.json"
-    return read_json(file) if file.exists() else {}
+def _of_card(card: Mapping[str, Any], chosen: str, file: Path) -> Recommended:
+    """What a shipped model's card says of one of its U-Nets."""
+    said = parse_recommended(card, str(file))
+    if chosen == "teacher":
+        return replace(said, sampler="dpmpp_2m", guidance_scale=None)
+    # the embedded guidance is what the network reads, whatever the sampler
+    return replace(said, sampler="lcm", teacher_guidance_scale=said.guidance_scale)

@@ -14,20 +14,21 @@ from safetensors.torch import save_file
 from extension_a1111.architecture import check_loras
 from extension_a1111.grids import fit_remarks, fit_steps, fit_strength, get_sigmas_host
 from extension_a1111.loras import Accelerated
-from extension_a1111.recommend import Recommendation, Request, Wishes, recommend, remarks
+from extension_a1111.recommend import USUAL_FULL, USUAL_LORA, Recommendation, Request, recommend, remarks
 from lcm_core.diffusion.grids import get_timesteps_lcm
 from lcm_core.diffusion.process import VariancePreserving
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 
 PROCESS = VariancePreserving()
 RIGHT = Request("dream", "LCM Suite", 4, 1.0)
 
 
 def advised(request: Request, lora: bool = True) -> Recommendation | None:
-    model = Accelerated("lcm-lora", Stated("lcm")) if lora else None
+    model = Accelerated("lcm-lora", Recommended("lcm")) if lora else None
     full = request.checkpoint if request.is_full_lcm else None
-    return recommend(request.steps, request.guidance_scale, [model], full, Wishes())
+    usual = USUAL_FULL if full else USUAL_LORA
+    return recommend(request.steps, request.guidance_scale, [model], full, usual)
 
 
 @pytest.mark.parametrize("sampler", ["LCM Suite", "TCD Suite", "LCM", "Euler a"])

@@ -10,11 +10,10 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from safetensors.torch import save_file
 
 from extension_a1111.architecture import check_loras, check_network, context_width, network_width
-from extension_a1111.embedding import read_guidance
 from extension_a1111.loras import Accelerated, find_loras, kind_of_name, read_accelerated
-from extension_a1111.recommend import Recommendation, Wishes, recommend
+from extension_a1111.recommend import USUAL_FULL, USUAL_LORA, Recommendation, recommend
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 
 EMOJI = Path(__file__).parents[2] / "lcm_core" / "models" / "emoji"
 LORA = EMOJI / "lora" / "lcm_lora.safetensors"
@@ -49,15 +48,13 @@ def test_what_the_file_states_counts_more_than_names(tmp_path: Path) -> None:
     """A LoRA distilled with this trainer is recognised whatever it is called, and as what it is."""
     for kind in ("lcm", "tcd"):
         file = tmp_path / f"{kind}.safetensors"
-        stated = {"lcm_suite.kind": kind, "lcm_suite.steps": "2", "lcm_suite.gamma": "0", "modelspec.title": "lcm tcd"}
-        save_file({"a": torch.zeros(1)}, file, metadata=stated)
-        assert read_accelerated("my own lcm style", file) == Accelerated("my own lcm style", Stated(kind, 2, 0.0))
-    save_file({"a": torch.zeros(1)}, file, metadata={**stated, "lcm_suite.steps": "few"})
-    with pytest.raises(InputError, match=r"tcd\.safetensors.*lcm_suite\.steps.*must be a number.*few"):
-        read_accelerated("broken", file)
-    for key, value in (("steps", "0"), ("gamma", "1.5"), ("original_steps", "2000")):
-        save_file({"a": torch.zeros(1)}, file, metadata={**stated, f"lcm_suite.{key}": value})
-        with pytest.raises(InputError, match=rf"tcd\.safetensors.*lcm_suite\.{key} {value}, which is out of range"):
+        said = Recommended(kind, 2, 0.0)
+        save_file({"a": torch.zeros(1)}, file, metadata={**said.metadata(), "modelspec.title": "lcm tcd"})
+        assert read_accelerated("my own lcm style", file) == Accelerated("my own lcm style", said)
+    for key, value in (("steps", "few"), ("steps", 0), ("gamma", 1.5), ("original_steps", 2000)):
+        said = Recommended("tcd", **{key: value})  # type: ignore[arg-type]
+        save_file({"a": torch.zeros(1)}, file, metadata=said.metadata())
+        with pytest.raises(InputError, match=rf"tcd\.safetensors states {key} {value!r}; it must be"):
             read_accelerated("broken", file)
 
 
@@ -65,7 +62,7 @@ def test_kind_by_metadata(tmp_path: Path) -> None:
     """`pytorch_lora_weights.safetensors` is how LCM-LoRAs are handed out; its header may say more."""
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.title": "LCM-LoRA SD 1.5"})
-    assert read_accelerated("speed", file) == Accelerated("speed", Stated("lcm"))
+    assert read_accelerated("speed", file) == Accelerated("speed", Recommended("lcm"))
     save_file({"x": torch.zeros(1)}, file)
     assert read_accelerated("speed", file) is None
     assert read_accelerated("speed", None) is None
@@ -116,8 +113,8 @@ def test_width_of_a_network() -> None:
     assert network_width(torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict({"to_k": packed})})) is None
 
 
-LCM, TCD = Accelerated("lcm", Stated("lcm")), Accelerated("hyper", Stated("tcd"))
-PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0, original_steps=10))
+LCM, TCD = Accelerated("lcm", Recommended("lcm")), Accelerated("hyper", Recommended("tcd"))
+PHASED = Accelerated("phased", Recommended("tcd", steps=2, gamma=0.0, original_steps=10))
 
 
 @pytest.mark.parametrize(
@@ -136,29 +133,24 @@ PHASED = Accelerated("phased", Stated("tcd", steps=2, gamma=0.0, original_steps=
     ],
 )
 def test_recommendation(steps, cfg, models, full, wanted) -> None:  # type: ignore[no-untyped-def]
-    got = recommend(steps, cfg, models, full, Wishes())
-    assert (got and (got.sampler, got.steps, got.guidance_scale, got.stated.gamma)) == wanted
-    assert (got and got.stated.original_steps) == (10 if PHASED in models else None)
+    got = recommend(steps, cfg, models, full, USUAL_FULL if full else USUAL_LORA)
+    assert (got and (got.sampler, got.steps, got.guidance_scale, got.recommended.gamma)) == wanted
+    assert (got and got.recommended.original_steps) == (10 if PHASED in models else None)
 
 
-def test_wishes_are_followed_and_said() -> None:
-    wishes = Wishes(steps=6, lora_guidance=1.8, full_guidance=5)
-    got = recommend(20, 7, [Accelerated("my-lcm", Stated("lcm"))], None, wishes)
-    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm", False, Stated("lcm"))
+def test_the_settings_page_is_followed_and_said() -> None:
+    usual = Recommended(steps=6, guidance_scale=1.8)
+    got = recommend(20, 7, [Accelerated("my-lcm", Recommended("lcm"))], None, usual)
+    assert got == Recommendation("LCM Suite", 6, 1.8, "my-lcm", False, Recommended("lcm"))
     assert str(got) == "my-lcm is made for few steps: LCM Suite, 6 steps, CFG 1.8"
-    phased = recommend(20, 7, [PHASED], None, wishes)
+    phased = recommend(20, 7, [PHASED], None, usual)
     assert str(phased) == "phased is made for few steps: TCD Suite, 2 steps, CFG 1.8, gamma 0, 10 original steps"
 
 
 @pytest.mark.parametrize(("cfg", "wanted"), [(7, 2.0), (3, 3), (1, 1), (0.5, 2.0)])
 def test_a_full_lcm_that_states_its_guidance(cfg: float, wanted: float, tmp_path: Path) -> None:
-    file = tmp_path / "emoji_lcm.safetensors"
-    save_file({"x": torch.zeros(1)}, file, metadata={"lcm_suite.guidance_scale": "2.0"})
-    stated = read_guidance(file)
-    assert stated == 2.0
-    got = recommend(4, cfg, [Accelerated("emoji_lcm", Stated("lcm"))], "emoji_lcm", Wishes(), stated)
+    file = tmp_path / "of_any_name.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata=Recommended("lcm", guidance_scale=2.0).metadata())
+    got = recommend(4, cfg, [read_accelerated("emoji", file)], "emoji", USUAL_FULL)
     assert got is not None
     assert got.guidance_scale == wanted
-    save_file({"x": torch.zeros(1)}, file)
-    assert read_guidance(file) is None
-    assert read_guidance(tmp_path / "gone.safetensors") is None

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from extension_a1111.recommend import Request, recommend, remarks
-from extension_a1111.recommend import Wishes as Wanted
+from extension_a1111.recommend import USUAL_LORA, Request, recommend, remarks
 from extension_a1111.words import english, speaker
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +73,7 @@ def test_one_word_labels_that_the_host_has_too_are_not_ours() -> None:
 
 
 def test_advice_is_said_in_the_language_of_the_page() -> None:
-    said = remarks(Request("plain", "LCM Suite", 4, 1.0), recommend(4, 1.0, [None], None, Wanted()), speaker("ko_KR"))
+    said = remarks(Request("plain", "LCM Suite", 4, 1.0), recommend(4, 1.0, [None], None, USUAL_LORA), speaker("ko_KR"))
     assert len(said) == 1
     assert said[0].startswith("plain")
     assert re.search("[가-힣]", said[0])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcm_core.cli.main import main
 from lcm_core.errors import InputError
-from lcm_core.files.recommended import SAMPLING_KEY, read_sampling
+from lcm_core.files.recommended import RECOMMENDED_KEY, SAMPLERS, recommended_in
 from lcm_core.pipeline.model import load_model
 
 HOSTS = {"comfyui": "models/checkpoints", "a1111": "models/Stable-diffusion"}
@@ -53,9 +53,9 @@ def test_export_of_the_teacher_is_sampled_in_another_way(
     exported = export(to, model, tmp_path, *choice)
     again = load_model(exported, "cpu")
     own = load_model(model, "cpu", unet="teacher", lora=[("lcm_lora", 0.8)] if options else [])
-    names = ("sampler", "steps", "guidance_scale", "teacher_guidance_scale", "teacher_steps", "original_steps")
-    for name in (*names, "gamma", "is_distilled", "resolution"):
-        assert getattr(again, name) == getattr(own, name), name
+    assert again.recommended == own.recommended
+    for sampler in SAMPLERS:
+        assert again.settings(sampler) == own.settings(sampler)
     assert paint(str(exported), tmp_path / "b.png") == paint(model, tmp_path / "a.png", *choice)
 
 
@@ -63,15 +63,15 @@ def test_export_of_the_teacher_is_sampled_in_another_way(
     "text",
     [
         *("[", "[1]", '{"steps": "4"}', '{"steps": 0}', '{"steps": true}', '{"sampler": "heun"}'),
-        *('{"guidance_scale": NaN}', '{"resolution": 1000000}', '{"is_distilled": 1}', '{"sampler": ["lcm"]}'),
+        *('{"guidance_scale": NaN}', '{"resolution": 1000000}', '{"shift": 0}', '{"sampler": ["lcm"]}'),
     ],
 )
 def test_statement_that_makes_no_sense_is_followed(text: str) -> None:
-    with pytest.raises(InputError, match=r"lcm_suite\.sampling.*it"):
-        read_sampling({SAMPLING_KEY: text}, "a.safetensors")
+    with pytest.raises(InputError, match=r"lcm_suite\.recommended.*it"):
+        recommended_in({RECOMMENDED_KEY: text}, "a.safetensors")
 
 
-@pytest.mark.parametrize("own", [[1], {"lcm_suite.kind": "lcm", "lcm_suite.steps": "many"}, {"lcm_suite.sampling": 3}])
+@pytest.mark.parametrize("own", [[1], {"sampler": "lcm", "steps": "many"}, {"sampler": 3}])
 def test_folder_that_states_nonsense(own: object, models: Path, tmp_path: Path) -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
         (tmp_path / part).symlink_to(models / "plain" / part)
@@ -84,7 +84,7 @@ def test_folder_that_states_nonsense(own: object, models: Path, tmp_path: Path) 
 def test_lora_decides_how_an_exported_teacher_is_sampled(models: Path, tmp_path: Path) -> None:
     """Wrong when the teacher's own sampler, stated in its file, were kept for the LCM that a LoRA makes of it."""
     exported = export("single-file", str(models / "emoji"), tmp_path, "--unet", "teacher")
-    assert load_model(exported, "cpu").sampler == "dpmpp_2m"
+    assert load_model(exported, "cpu").recommended.sampler == "dpmpp_2m"
     lora = models / "emoji" / "lora" / "lcm_lora.safetensors"
     model = load_model(exported, "cpu", lora=[(lora, 1.0)])
-    assert (model.sampler, model.is_distilled) == ("lcm", True)
+    assert (model.settings().sampler, model.recommended.is_distilled) == ("lcm", True)

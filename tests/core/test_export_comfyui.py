@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 
 from lcm_core.cli.main import main
 from lcm_core.diffusion.guidance import guidance_bias
-from lcm_core.export import GUIDANCE_KEY
 from lcm_core.files.checkpoint import read_component, read_info, read_safetensors
-from lcm_core.files.safetensors import read_metadata
+from lcm_core.files.recommended import read_recommended
 
 COND_PROJ = "model.diffusion_model.time_embed.cond_proj.weight"
 
@@ -47,8 +46,8 @@ def test_a_shipped_model_goes_there_whole(models: Path, comfyui: Path) -> None:
     full, _ = read_safetensors(checkpoints / "emoji_lcm.safetensors")
     original = read_component(models / "emoji" / "unet_lcm", "unet").tensors["time_embedding.cond_proj.weight"]
     torch.testing.assert_close(full[COND_PROJ], original, rtol=0, atol=0)
-    assert float(read_metadata(checkpoints / "emoji_lcm.safetensors")[GUIDANCE_KEY]) == 4.0
-    assert GUIDANCE_KEY not in read_metadata(checkpoints / "emoji_teacher.safetensors")
+    assert read_recommended(checkpoints / "emoji_lcm.safetensors").guidance_scale == 4.0
+    assert read_recommended(checkpoints / "emoji_teacher.safetensors").guidance_scale is None
     assert Image.open(comfyui / "input" / "lcm_suite_hole.png").getchannel("A").getextrema() == (0, 255)
 
 

@@ -140,7 +140,7 @@ def test_settings_are_the_models_unless_given(lcm: Pipeline, plain: Pipeline, mo
     assert (chosen.sampler, chosen.num_inference_steps, chosen.guidance_scale) == ("lcm", 4, 4.0)
     assert (chosen.width, chosen.height, chosen.original_steps) == (64, 64, 50)
     assert plain.resolve(prompt="x").guidance_scale == 1.0
-    assert not plain.model.is_distilled
+    assert not plain.model.recommended.is_distilled
     teacher = Pipeline.load(models / "emoji", device="cpu", dtype="float32", unet="teacher")
     chosen = teacher.resolve(prompt="x")
     assert (chosen.sampler, chosen.num_inference_steps, chosen.guidance_scale) == ("dpmpp_2m", 25, 3.0)

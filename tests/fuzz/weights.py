@@ -14,8 +14,9 @@ from safetensors.torch import save
 from tests.fuzz.guards import Case
 from tests.fuzz.mutations import NUMBERS, TEXTS, damaged, dump, json_like, odd, odd_json
 
-_PACKED = ("lcm_suite.config", "lcm_suite.tokenizer")
-_STATED = ["lcm_suite.kind", "lcm_suite.steps", "lcm_suite.original_steps", "lcm_suite.gamma", "ss_network_alpha"]
+_PACKED = ("lcm_suite.config", "lcm_suite.tokenizer", "lcm_suite.recommended")
+_SAID = st.dictionaries(st.sampled_from(["steps", "original_steps", "gamma", "sampler"]), odd | st.just("tcd"))
+_RECOMMENDED = _SAID.map(lambda said: dump(said).decode())
 QUICK = ("--size", "64", "--steps", "1", "--out", "a.png")
 """A picture as small and quick as the tiny models allow."""
 MODULE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -154,7 +155,8 @@ def lora_case(draw: st.DrawFn, models: Path) -> Case:
     if more and packed:
         packed = content.decode("latin-1")
     stated = {"lora_adapter_metadata": packed} if packed else {}
-    stated |= draw(st.dictionaries(st.sampled_from(_STATED), st.one_of(st.just("tcd"), odd.map(str)), max_size=3))
+    stated |= draw(st.fixed_dictionaries({}, optional={"ss_network_alpha": odd.map(str)}))
+    stated |= draw(st.fixed_dictionaries({}, optional={"lcm_suite.recommended": _RECOMMENDED}))
     file = save(tensors, {key: value for key, value in stated.items() if _is_text(value)})
     folder = draw(st.booleans())
     files = {"a/adapter_model.safetensors": file, "a/adapter_config.json": content} if folder else {"a": file}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcm_core.files.checkpoint import read_component, save_single_file
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from lcm_core.networks.lora_layers import add_lora, lora_state_dict
 from lcm_core.networks.unet import load_unet
@@ -176,7 +176,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Any:
     width = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
     save_file(peft_lora(width), loras / "peft.safetensors")
     save_file(peft_lora(1280), loras / "wide.safetensors")
-    stated = Stated("tcd", 2, 0.0, 10).metadata()
+    stated = Recommended("tcd", 2, 0.0, 10).metadata()
     save_file(peft_lora(width), loras / "phased.safetensors", stated)
     cfg = folder / "models" / "checkpoints" / "cfg.safetensors"
     tensors, metadata = read_safetensors(cfg)

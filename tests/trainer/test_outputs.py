@@ -2,21 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import ModelInfo
+from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended, read_recommended
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
-from lcm_core.pipeline.settings import Settings
 from trainer.cli.main import main
 from trainer.config import DistillConfig
 from trainer.methods.config import Dmd2Config
 from trainer.outputs import model_card
 
+FULL_LCM = Recommended(guidance_scale=FULL_LCM_GUIDANCE, teacher_guidance_scale=FULL_LCM_GUIDANCE)
 PROMPT, SEED, STEPS = "picture number 3", 7, 3
 
 
@@ -36,9 +38,8 @@ def lora_run(request, teachers, photos, tmp_path_factory):
 
 def _paint(model, guidance_scale):
     """One picture in [0, 1] by `lcm_core`, with the sampler that the model's files ask for."""
-    sampler = {"sampler": model.sampler, "num_inference_steps": STEPS, "guidance_scale": guidance_scale}
-    grid = {"original_steps": model.original_steps, "gamma": 0.0}  # diffusers' eta, 0 where it is not given
-    chosen = Settings(**sampler, **grid, width=64, height=64)
+    given = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "width": 64, "height": 64}
+    chosen = replace(model.settings(), **given, gamma=0.0)  # diffusers' eta, 0 where it is not given
     cond = model.encode([PROMPT], 64, 64)
     with torch.no_grad():
         return paint(model, Inputs(cond, None, noise_source([SEED], model.device)), chosen).clamp(-1, 1) / 2 + 0.5
@@ -92,7 +93,7 @@ def test_the_lora_file_says_what_it_is(lora_run):
     assert all(name.startswith("lora_unet_") for name in tensors)
     assert metadata["ss_network_dim"] == "2"
     assert metadata["ss_base_model_version"] == "sd_v1"
-    assert metadata["lcm_suite.kind"] == "lcm"
+    assert json.loads(metadata["lcm_suite.recommended"]) == {"sampler": "lcm", "steps": 4}
     assert json.loads(metadata["lcm_suite.distill"])["teacher"] == str(teacher)
 
 
@@ -156,9 +157,9 @@ def test_a_trajectory_student_brings_its_own_sampler(teachers, photos, tmp_path,
     words += ["--phases", 3] if method == "segmented" else []
     output = _distil(teachers(), photos, tmp_path, *words)
     file = output / "mine_lora.safetensors"
-    assert read_safetensors(file)[1]["lcm_suite.kind"] == "tcd"
+    assert read_recommended(file).sampler == "tcd"
     model = load_model(teachers(), "cpu", lora=[(file, 1.0)])
-    assert (model.sampler, model.steps, model.gamma, model.original_steps) == ("tcd", steps, gamma, 10)
+    assert model.recommended == Recommended("tcd", steps, gamma, 10)
     assert "original_inference_steps=10)" in (output / "README.md").read_text()
     graph = json.loads((output / "workflow_comfyui.json").read_text())
     by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
@@ -197,8 +198,8 @@ def test_the_full_student_paints_the_same_from_its_folder_its_file_and_in_diffus
 
     method, output = full_run
     models = [load_model(output / name, "cpu", "float32") for name in ("mine.safetensors", "diffusers")]
-    stated = [(model.sampler, model.steps, model.gamma, model.original_steps) for model in models]
-    assert stated == [("lcm" if method == "lcd" else "tcd", 4, 0.3, 20)] * 2
+    said = Recommended("lcm", 4, None, 20) if method == "lcd" else Recommended("tcd", 4, 0.3, 20)
+    assert [model.recommended for model in models] == [FULL_LCM | said] * 2
     from_file, from_folder = (_paint(model, 4.0) for model in models)
     torch.testing.assert_close(from_file, from_folder, rtol=0, atol=1e-6)
     pipe = DiffusionPipeline.from_pretrained(output / "diffusers", torch_dtype=torch.float32)
@@ -213,12 +214,12 @@ def test_a_folder_from_elsewhere_is_sampled_as_its_scheduler_says(full_run, tmp_
     folder = shutil.copytree(output / "diffusers", tmp_path / "copy")
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text())
-    assert scheduler.pop("_lcm_suite")["lcm_suite.steps"] == "4"
+    assert scheduler.pop("_lcm_suite")["steps"] == 4
     file.write_text(json.dumps(scheduler | {"original_inference_steps": 40}))
     model = load_model(folder, "cpu")
-    assert (model.sampler, model.original_steps) == ("lcm" if method == "lcd" else "tcd", 40)
+    assert model.recommended == FULL_LCM | Recommended("lcm" if method == "lcd" else "tcd", original_steps=40)
     file.write_text(json.dumps(scheduler | {"original_inference_steps": "many"}))
-    with pytest.raises(InputError, match=r"original_steps must be a number.*many"):
+    with pytest.raises(InputError, match=r"original_steps 'many'; it must be"):
         load_model(folder, "cpu")
 
 

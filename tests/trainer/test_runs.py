@@ -94,7 +94,7 @@ def test_a_finished_run_is_scored_once_and_after_more_steps_only_the_student_aga
         measured.append((name, *steps))
         if len(measured) == 3 and not (output / "report.html").exists():
             raise KeyboardInterrupt
-        settings = {"sampler": model.sampler, "steps": steps[0], "guidance_scale": options["guidance_scale"]}
+        settings = {"sampler": model.settings().sampler, "steps": steps[0], "guidance_scale": options["guidance_scale"]}
         return [{"model": name, **settings, "fd": 1.0, "images_per_second": 2.0}]
 
     monkeypatch.setattr(trainer.scores, "evaluate_rows", measure)

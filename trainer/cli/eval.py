@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     pipe, _ = load_pipeline({**{name: getattr(args, name) for name in MODEL_OPTIONS}, "device": team.device})
     model, name = pipe.model, args.name or _name(args)
     exam = _exam(args, model, team)
-    if team.is_main and not model.is_distilled and args.sampler is None:
+    if team.is_main and not model.recommended.is_distilled and args.sampler is None:
         note(f"{model.name} looks like a plain model; use --sampler dpmpp_2m --steps 25 for a teacher")
     options = {"sampler": args.sampler, "guidance_scale": args.guidance}
     about = {"model": model.name, **model.origin}

@@ -55,9 +55,10 @@ class Prompts:
         model = load_model(self.teacher.name, device, unet=source.chosen, tokenizer=self.teacher.tokenizer)
         prediction_type = self.prediction_type or model.diffusion.prediction_type
         diffusion = replace(model.diffusion, prediction_type=prediction_type)
+        usual = model.settings("dpmpp_2m")
         denoiser, process = Denoiser(model.unet, diffusion), diffusion.process
-        sigmas = get_sigmas_trailing(process, config.teacher_steps or model.teacher_steps)
-        scale = config.teacher_guidance or model.teacher_guidance_scale
+        sigmas = get_sigmas_trailing(process, config.teacher_steps or usual.num_inference_steps)
+        scale = config.teacher_guidance or usual.guidance_scale
         shape = (model.vae.latent_channels, self.side // model.vae.scale, self.side // model.vae.scale)
         time_ids = (self.side, self.side, 0, 0, self.side, self.side)
 

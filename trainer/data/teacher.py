@@ -54,7 +54,7 @@ class Teacher:
     @property
     def resolution(self) -> int:
         """Pixels, along each side, that it was trained at."""
-        return int(self.source.card.get("resolution") or self._unet.config["sample_size"] * self.scale)
+        return self.source.recommended.resolution or int(self._unet.config["sample_size"]) * self.scale
 
     def hash_vae(self) -> str:
         """Its VAE: another one makes other latents."""

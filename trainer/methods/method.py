@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 from trainer.data.cache import Batch
 from trainer.methods import dmd2, finetune, lcd, segmented, tcd
 from trainer.methods.config import ConsistencyConfig, Dmd2Config, MethodConfig, SegmentedConfig, config_class
@@ -48,14 +48,14 @@ def get_method(config: MethodConfig) -> Method:
     return METHODS[config_class(config.kind).kind]
 
 
-def sampling_of(config: MethodConfig) -> Stated:
+def sampling_of(config: MethodConfig) -> Recommended:
     """How a student wants to be sampled: one of phases from edge to edge, without fresh noise. The usual grid needs no
     mention."""
     grid = None if config.original_steps == MethodConfig.original_steps else config.original_steps
     if config.kind not in TRAJECTORY_METHODS:
-        return Stated("lcm", 4, original_steps=grid)
+        return Recommended("lcm", 4, original_steps=grid)
     steps, gamma = (config.phases, 0.0) if isinstance(config, SegmentedConfig) else (4, 0.3)
-    return Stated("tcd", steps, gamma, grid)
+    return Recommended("tcd", steps, gamma, grid)
 
 
 def make_sample(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcm_core.files.recommended import Stated
+from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[3]
@@ -214,7 +214,7 @@ def to_base64(picture: Image.Image) -> str:
 def save_phased_lora(file: Path) -> None:
     """The embedded LoRA as if it were a student of two phases, to be sampled with TCD and gamma 0, on a grid of 25."""
     tensors, metadata = read_safetensors(EMOJI / "lora" / "lcm_lora.safetensors")
-    write_safetensors(file, tensors, {**metadata, **Stated("tcd", 2, 0.0, 25).metadata()})
+    write_safetensors(file, tensors, {**metadata, **Recommended("tcd", 2, 0.0, 25).metadata()})
 
 
 def copy_with_prediction(folder: Path) -> Path:
