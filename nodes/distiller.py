@@ -18,7 +18,7 @@ from trainer.methods.method import sampling_of
 
 from . import inputs
 from .host import say, schema
-from .hostmodel import attach_stated, inspect_model
+from .hostmodel import attach_recommended, inspect_model
 from .lora import lora_file
 from .run import ASK, IF_EXISTS, Run
 from .student import encode_prompts, from_folder, from_latents
@@ -180,7 +180,7 @@ class LCMDistiller(io.ComfyNode):
             state = run.train(how, loop)
         say(cls, f"{run.summary()}; {target.name}")
         model, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
-        attach_stated(model, sampling_of(how))
+        attach_recommended(model, sampling_of(how))
         return io.NodeOutput(model, state, target.name, run.previews(), run.loss_picture())
 
 
