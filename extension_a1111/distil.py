@@ -7,24 +7,26 @@ run at a time, since they would share one GPU.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
 import subprocess
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from extension_a1111 import distil_runner
 from extension_a1111.architecture import checkpoint_width
+from extension_a1111.distil_jobs import (
+    REPOSITORY,
+    check_writable,
+    is_locked,
+    launch,
+    read_json,
+    trainer_environment,
+    written,
+)
+from extension_a1111.distil_python import check_python
 from lcm_core.errors import InputError
 
-REPOSITORY = Path(__file__).parents[1]
 EMOJI = "emoji"
 """The embedded model, as a teacher."""
 PRESETS = (EMOJI, "sd15-lora", "sd21-lora", "sdxl-lora")
@@ -32,12 +34,10 @@ PRESETS = (EMOJI, "sd15-lora", "sd21-lora", "sdxl-lora")
 AUTO = "auto"
 """The preset that suits the teacher."""
 _PRESET_OF_WIDTH = {768: "sd15-lora", 1024: "sd21-lora", 2048: "sdxl-lora"}  # by the text that the network reads
-NEEDED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "PIL", "tqdm")
 _NAME = re.compile(r"[\w][\w .-]*")
 JOB = "job"
 """Folder inside that of a run, with what is not the trainer's."""
-_START_SECONDS = 60.0
-_PROBE = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
+_PLAN_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Order:
     batch_size: int = 0
     learning_rate: float = 0.0
     rank: int = 0
+    is_scored: bool = True
+    """Whether teacher and student are measured after the training, which can take longer than it."""
     more: str = ""
     """More options of `python -m trainer distill`, as on a command line."""
 
@@ -108,7 +110,8 @@ def command(order: Order, places: Places) -> list[str]:
         "--rank": int(order.rank),
     }
     options = [word for flag, value in given.items() if value for word in (flag, str(value))]
-    return [places.python, "-m", "trainer", "distill", *options, *more]
+    scores = [] if order.is_scored else ["--samples", "0"]
+    return [places.python, "-m", "trainer", "distill", *options, *scores, *more]
 
 
 def preset_for(teacher: str) -> str:
@@ -126,6 +129,52 @@ def preset_for(teacher: str) -> str:
     return _PRESET_OF_WIDTH[width]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, in the trainer's words for numbers, such as "3.20 GiB" and "12 min"."""
+
+    preset: str
+    memory: str
+    disk: str
+    time: str
+    """Empty where nothing like it has been measured."""
+
+
+def plan(order: Order, places: Places) -> Plan:
+    """Ask the trainer what a run will need; nothing is written.
+
+    Raises:
+        InputError: as `start`; the trainer's own complaint among them.
+    """
+    words = [*command(order, places), "--dry-run"]
+    check_python(places.python)
+    try:
+        done = subprocess.run(
+            words,
+            cwd=REPOSITORY,
+            env=trainer_environment(),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_PLAN_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"the trainer has made no plan in {_PLAN_SECONDS:.0f} s; start the run without one") from error
+    if done.returncode:
+        raise InputError((done.stderr.strip().splitlines() or ["the trainer made no plan and did not say why"])[-1])
+    return read_plan(order.preset_name, done.stdout)
+
+
+def read_plan(preset: str, text: str) -> Plan:
+    """A plan as the trainer prints it."""
+    lines = dict(re.findall(r"^(memory|disk|time) +(.*)$", text, re.MULTILINE))
+    time = re.search(r"about (.*) from here on", lines.get("time", ""))
+    memory = lines.get("memory", "").removesuffix(" at the peak")
+    return Plan(preset, memory, lines.get("disk", ""), time[1] if time else "")
+
+
 def start(order: Order, places: Places) -> str:
     """Start a run, or continue the one of that name. Returns its name.
 
@@ -136,8 +185,8 @@ def start(order: Order, places: Places) -> str:
     words = command(order, places)
     check_idle(places)
     check_python(places.python)
-    _check_writable(places.loras, "the LoRA folder")
-    _check_writable(places.root, "the folder of the runs")
+    check_writable(places.loras, "the LoRA folder")
+    check_writable(places.root, "the folder of the runs")
     run, lora = places.root / order.name, places.loras / f"{order.name}.safetensors"
     if lora.exists() and not run.exists():
         raise InputError(f"{lora} exists already; choose another name")
@@ -149,11 +198,11 @@ def start(order: Order, places: Places) -> str:
         "lora": str(lora),
         "order": order.__dict__,
     }
-    with _written(run):
+    with written(run):
         (run / JOB).mkdir(parents=True, exist_ok=True)
         distil_runner.write(run / JOB / "job.json", job)
         distil_runner.write(places.root / "current.json", {"name": order.name})
-        _launch(run / JOB, places)
+        launch(run / JOB, places.python)
     return order.name
 
 
@@ -182,15 +231,15 @@ def stop(places: Places) -> None:
     if name is None or not is_running(places):
         raise InputError("no distillation is running")
     job = places.root / name / JOB
-    with _written(job), open(job / "stop", "a", encoding="utf-8") as file:
+    with written(job), open(job / "stop", "a", encoding="utf-8") as file:
         file.write("x")
-    if not _is_locked(job / distil_runner.RUNNER_LOCK):  # it was killed; the run's lock says that the trainer was not
+    if not is_locked(job / distil_runner.RUNNER_LOCK):  # it was killed; the run's lock says that the trainer was not
         distil_runner.interrupt(read_json(job / "pids.json")["trainer"])
 
 
 def is_running(places: Places) -> bool:
     """Whether a run is alive, whichever web UI has started it."""
-    return _is_locked(_lock(places))
+    return is_locked(_lock(places))
 
 
 def current(places: Places) -> str | None:
@@ -205,96 +254,5 @@ def check_idle(places: Places) -> None:
         raise InputError(f"the distillation '{current(places)}' is running already; stop it first, or wait")
 
 
-def check_python(python: str) -> None:
-    """Refuse an interpreter that cannot run the trainer, and say how to make one that can.
-
-    Raises:
-        InputError: there is no such program, or packages are missing.
-    """
-    pip = Path("distil-venv", "Scripts" if os.name == "nt" else "bin", "pip")
-    advice = f'make one with: python -m venv distil-venv, then: {pip} install "{REPOSITORY}[train]"'
-    if not python:
-        raise InputError(f"no Python for the trainer; name one in Settings > LCM Suite; {advice}")
-    try:
-        words = [python, "-c", _PROBE, *NEEDED]
-        probe = subprocess.run(words, capture_output=True, text=True, timeout=_START_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"the trainer's Python {python!r} does not start ({_reason(error)}); {advice}") from error
-    if missing := probe.stdout.split():
-        names = " ".join(missing).replace("PIL", "pillow")
-        raise InputError(
-            f"the trainer's Python {python} lacks {', '.join(missing)}; install: {python} -m pip install {names}"
-        )
-
-
-def _launch(job: Path, places: Places) -> None:
-    """Start the runner, and wait until it has the lock."""
-    (job / "pids.json").unlink(missing_ok=True)
-    own_group: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
-    with open(job / "run.log", "wb") as log:  # of this start alone: an old progress bar would be shown
-        runner = subprocess.Popen(
-            [places.python, str(Path(distil_runner.__file__)), str(job)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"},
-            **own_group,
-        )
-    deadline = time.monotonic() + _START_SECONDS
-    while not (job / "pids.json").exists() and time.monotonic() < deadline:
-        if (code := runner.poll()) is not None:
-            if code == distil_runner.BUSY:
-                raise InputError("a distillation is running already; stop it first, or wait")
-            raise InputError(f"the trainer did not start: {_last_line(job / 'run.log')}")
-        time.sleep(0.05)
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """Around what writes into a run's folder: a full disk is said in one line."""
-    try:
-        yield
-    except OSError as error:
-        said = f"{folder} cannot be written ({error.strerror}); free some space or choose another folder of the runs"
-        raise InputError(said) from error
-
-
-def _check_writable(folder: Path, what: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # a full disk still makes empty files
-    except OSError as error:
-        raise InputError(f"{what} {folder} cannot be written ({error.strerror}); choose or free another") from error
-
-
 def _lock(places: Places) -> Path:
     return places.root / "running.lock"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or none yet."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    lock = distil_runner.take_lock(path)
-    if lock is None:
-        return True
-    lock.close()
-    return False
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _reason(error: Exception) -> str:
-    said: Sequence[str] = str(getattr(error, "stderr", None) or error).strip().splitlines()
-    return said[-1] if said else type(error).__name__

@@ -6,9 +6,10 @@ UI. Standard library only; the same file is imported by the web UI for the lock.
 While training goes on, the lock file is held by this program and by the trainer, which inherits it. Whoever cannot get
 the lock knows that a run is alive, and that it is ours; a number from a file of process ids could be anybody's by now.
 
-FOLDER/job.json is read: {"command", "cwd", "lock", "result", "lora"}. Written beside it are pids.json when training has
-started, lora.json when the LoRA was handed over, {"lora", "error"}, which is long before the trainer has scored it, and
-exit.json at the end: {"code", "stopped", "lora", "error"}. A file `stop` is a wish to stop.
+FOLDER/job.json is read: {"command", "cwd", "lock"}, and {"result", "lora"} where a LoRA comes of it. Written beside it
+are pids.json when the command has started, lora.json when the LoRA was handed over, {"lora", "error"}, which is long
+before the trainer has scored it, and exit.json at the end: {"code", "stopped", "lora", "error"}. A file `stop` is a
+wish to stop.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def main(folder: Path) -> int:
     except OSError:  # a full disk; nobody could stop that trainer later
         child.kill()
         raise
-    code = _watch(child, folder, Path(job["result"]), Path(job["lora"]))
-    handed = _hand_over(folder, Path(job["result"]), Path(job["lora"])) if code == 0 else _handed(folder)
+    files = (Path(job["result"]), Path(job["lora"])) if "result" in job else None
+    code = _watch(child, folder, files)
+    handed = _hand_over(folder, *files) if code == 0 and files else _handed(folder)
     lora, mistake = handed.get("lora"), handed.get("error")
     stopped = (folder / "stop").exists()
     write(folder / "exit.json", {"code": code, "stopped": stopped, "lora": lora, "error": mistake})
@@ -98,28 +100,31 @@ def _wait_for_lock(path: Path) -> IO[bytes] | None:
     return lock
 
 
-def _watch(child: subprocess.Popen[bytes], folder: Path, result: Path, target: Path) -> int:
+def _watch(child: subprocess.Popen[bytes], folder: Path, files: tuple[Path, Path] | None) -> int:
     """Wait for the trainer; each new wish to stop is one more signal, for a second one makes it stop at once.
 
     The trainer puts a finished LoRA in place whole: a new one is handed over as soon as it is there.
     """
     heard, stop = 0, folder / "stop"
-    before = _version(result)
+    before = _version(files)
     while (code := child.poll()) is None:
         wishes = stop.stat().st_size if stop.exists() else 0
         if wishes > heard:
             heard = wishes
             interrupt(child.pid)
-        if (now := _version(result)) != before:
+        if files and (now := _version(files)) != before:
             before = now
-            _hand_over(folder, result, target)
+            _hand_over(folder, *files)
         time.sleep(0.3)
     return code
 
 
-def _version(file: Path) -> tuple[int, int] | None:
+def _version(files: tuple[Path, Path] | None) -> tuple[int, int] | None:
+    """Changes when a new result was put in place."""
+    if files is None:
+        return None
     try:
-        stat = file.stat()
+        stat = files[0].stat()
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_ino

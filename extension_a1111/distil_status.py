@@ -1,31 +1,26 @@
-"""How a run is doing, read from the files of its folder, and as HTML."""
+"""How a run is doing, read from the files of its folder."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from extension_a1111.distil import JOB, Places, current, is_running, read_json
-from extension_a1111.words import Say, english
+from extension_a1111.distil import JOB, Places, current, is_running
+from extension_a1111.distil_jobs import read_json
+from extension_a1111.distil_python import SETUP, is_made
 
 _TAIL = 512 * 1024  # bytes of a log that are read: the last thousands of steps
 _POINTS = 400  # of the curve
 _BAR = re.compile(r"(?P<label>[^\r\n|]*?):?\s*\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<total>\d+) \[(?P<rest>[^\]]*)\]")
-_STATES = {
-    "none": "No run yet.",
-    "running": "Running.",
-    "stopping": "Stopping: saving the state after this step.",
-    "stopped": "Stopped. It can be continued from here.",
-    "finished": "Finished.",
-    "failed": "Failed.",
-    "interrupted": "Ended without a word. It can be continued from the last saved state.",
-}
+_FETCHED = re.compile(r"(?:Downloading|Using cached|Collecting) (?:\S*/)?(\S+)")  # in what pip says
+_REPORT = "report.html"
+_SAMPLES = "samples"
+SHOWN = {"teacher": 25, "student": 4}
+"""Whose pictures are set side by side at the end, and of how many steps."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Status:
     """One look at a run."""
 
     state: str
-    """A key of `_STATES`."""
+    """none, running, stopping, stopped, finished, failed or interrupted; or making, of the trainer's Python."""
     name: str = ""
     label: str = ""
     """What is being counted: the cache, the training, the final table."""
@@ -44,6 +39,10 @@ class Status:
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss), thinned out."""
     preview: Path | None = None
+    """The newest pictures of a run that goes on."""
+    pairs: list[tuple[Path, Path]] = field(default_factory=list)
+    """At its end: the same prompt by teacher and student, with as many steps as in `SHOWN`."""
+    report: Path | None = None
     folder: str = ""
     """Where all files of the run are."""
     lora: str = ""
@@ -52,36 +51,57 @@ class Status:
 
 
 def look(places: Places) -> Status:
-    """The state of the last run."""
+    """The state of the trainer's Python while it is made, or when that failed; else that of the last run."""
+    setup = places.root / SETUP
+    if is_made(places.root):
+        return _read("making", setup)
+    if not places.python and read_json(setup / "exit.json").get("code", 0) != 0:
+        return _read("failed", setup)
     name = current(places)
     if name is None:
         return Status("none")
     run = places.root / name
     job = run / JOB
     ended, handed = read_json(job / "exit.json"), read_json(job / "lora.json")
-    state = _state(places, job, ended)
+    found = _read(_state(places, job, ended), job, ended.get("error") or handed.get("error") or "")
+    lora, report = ended.get("lora") or handed.get("lora") or "", run / _REPORT
+    return replace(
+        found,
+        name=name,
+        losses=read_losses(run / "run" / "log.jsonl"),
+        preview=max((run / "previews").glob("*.png"), default=None),
+        pairs=_pairs(run / _SAMPLES),
+        report=report if report.is_file() else None,
+        folder=str(run),
+        lora=lora if Path(lora).is_file() else "",
+    )
+
+
+def _read(state: str, job: Path, message: str = "") -> Status:
+    """What the log of a job says: its progress bar, and its last words where it has failed."""
     log = _tail(job / "run.log")
     bars = list(_BAR.finditer(log))
     bar = bars[-1] if bars else None
-    message = ended.get("error") or handed.get("error") or ""
     if state in ("failed", "interrupted") and not message:
         message = next((line.strip() for line in reversed(re.split(r"[\r\n]+", log)) if line.strip()), "")
+    fetched = _FETCHED.findall(log) if state == "making" else []
     return Status(
         state,
-        name,
         label=bar["label"].strip() if bar else "",
         done=int(bar["done"]) if bar else 0,
         total=int(bar["total"]) if bar else 0,
-        details=bar["rest"] if bar else "",
-        losses=read_losses(run / "run" / "log.jsonl"),
-        preview=max((run / "previews").glob("*.png"), default=None),
-        folder=str(run),
-        lora=ended.get("lora") or handed.get("lora") or "",
+        details=fetched[-1] if fetched else bar["rest"] if bar else "",
         message=message,
     )
 
 
-def _state(places: Places, job: Path, ended: dict) -> str:
+def _pairs(samples: Path) -> list[tuple[Path, Path]]:
+    """The trainer's pictures `samples/ROLE-STEPS-NUMBER.png` of those that are shown, where both are there."""
+    columns = [sorted(samples.glob(f"{role}-{steps:02d}-*.png")) for role, steps in SHOWN.items()]
+    return [(teacher, student) for teacher, student in zip(*columns, strict=False)]
+
+
+def _state(places: Places, job: Path, ended: dict[str, Any]) -> str:
     if is_running(places):
         return "stopping" if (job / "stop").exists() else "running"
     if not ended:
@@ -103,67 +123,6 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
     width = -(-len(rows) // _POINTS) or 1
     stretches = [rows[i : i + width] for i in range(0, len(rows), width)]
     return [(stretch[-1][0], sum(loss for _, loss in stretch) / len(stretch)) for stretch in stretches]
-
-
-def render(status: Status, say: Say = english) -> str:
-    """The status as HTML: one line in words, a bar, the curve of the loss, the last preview."""
-    title = f"<b>{escape(status.name)}</b> " if status.name else ""
-    # gradio fades what is being updated; every two seconds that is a flicker
-    parts = ["<style>#lcm_distil_view .pending {opacity: 1}</style>"]
-    parts += [f'<p class="lcm-state-{status.state}">{title}{escape(say(_STATES[status.state]))}</p>']
-    if status.lora:
-        parts.append(f"<p>{escape(say('LoRA: {path}', path=status.lora))}</p>")
-    if status.folder:
-        parts.append(f"<p>{escape(say('All files: {path}', path=status.folder))}</p>")
-    if status.message:
-        parts.append(f'<p class="error">{escape(status.message)}</p>')
-    if status.total:
-        parts.append(_bar(status, say))
-    if len(status.losses) > 1:
-        parts.append(_curve(status.losses, say))
-    if status.preview is not None:
-        parts.append(_picture(status.preview))
-    return "\n".join(parts)
-
-
-def _bar(status: Status, say: Say) -> str:
-    share = 100 * status.done / status.total
-    counted = {"done": status.done, "total": status.total, "details": status.details}
-    if status.label == "run":
-        said = say("step {done} of {total} ({details})", **counted)
-    else:
-        said = say("{label} {done} of {total} ({details})", label=status.label, **counted).strip()
-    return (
-        '<div style="background:rgba(128,128,128,.25);border-radius:4px;height:8px">'
-        f'<div style="background:#3b82f6;border-radius:4px;height:8px;width:{share:.1f}%"></div></div>'
-        f"<p>{escape(said)}</p>"
-    )
-
-
-def _curve(losses: Sequence[tuple[int, float]], say: Say, width: int = 640, height: int = 160) -> str:
-    """The loss over the steps as SVG."""
-    first, last = losses[0][0], losses[-1][0]
-    low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
-    spread = high - low or 1.0
-    points = " ".join(
-        f"{(step - first) / max(last - first, 1) * width:.1f},{(high - loss) / spread * height:.1f}"
-        for step, loss in losses
-    )
-    return (
-        f'<svg viewBox="-4 -16 {width + 8} {height + 36}" style="max-width:{width}px;width:100%" role="img">'
-        f"<title>{escape(say('loss, steps {first} to {last}', first=first, last=last))}</title>"
-        f'<polyline points="{points}" fill="none" stroke="#3b82f6" stroke-width="1.5"/>'
-        f'<g fill="currentColor" font-size="11"><text y="-4">{escape(say("loss {loss}", loss=f"{high:.4g}"))}</text>'
-        f'<text y="{height + 14}">{low:.4g}</text>'
-        f'<text x="{width}" y="{height + 14}" text-anchor="end">'
-        f"{escape(say('step {last}', last=last))}</text></g></svg>"
-    )
-
-
-def _picture(path: Path) -> str:
-    """The picture inside the page, which may not fetch files from outside of the web UI's folders."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(path.stem)}" style="max-width:100%">'
 
 
 def _tail(path: Path) -> str:

@@ -6,9 +6,13 @@ A host is asked for what it has and never for its name: forks mix the parts of t
 from __future__ import annotations
 
 import functools
+import inspect
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +123,22 @@ def prompts_of(p: Any) -> str:
 def negative_prompts_of(p: Any) -> str:
     """All negative prompts of a request, in one string; those of its styles are not counted as the user's."""
     return " ".join(_listed(p.negative_prompt))
+
+
+def torch_build() -> tuple[str, str]:
+    """The version of torch that is installed, and the index that the host's own installer takes torch from, if any."""
+    from modules import launch_utils
+
+    named = re.search(r"""['"]TORCH_INDEX_URL['"], ['"]([^'"]+)""", inspect.getsource(launch_utils))
+    return version("torch"), os.environ.get("TORCH_INDEX_URL") or (named[1] if named else "")
+
+
+def file_link(file: Path) -> str:
+    """The address under which the page may open a file, as it may those of its own pictures."""
+    from modules import ui_tempdir
+
+    ui_tempdir.register_tmp_file(shared.demo, str(file))
+    return f"file={file}"
 
 
 def say() -> Say:

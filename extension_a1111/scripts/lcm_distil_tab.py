@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from modules import paths, script_callbacks, sd_models, shared
 
-from extension_a1111 import distil, host
+from extension_a1111 import advice, distil, distil_page, distil_python, host
 from extension_a1111.distil import AUTO, EMOJI, PRESETS, Order, Places
-from extension_a1111.distil_status import look, render
+from extension_a1111.distil_status import look
 from extension_a1111.folders import LORA_OPTIONS, option_folders
 from lcm_core.errors import InputError
 
-SECTION = ("lcm_suite", "LCM Suite")
 _HELP = (
-    "Distils a checkpoint into an LCM-LoRA that paints in 2 to 8 steps. The trainer runs beside the web UI, in the "
-    "Python that **Settings > LCM Suite** names; it goes on when this page is closed. One run at a time. "
+    "Distils a checkpoint into an LCM-LoRA that paints in 2 to 8 steps. The trainer runs beside the web UI, in a "
+    "Python of its own: the one that **Settings > LCM Suite** names, or the one that a button below makes. It goes on "
+    "when this page is closed. One run at a time. "
     "Where video memory is short, first unload the checkpoint in **Settings > Actions**."
 )
+_SCRIPT = "script_txt2img_lcm_suite_lcm_suite"
+_USED = (
+    "txt2img_prompt",
+    "txt2img_sampling",
+    "txt2img_steps",
+    "txt2img_cfg_scale",
+    f"{_SCRIPT}_gamma",
+    f"{_SCRIPT}_original_steps",
+)
+"""What "Use this LoRA" fills in, in the order of `advice.offer`."""
+_page: dict[str, Any] = {}
 
 
 def places() -> Places:
@@ -29,14 +39,7 @@ def places() -> Places:
     root = shared.opts.data.get("lcm_suite_distil_folder") or str(Path(paths.data_path) / "outputs" / "lcm-distil")
     python = shared.opts.data.get("lcm_suite_distil_python") or ""
     loras = [*option_folders(shared.cmd_opts, *LORA_OPTIONS), Path(paths.models_path, "Lora").absolute()]
-    return Places(python.strip(), Path(root).absolute(), loras[0])
-
-
-def on_ui_settings() -> None:
-    python = shared.OptionInfo("", "Distillation: Python that has the trainer's packages (path)", section=SECTION)
-    folder = shared.OptionInfo("", "Distillation: folder of the runs (empty: outputs/lcm-distil)", section=SECTION)
-    shared.opts.add_option("lcm_suite_distil_python", python)
-    shared.opts.add_option("lcm_suite_distil_folder", folder)
+    return Places(python.strip() or distil_python.made_python(Path(root)), Path(root).absolute(), loras[0])
 
 
 def on_ui_tabs() -> list[tuple[Any, str, str]]:
@@ -45,19 +48,29 @@ def on_ui_tabs() -> list[tuple[Any, str, str]]:
             gr.Markdown(host.say()(_HELP))
             inputs = _inputs()
             with gr.Row():
+                foresee = gr.Button("Time and memory", elem_id="lcm_distil_plan")
                 go = gr.Button("Start distillation", variant="primary", elem_id="lcm_distil_start")
-                halt = gr.Button("Stop distillation", elem_id="lcm_distil_stop")
-                again = gr.Button("Continue distillation", elem_id="lcm_distil_continue")
+            with gr.Row():
+                halt = gr.Button("Stop distillation", interactive=False, elem_id="lcm_distil_stop")
+                again = gr.Button("Continue distillation", interactive=False, elem_id="lcm_distil_continue")
+                make = gr.Button("Make the trainer's Python", interactive=False, elem_id="lcm_distil_python")
         with gr.Column():
             said = gr.HTML(elem_id="lcm_distil_said")
+            use = gr.Button("Use this LoRA", interactive=False, elem_id="lcm_distil_use")
             view = gr.HTML(elem_id="lcm_distil_view")
             shown = gr.State("")
-            # javascript/lcm_suite_distil.js presses it, for a gradio timer exists in one of the two hosts only
+            # javascript/lcm_suite.js presses it, for a gradio timer exists in some of the hosts only
             refresh = gr.Button("Refresh the view", elem_id="lcm_distil_refresh", size="sm")
+        foresee.click(_answer(_plan), inputs=inputs, outputs=[said])
         go.click(_answer(_start), inputs=inputs, outputs=[said])
         halt.click(_answer(_stop), outputs=[said])
         again.click(_answer(_continue), outputs=[said])
-        refresh.click(_refresh, inputs=[shown], outputs=[view, shown], show_progress=False, queue=False)
+        make.click(_answer(_make_python), outputs=[said])
+        outputs = [view, shown, go, halt, again, make, use]
+        refresh.click(_refresh, inputs=[shown], outputs=outputs, show_progress=False, queue=False)
+        if len(_page) == len(_USED):
+            fields = [_page[name] for name in _USED]
+            use.click(_use, inputs=fields, outputs=[*fields, said], queue=False)
     return [(tab, "LCM Distil", "lcm_distil")]
 
 
@@ -82,8 +95,9 @@ def _inputs() -> list[Any]:
         batch = gr.Number(0, label="Pictures per training step", precision=0, elem_id="lcm_distil_batch")
         rate = gr.Number(0, label="Learning rate of the LoRA")
         rank = gr.Number(0, label="Rank of the LoRA", precision=0)
+    scored = gr.Checkbox(False, label="Measure teacher and student at the end (can take longer than the training)")
     more = gr.Textbox(label="More options of `python -m trainer distill`", elem_id="lcm_distil_more")
-    return [name, teacher, preset, data, prompts, steps, batch, rate, rank, more]
+    return [name, teacher, preset, data, prompts, steps, batch, rate, rank, scored, more]
 
 
 def _teachers() -> list[str]:
@@ -91,38 +105,85 @@ def _teachers() -> list[str]:
 
 
 def _answer(work: Callable[..., str]) -> Callable[..., str]:
-    """Show what `work` says, and mistakes as a message."""
+    """Show what `work` says, which is HTML, and mistakes as such."""
 
     def answer(*values: Any) -> str:
         try:
-            return f"<p>{escape(work(*values))}</p>"
+            return work(*values)
         except InputError as error:
-            return f'<p class="error">{escape(str(error))}</p>'
+            return distil_page.mistake(str(error))
 
     return answer
 
 
-def _start(name: str, teacher: str, *rest: Any) -> str:
+def _order(name: str, teacher: str, *rest: Any) -> Order:
     if teacher != EMOJI:
         known = sd_models.get_closet_checkpoint_match(teacher)
         teacher = known.filename if known else teacher
-    order = Order(name.strip(), teacher, *rest)
-    return host.say()("Started: {name}, preset {preset}.", name=distil.start(order, places()), preset=order.preset_name)
+    return Order(name.strip(), teacher, *rest)
+
+
+def _plan(*values: Any) -> str:
+    return distil_page.described(distil.plan(_order(*values), places()), host.say())
+
+
+def _start(*values: Any) -> str:
+    order = _order(*values)
+    words = "Started: {name}, preset {preset}."
+    return distil_page.said(host.say()(words, name=distil.start(order, places()), preset=order.preset_name))
 
 
 def _stop() -> str:
     distil.stop(places())
-    return host.say()("Asked to save and stop. Press again to stop at once.")
+    return distil_page.said(host.say()("Asked to save and stop. Press again to stop at once."))
 
 
 def _continue() -> str:
-    return host.say()("Continued: {name}.", name=distil.resume(places()))
+    return distil_page.said(host.say()("Continued: {name}.", name=distil.resume(places())))
 
 
-def _refresh(shown: str) -> tuple[Any, str]:
-    page = render(look(places()), host.say())
-    return (gr.update() if page == shown else page), page
+def _make_python() -> str:
+    distil_python.make_python(places().root, *host.torch_build())
+    return distil_page.said(host.say()("The trainer's Python is being made."))
 
 
-script_callbacks.on_ui_settings(on_ui_settings)
+def _use(prompt: str, *settings: Any) -> tuple[Any, ...]:
+    """The page's fields with the new LoRA in the prompt and what suits it."""
+    lora = Path(look(places()).lora)
+    if not lora.is_file():
+        return prompt, *settings, distil_page.mistake(f"{lora} is not there any more; distil it again")
+    tag = f"<lora:{lora.stem}:1>"
+    prompt = prompt if tag in prompt else f"{prompt} {tag}".strip()
+    *fitting, said = advice.offer(prompt, *settings)
+    return prompt, *fitting, said
+
+
+def _refresh(shown: str) -> tuple[Any, ...]:
+    """View and buttons, which are active where they do something; nothing where all is as it was."""
+    where = places()
+    status = look(where)
+    link = host.file_link(status.report) if status.report else ""
+    page = distil_page.render(status, host.say(), link)
+    is_idle = status.state not in ("running", "stopping", "making")
+    active = (
+        is_idle,
+        status.state in ("running", "stopping"),
+        status.state in ("stopped", "failed", "interrupted") and bool(status.name),
+        is_idle and not where.python,
+        bool(status.lora),
+    )
+    now = f"{active}{page}"
+    if now == shown:
+        return (gr.update(), now, *(gr.update() for _ in active))
+    return (page, now, *(gr.update(interactive=is_active) for is_active in active))
+
+
+def _remember(component: Any, **kwargs: Any) -> None:
+    """Keep the fields of the page for text to image, which are made before this tab."""
+    name = kwargs.get("elem_id") or ""
+    if name in _USED:
+        _page[name] = component
+
+
+script_callbacks.on_after_component(_remember)
 script_callbacks.on_ui_tabs(on_ui_tabs)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from modules import errors, script_callbacks, scripts, shared
 
-from extension_a1111 import advice, sampler
+from extension_a1111 import advice, host, sampler
 from extension_a1111.options import (
     AUTO_FIELD,
     GAMMA_FIELD,
@@ -22,6 +22,7 @@ from lcm_core.errors import InputError
 
 _WANTED = ("prompt", "sampling", "steps", "cfg_scale")
 _SECTION = ("lcm_suite", "LCM Suite")
+_HELP = "Both set sampler, steps and CFG where an LCM-LoRA or an LCM is in use."
 
 
 class LcmSuite(scripts.Script):
@@ -44,10 +45,10 @@ class LcmSuite(scripts.Script):
                 button = gr.Button("Use settings for few steps", elem_id=self.elem_id("lcm_suite_offer"))
                 auto = gr.Checkbox(
                     bool(shared.opts.data.get("lcm_suite_auto", False)),
-                    label="Apply automatically when an LCM-LoRA or an LCM is in use",
+                    label="Apply automatically",
                     elem_id=self.elem_id("lcm_suite_auto"),
                 )
-            said = gr.HTML(elem_id=self.elem_id("lcm_suite_said"))
+            said = gr.HTML(host.say()(_HELP), elem_id=self.elem_id("lcm_suite_said"))
             with gr.Row():
                 gamma = gr.Slider(
                     0, 1, Options.gamma, step=0.05, label=GAMMA_FIELD, elem_id=self.elem_id("lcm_suite_gamma")
@@ -98,6 +99,14 @@ def _add_settings() -> None:
         ("lcm_suite_steps", 4, "Steps to set", gr.Slider, {"minimum": 1, "maximum": 8, "step": 1}),
         ("lcm_suite_lora_cfg", 1.0, "CFG to set for an LCM-LoRA", gr.Slider, {"minimum": 1, "maximum": 2, "step": 0.1}),
         ("lcm_suite_full_cfg", 8.0, "CFG to set for a full LCM", gr.Slider, {"minimum": 2, "maximum": 14, "step": 0.5}),
+        (
+            "lcm_suite_distil_python",
+            "",
+            "Distillation: Python of the trainer (empty: the one made in the tab)",
+            None,
+            None,
+        ),
+        ("lcm_suite_distil_folder", "", "Distillation: folder of the runs (empty: outputs/lcm-distil)", None, None),
     ):
         shared.opts.add_option(name, shared.OptionInfo(default, label, component, span, section=_SECTION))
 

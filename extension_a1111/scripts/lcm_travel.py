@@ -20,12 +20,14 @@ from lcm_core.diffusion.interpolation import EASINGS, MODES, Frame, plan_frames
 from lcm_core.errors import InputError
 from lcm_core.pipeline.animation import check_animation, save_animation
 
-FORMATS = ["gif", "webp", *(["mp4"] if find_spec("av") else [])]
+HAS_VIDEO = find_spec("av") is not None
+FORMATS = ["gif", "webp", *(["mp4"] if HAS_VIDEO else [])]
 _HELP = (
     "One point a line: `a prompt`, `a prompt @ seed`, or `@ seed` for the main prompt with another seed. "
     "Extra networks such as `<lora:...>` belong into the main prompt. "
     "Prompt and all noise travel; samplers that draw noise in their own way (DPM++ SDE) mix the first noise only."
 )
+_NO_VIDEO_HELP = "MP4 files need the package `av` in the web UI's own Python: `pip install av`, then start anew."
 
 
 class LcmTravel(scripts.Script):
@@ -36,6 +38,8 @@ class LcmTravel(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         gr.Markdown(host.say()(_HELP))
+        if not HAS_VIDEO:
+            gr.Markdown(host.say()(_NO_VIDEO_HELP))
         points = gr.Textbox(
             label="Points of the travel",
             lines=4,

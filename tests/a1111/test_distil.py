@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from extension_a1111 import distil, distil_runner
+from extension_a1111 import distil, distil_jobs, distil_python, distil_runner
 from extension_a1111.distil import Order, Places, preset_for
-from extension_a1111.distil_status import Status, look, read_losses, render
+from extension_a1111.distil_page import render
+from extension_a1111.distil_status import Status, look, read_losses
 from lcm_core.errors import InputError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for Python is a shell script")
@@ -178,7 +179,7 @@ def test_a_run_outlives_the_host_and_can_still_be_stopped(places: Places) -> Non
     code = "import sys; from pathlib import Path; from extension_a1111 import distil\n"
     code += "distil.start(distil.Order('red', steps=9999), distil.Places(sys.argv[1], *map(Path, sys.argv[2:])))"
     words = [sys.executable, "-c", code, places.python, str(places.root), str(places.loras)]
-    subprocess.run(words, check=True, cwd=distil.REPOSITORY, timeout=60)
+    subprocess.run(words, check=True, cwd=distil_jobs.REPOSITORY, timeout=60)
     assert look(places).state == "running"
     pids = json.loads((places.root / "red" / "job" / "pids.json").read_text())
     os.kill(pids["runner"], signal.SIGKILL)
@@ -250,11 +251,11 @@ def test_python_without_packages_or_not_there_says_what_to_install(places: Place
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # no site-packages
     bare.chmod(0o755)
     with pytest.raises(InputError, match=r"lacks torch, diffusers.* -m pip install torch diffusers"):
-        distil.check_python(str(bare))
+        distil_python.check_python(str(bare))
     for nothing in ("", str(tmp_path / "none")):
-        with pytest.raises(InputError, match=r"make one with: python -m venv"):
-            distil.check_python(nothing)
-    distil.check_python(sys.executable)
+        with pytest.raises(InputError, match=r"Make the trainer's Python.*python -m venv"):
+            distil_python.check_python(nothing)
+    distil_python.check_python(sys.executable)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from extension_a1111.words import english, speaker
 ROOT = Path(__file__).parents[2]
 LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 FILES = sorted((ROOT / "extension_a1111").rglob("*.py"))
-NAMED = {"_HELP", "NOTHING", "_STATES", "words", "kind"}
+NAMED = {"_HELP", "_NO_VIDEO_HELP", "NOTHING", "_STATES", "words", "kind"}
 """Names of what is said later."""
 SPOKEN = {"Button", "say", "OptionInfo"}
 """Calls whose texts the user reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,13 @@ def wait_for_view(page: Any, text: str) -> None:
     )
 
 
+def wait_for_active(page: Any, *names: str) -> None:
+    """Wait until these buttons of the tab, and no others, can be pressed."""
+    script = """names => ["start", "stop", "continue", "python", "use"].every(
+        name => names.includes(name) !== document.querySelector(`#lcm_distil_${name}`).disabled)"""
+    page.wait_for_function(script, arg=list(names))
+
+
 def said(page: Any) -> str:
     return page.locator("#lcm_distil_said").inner_text()
 
@@ -165,14 +173,20 @@ def test_distil_starts_once_survives_a_reload_stops_and_finishes(webui: WebUI, p
     open_tab(page)
     teach(page, tmp_path / "pictures", "circles", steps=9999)  # too long to end by itself
     webui.call("/sdapi/v1/options", {"lcm_suite_distil_python": ""})
+    wait_for_active(page, "start", "python")
     page.click("#lcm_distil_start")
     page.wait_for_function("() => document.querySelector('#lcm_distil_said').innerText.includes('no Python')")
+    assert page.locator("#lcm_distil_said [role=alert]").count() == 1
     shoot(page, webui, "distil-no-python")
     webui.call("/sdapi/v1/options", {"lcm_suite_distil_python": sys.executable})
+    wait_for_active(page, "start")
+    page.click("#lcm_distil_plan")
+    page.wait_for_selector("#lcm_distil_said >> text=Memory at the peak")
+    assert "Preset: emoji" in said(page)
+    shoot(page, webui, "distil-plan")
     page.click("#lcm_distil_start")
     wait_for_view(page, "Running.")
-    page.click("#lcm_distil_start")
-    page.wait_for_function("() => document.querySelector('#lcm_distil_said').innerText.includes('is running already')")
+    wait_for_active(page, "stop")
     page.wait_for_selector("#lcm_distil_view img")  # the first preview
     shoot(page, webui, "distil-running")
     open_page(page, webui)  # the page is loaded anew
@@ -183,14 +197,86 @@ def test_distil_starts_once_survives_a_reload_stops_and_finishes(webui: WebUI, p
     shoot(page, webui, "distil-stopped")
     assert not list(webui.data.rglob("Lora/circles.safetensors"))
     page.wait_for_selector("#lcm_distil_view svg")  # the loss
+    wait_for_active(page, "start", "continue")
     page.click("#lcm_distil_continue")
     wait_for_view(page, "Running.")
+    wait_for_active(page, "stop")
     page.click("#lcm_distil_stop")
     wait_for_view(page, "Stopped.")
     teach(page, tmp_path / "pictures", "circles", steps=1)  # it has done more: what is left is to write the LoRA
     page.click("#lcm_distil_start")
     wait_for_view(page, "Finished.")
     shoot(page, webui, "distil-finished")
-    assert list(webui.data.rglob("Lora/circles.safetensors"))
-    painted = webui.paint(prompt="a red circle, noto style <lora:circles:1>", sampler_name="LCM Suite")
-    assert "circles" in painted.infotext
+    lora = next(webui.data.rglob("Lora/circles.safetensors"))
+    log = next(webui.data.rglob("circles/run/log.jsonl"))
+    assert lora.stat().st_mtime - log.stat().st_mtime < 5  # seconds after the last training step
+    page.wait_for_selector("#lcm_distil_view .lcm-pairs img")
+    assert "Teacher with 25 steps, student with 4 steps" in page.locator("#lcm_distil_view").inner_text()
+    with page.expect_response(lambda answer: "report.html" in answer.url) as report:
+        page.evaluate("() => fetch(document.querySelector('#lcm_distil_view a').href)")
+    assert report.value.ok
+    shoot(page, webui, "distil-pictures")
+
+
+def test_the_new_lora_is_taken_into_the_page(webui: WebUI, page: Any) -> None:
+    """After the run above: prompt, sampler, steps and CFG; and its picture names it."""
+    webui.load("emoji_teacher")
+    open_tab(page)
+    wait_for_active(page, "start", "use")
+    page.evaluate("() => switch_to_txt2img()")
+    fill(page, "#txt2img_prompt", "a red circle, noto style")
+    choose(page, "#txt2img_sampling", "Euler")
+    fill(page, "#txt2img_steps", 20)
+    fill(page, "#txt2img_cfg_scale", 7)
+    open_tab(page)
+    page.click("#lcm_distil_use")
+    page.wait_for_function("() => document.querySelector('#txt2img_steps input[type=number]').value === '4'")
+    page.wait_for_selector("#txt2img_generate:visible")
+    assert value_of(page, "#txt2img_prompt") == "a red circle, noto style <lora:circles:1>"
+    assert value_of(page, "#txt2img_sampling") == "LCM Suite"
+    assert value_of(page, "#txt2img_cfg_scale") == "1"
+    shoot(page, webui, "distil-used")
+    infotext = Image.open(io.BytesIO(generate(page)[0])).info["parameters"]
+    assert "circles" in infotext
+    assert "Sampler: LCM Suite" in infotext
+
+
+def test_only_what_the_sampler_reads_is_shown(webui: WebUI, page: Any) -> None:
+    page.evaluate("() => switch_to_txt2img()")
+    page.locator("[id$=txt2img_lcm_suite_lcm_suite] .label-wrap").first.click()
+    for sampler, gamma, grid in (("TCD Suite", True, True), ("LCM Suite", False, True), ("Euler", False, False)):
+        choose(page, "#txt2img_sampling", sampler)
+        page.wait_for_timeout(2 * SECOND)
+        sliders = [page.locator(f"[id$=txt2img_lcm_suite_lcm_suite_{name}]") for name in ("gamma", "original_steps")]
+        assert [slider.is_visible() for slider in sliders] == [gamma, grid], sampler
+
+
+NAMES = re.compile(
+    r"LCM|LoRA|TCD|CFG|MP4|GB|Web|UI|Suite|Python|python|trainer|distill|emoji|noto|auto|txt|lora|Extra|pip|install|av|"
+    r"DPM|SDE|sd|sdxl|gif|webp|mp4|linear|slerp|lerp|smooth|circles|safetensors|lcm|outputs"
+)
+"""What is the same in every language: names, and what is typed as it is."""
+
+
+@pytest.mark.parametrize(
+    ("language", "tab"), [("ko_KR", "LCM 증류"), ("ja_JP", "LCM 蒸留"), ("zh_CN", "LCM 蒸馏")], ids=["ko", "ja", "zh"]
+)
+def test_no_english_is_left_on_a_translated_page(webui: WebUI, page: Any, language: str, tab: str) -> None:
+    """Screenshots of both pages are kept to be looked at."""
+    webui.call("/sdapi/v1/options", {"localization": language})
+    webui.reload_ui()  # the texts of help are chosen when the page is built
+    open_page(page, webui)
+    accordion = page.locator("[id$=txt2img_lcm_suite_lcm_suite]").first
+    accordion.locator(".label-wrap").first.click()
+    choose(page, "#txt2img_sampling", "TCD Suite")
+    page.wait_for_timeout(2 * SECOND)
+    shoot(page, webui, f"accordion-{language}")
+    words = accordion.inner_text()
+    page.locator("#tabs > div button").filter(has_text=tab).first.click()
+    page.wait_for_selector("#lcm_distil_start:visible")
+    page.wait_for_timeout(5 * SECOND)
+    shoot(page, webui, f"distil-{language}")
+    words += page.locator("#tab_lcm_distil").inner_text()
+    found = set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\S*/\S*", "", words)))  # paths are names too
+    webui.call("/sdapi/v1/options", {"localization": "None"})
+    assert {word for word in found if not NAMES.fullmatch(word)} == set()

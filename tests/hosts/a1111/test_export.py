@@ -32,9 +32,9 @@ def euler(
 ) -> Image.Image:
     """The host's sampler "Euler" on its schedule "Uniform": timesteps 999, 666, 333 and 0. Forge rounds others."""
     m = load_model(model, "cpu", "float32", unet="teacher", lora=[(LORA, 1.0)] if lora else ())
-    sigmas = torch.cat([m.schedule.t_to_sigma(torch.linspace(999, 0, steps)).float(), torch.zeros(1)])
+    sigmas = torch.cat([m.diffusion.process.t_to_sigma(torch.linspace(999, 0, steps)).float(), torch.zeros(1)])
     cond, negative = m.encode([prompt], 64, 64), m.encode([NEGATIVE], 64, 64)
-    guided = guide(Denoiser(m.unet, m.schedule, m.prediction_type), cond, negative, guidance_scale, None)
+    guided = guide(Denoiser(m.unet, m.diffusion), cond, negative, guidance_scale, None)
     latents = sample_euler(guided, initial_noise([1], (4, 8, 8)) * sigmas[0], sigmas, disable=True)
     pixels = ((m.vae.decode(latents)[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1) * 255
     return Image.fromarray(pixels.numpy().astype(np.uint8))

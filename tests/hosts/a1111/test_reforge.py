@@ -1,4 +1,7 @@
-"""reForge, as far as it goes without a full-size model: the extension loads, and its noise process is understood."""
+"""reForge, which builds networks in their usual sizes only: a Stable Diffusion 1.5 of full size with random weights.
+
+Its pictures mean nothing, but must be the same everywhere. It takes 2 GB of disk and 10 GB of memory.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,22 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from webui_harness import ROOT, WebUI
+import torch
+from PIL import Image
+from webui_harness import ROOT, WebUI, difference, to_base64
+
+from lcm_core.files.checkpoint import Component, ModelInfo, save_single_file
+from lcm_core.files.lora import save_lora
+from lcm_core.pipeline import Pipeline
 
 pytestmark = pytest.mark.host
+PROMPT = "a lighthouse"
 PROCESSES = """
 import json, sys
 sys.argv = sys.argv[:1] + ["--always-cpu"]
@@ -25,6 +38,48 @@ made = {{kind.name: model_sampling(SD15({{}}), kind) for kind in kinds}}
 print()
 print(json.dumps({{name: [prediction_of(found), len(found.sigmas)] for name, found in made.items()}}))
 """
+_LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def make_checkpoints(folder: Path) -> None:
+    """`random` and `random_full`, which has a guidance embedding as well and shares the other weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    down = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    up = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    sizes: dict[str, Any] = {
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": (320, 640, 1280, 1280),
+    }
+    unet = UNet2DConditionModel(**sizes, cross_attention_dim=768, attention_head_dim=8).half()
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2).half()
+    text_sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **text_sizes)).half()
+    components = {
+        "unet": Component(unet.state_dict(), dict(unet.config)),
+        "vae": Component(vae.state_dict(), dict(vae.config)),
+        "text_encoder": Component(text.state_dict(), text.config.to_dict()),
+    }
+    info = ModelInfo(family="sd1")
+    save_single_file(folder / "random.safetensors", components, info)
+    weights = {**components["unet"].tensors, "time_embedding.cond_proj.weight": torch.randn(320, 256).half() / 16}
+    components["unet"] = Component(weights, {**components["unet"].config, "time_cond_proj_dim": 256})
+    save_single_file(folder / "random_full.safetensors", components, info)
+
+
+def make_lora(file: Path) -> None:
+    """One layer of it, strong enough to be seen."""
+    torch.manual_seed(1)
+    down, up = torch.randn(4, 768), torch.randn(320, 4)
+    save_lora(
+        file,
+        {f"{_LAYER}.lora_down.weight": down, f"{_LAYER}.lora_up.weight": up, f"{_LAYER}.alpha": torch.tensor(4.0)},
+        "sd1",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +88,31 @@ def reforge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     if not path:
         pytest.skip("REFORGE_PATH is not set to a checkout of reForge")
     server = WebUI("REFORGE", Path(path), tmp_path_factory.mktemp("reforge"))
+    models = server.data / "models"
+    (models / "Stable-diffusion").mkdir(parents=True)
+    (models / "Lora").mkdir()
+    make_checkpoints(models / "Stable-diffusion")
+    make_lora(models / "Lora" / "lcm_few.safetensors")
     try:
         server.start()
         yield server
     finally:
         server.close()
+
+
+@lru_cache(maxsize=1)  # gigabytes each
+def pipeline(file: Path, tokenizer: Path, lora: Path | None = None) -> Pipeline:
+    loras = [] if lora is None else [(lora, 1.0)]
+    return Pipeline.load(file, device="cpu", dtype="float32", tokenizer=tokenizer, lora=loras)
+
+
+def reference(reforge: WebUI, name: str = "random", lora: str = "", **settings: Any) -> Image.Image:
+    models = reforge.data / "models"
+    file = models / "Lora" / f"{lora}.safetensors" if lora else None
+    words = reforge.checkout / "ldm_patched" / "modules" / "sd1_tokenizer"
+    pipe = pipeline(models / "Stable-diffusion" / f"{name}.safetensors", words, file)
+    given: dict[str, Any] = {"num_inference_steps": 4, "seed": 1, "width": 64, "height": 64, "sampler": "lcm"}
+    return pipe(settings.pop("prompt", PROMPT), settings.pop("negative_prompt", ""), **given | settings).images[0]
 
 
 def test_everything_is_loaded_and_listed(reforge: WebUI) -> None:
@@ -60,3 +135,53 @@ def test_its_own_noise_processes_are_understood(reforge: WebUI) -> None:
     assert found["V_PREDICTION"] == ["v_prediction", 1000]
     assert found["V_PREDICTION_EDM"][0] not in ("epsilon", "v_prediction")
     assert found["FLOW"][0] not in ("epsilon", "v_prediction")
+
+
+@pytest.mark.parametrize(("sampler", "guidance_scale", "batch"), [("LCM Suite", 1.0, 1), ("TCD Suite", 2.0, 2)])
+def test_samplers_paint_the_librarys_picture(reforge: WebUI, sampler: str, guidance_scale: float, batch: int) -> None:
+    reforge.load("random")
+    painted = reforge.paint(prompt=PROMPT, negative_prompt="fog", sampler_name=sampler, cfg_scale=guidance_scale)
+    assert painted.sampler == sampler
+    assert painted.timesteps == [999, 759, 499, 259]
+    assert painted.batches == [batch] * 4
+    settings = {"guidance_scale": guidance_scale, "sampler": sampler[:3].lower(), "negative_prompt": "fog"}
+    assert difference(painted.pictures[0], reference(reforge, **settings)) <= 1
+    assert np.asarray(painted.pictures[0]).std() > 2  # not blank
+
+
+def test_batch_travel_image_to_image_and_hires(reforge: WebUI) -> None:
+    """On their grids, and the batch and the travel with the pictures of their own seeds."""
+    reforge.load("random")
+    usual = {"prompt": PROMPT, "sampler_name": "LCM Suite"}
+    both = reforge.paint(**usual, batch_size=2).pictures[-2:]
+    second = reference(reforge, guidance_scale=1.0, seed=2)
+    assert difference(both[1], second) <= 1
+    args = ["@ 2", True, False, False, 2, 6, "linear", "slerp", []]
+    frames = reforge.paint(**usual, script_name="lcm latent travel", script_args=args).pictures
+    assert difference(frames[-1], second) <= 1
+    picture = {"init_images": [to_base64(Image.new("RGB", (64, 64), "orange"))], "denoising_strength": 0.5}
+    assert reforge.paint("img2img", **usual, **picture, steps=2).timesteps == [499, 259]
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 2}
+    painted = reforge.paint(**usual, **hires, denoising_strength=0.5, steps=1, hr_cfg=1)
+    assert painted.timesteps == [999, 499, 259]
+    assert painted.pictures[0].size == (128, 128)
+
+
+def test_a_lora_is_recognised_and_painted_with(reforge: WebUI) -> None:
+    reforge.load("random")
+    auto = {"LCM Suite": {"args": [True]}}
+    prompt = f"{PROMPT}<lora:lcm_few:1>"
+    painted = reforge.paint(prompt=prompt, sampler_name="Euler", steps=20, cfg_scale=7, alwayson_scripts=auto)
+    assert painted.sampler == "LCM Suite"
+    assert painted.batches == [1] * 4
+    wanted = reference(reforge, lora="lcm_few", guidance_scale=1.0)
+    assert difference(painted.pictures[0], wanted) <= 1
+    assert difference(wanted, reference(reforge, guidance_scale=1.0)) > 1
+
+
+def test_a_full_lcm_takes_the_cfg_slider_as_embedding(reforge: WebUI) -> None:
+    reforge.load("random_full")
+    painted = reforge.paint(prompt=PROMPT, negative_prompt="fog", sampler_name="LCM Suite", cfg_scale=5)
+    assert painted.batches == [1] * 4
+    assert "reads no negative prompt" in painted.said
+    assert difference(painted.pictures[0], reference(reforge, "random_full", guidance_scale=5.0)) <= 1

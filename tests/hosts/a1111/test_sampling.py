@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from pathlib import Path
 
@@ -197,50 +196,6 @@ def test_original_steps(webui: WebUI) -> None:
     scheduler.set_timesteps(4)
     check(painted, "LCM Suite", scheduler.timesteps.tolist(), 1)
     assert "LCM original steps: 100" in painted.infotext
-
-
-def test_infotext_gives_the_picture_again(webui: WebUI) -> None:
-    """Pasted back, without a word about gamma, sampler or steps."""
-    if not webui.takes_infotext:
-        pytest.skip("this web UI's interface fails on any infotext")
-    webui.load("emoji_lcm")
-    first = webui.paint(
-        sampler_name="TCD Suite", steps=5, cfg_scale=3, alwayson_scripts={"LCM Suite": {"args": [False, 0.7, 100]}}
-    )
-    again = webui.paint(infotext=first.infotext)
-    assert again.infotext == first.infotext
-    assert again.calls == first.calls
-    assert difference(again.pictures[0], first.pictures[0]) == 0
-
-
-def test_every_setting_comes_back(webui: WebUI) -> None:
-    """Random settings on a plain model, a LoRA and a full LCM: pasted back, the same picture to the last bit."""
-    if not webui.takes_infotext:
-        pytest.skip("this web UI's interface fails on any infotext")
-    chance = random.Random(0)
-    for checkpoint, prompt in (
-        ("emoji_teacher", ""),
-        ("emoji_teacher", "<lora:emoji_lcm_lora:0.8>"),
-        ("emoji_lcm", ""),
-    ):
-        webui.load(checkpoint)
-        for _ in range(8):
-            args = [False, chance.choice([0.0, 0.3, 0.85]), chance.choice([20, 50, 100])]
-            settings = {
-                "prompt": f"{PROMPT} {prompt}",
-                "negative_prompt": chance.choice(["", NEGATIVE]),
-                "sampler_name": chance.choice(["LCM Suite", "TCD Suite"]),
-                "steps": chance.randint(1, 9),
-                "cfg_scale": chance.choice([1, 1.5, 4]),
-                "seed": chance.randrange(2**32),
-                "subseed_strength": chance.choice([0, 0.4]),
-                "subseed": 5,
-                "alwayson_scripts": {"LCM Suite": {"args": args}},
-                "override_settings": {"eta_noise_seed_delta": chance.choice([0, 31337])},
-            }
-            first = webui.paint(**settings)
-            again = webui.paint(infotext=first.infotext)
-            assert difference(again.pictures[0], first.pictures[0]) == 0, first.infotext
 
 
 def test_noise_seed_delta_is_in_the_infotext(webui: WebUI) -> None:

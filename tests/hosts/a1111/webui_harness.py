@@ -44,6 +44,10 @@ _SETTINGS = {  # noise as everywhere, no downloads for previews, and no second c
     "samples_save": False,
     "grid_save": False,
     "sd_checkpoint_cache": 0,
+    "CLIP_stop_at_last_layers": 1,  # Neo starts with 2
+    "eta_noise_seed_delta": 0,  # what is not here keeps the value that a request has overridden
+    "sgm_noise_multiplier": False,
+    "s_min_uncond": 0,
     "VERSION_UID": "PY313",  # Neo waits for a key to be pressed where its settings are of an earlier version
 }
 _STARTED = "Startup time:"
@@ -65,8 +69,6 @@ class WebUI:
         self.data = data
         self.is_forge = (checkout / "modules_forge").is_dir()
         """Forge and what came of it: they have a CFG of their own for hires fix."""
-        self.takes_infotext = not self.is_forge
-        """Forge's interface fails on any: 'isinstance() argument 2 cannot be a parameterized generic'."""
         self.upscaler = "None" if kind == "NEO" else "Latent"
         """For hires fix; Neo has no latent one."""
         self.log = data / "webui.log"

@@ -1,7 +1,7 @@
-"""For tests: says what the U-Net was asked, and reloads the page."""
+"""For tests: says what the U-Net was asked and what a paste would fill in, reloads the page, repeats requests."""
 
 import torch
-from modules import script_callbacks, scripts, shared
+from modules import infotext_utils, script_callbacks, scripts, shared
 
 _NETWORKS = ("UNetModel", "IntegratedUNet2DConditionModel", "OpenAIWrapper")  # the last is around SDXL's UNetModel
 _calls = []
@@ -25,6 +25,7 @@ def _note(module, inputs):
 
 
 def _take():
+    torch.manual_seed(0)  # what the host draws an input picture's latents from, and no seed of a request sets
     taken = list(_calls)
     _calls.clear()
     return taken
@@ -39,9 +40,29 @@ def _reload():
     return {}
 
 
+def _paste(request: dict):
+    """What the page's button "Paste" fills in, by the ids of the components, and the settings that it overrides."""
+    params = infotext_utils.parse_generation_parameters(request["infotext"])
+    script_callbacks.infotext_pasted_callback(request["infotext"], params)
+    values = {}
+    for component, key, *_ in infotext_utils.paste_fields[request["tab"]]["fields"]:
+        value = key(params) if callable(key) else params.get(key)
+        if isinstance(value, dict):  # gr.update
+            value = value.get("value")
+        if value is None:
+            continue
+        kind = type(component.value)
+        if kind is not type(None) and not isinstance(value, kind):
+            value = value == "True" if kind is bool and isinstance(value, str) else kind(value)
+        values[str(component.elem_id)] = value
+    overridden = infotext_utils.get_override_settings(params)
+    return {"values": values, "settings": {name: value for _, name, value in overridden}}
+
+
 def _add_routes(demo, app):
     app.add_api_route("/probe/calls", _take, methods=["GET"])
     app.add_api_route("/probe/comments", _say, methods=["GET"])
+    app.add_api_route("/probe/paste", _paste, methods=["POST"])
     app.add_api_route("/probe/reload", _reload, methods=["GET"])
 
 

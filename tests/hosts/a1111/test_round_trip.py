@@ -1,0 +1,128 @@
+"""A picture always comes back: random settings, painted, pasted back from the infotext and painted again.
+
+LCM_SUITE_ROUND_TRIPS says how many settings are tried in each web UI (default 24). Setting number N is the same in
+every run, so that one that fails can be looked at alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+from PIL import Image
+from webui_harness import Painted, WebUI, difference, to_base64
+
+pytestmark = pytest.mark.host
+TRIPS = int(os.environ.get("LCM_SUITE_ROUND_TRIPS", "24"))
+MODELS = (("emoji_teacher", ""), ("emoji_teacher", " <lora:emoji_lcm_lora:0.8>"), ("emoji_lcm", ""))
+"""Plain, LoRA, full LCM: a checkpoint, and what the prompt ends with."""
+MODES = ("txt2img", "img2img", "hires", "inpaint")
+PROMPTS = ("a slice of pizza, noto style", "a (green:1.3) pear, twemoji style", "[a fox:a cat:0.5] AND a face :0.4")
+FIELDS = {
+    "prompt": "prompt",
+    "neg_prompt": "negative_prompt",
+    "sampling": "sampler_name",
+    "scheduler": "scheduler",
+    "steps": "steps",
+    "cfg_scale": "cfg_scale",
+    "seed": "seed",
+    "subseed": "subseed",
+    "subseed_strength": "subseed_strength",
+    "width": "width",
+    "height": "height",
+    "denoising_strength": "denoising_strength",
+    "hr-checkbox": "enable_hr",
+    "hr-visible-checkbox": "enable_hr",
+    "hr_scale": "hr_scale",
+    "hr_upscaler": "hr_upscaler",
+    "hires_steps": "hr_second_pass_steps",
+    "hr_cfg": "hr_cfg",
+}
+"""Name in a request for the id of each of the page's components, which begins with the tab's name."""
+
+
+def random_settings(chance: random.Random, mode: str, lora: str, upscaler: str) -> dict[str, Any]:
+    """One request, without its input pictures."""
+    settings: dict[str, Any] = {
+        "prompt": chance.choice(PROMPTS) + lora,
+        "negative_prompt": chance.choice(["", "a face, noto style"]),
+        "sampler_name": chance.choice(["LCM Suite", "TCD Suite"]),
+        "scheduler": chance.choice(["Automatic", "LCM Skip", "Karras"]),
+        "steps": chance.randint(1, 12),
+        "cfg_scale": chance.choice([1, 1.5, 2, 4.5, 8]),
+        "seed": chance.randrange(2**32),
+        "subseed": chance.randrange(2**32),
+        "subseed_strength": chance.choice([0, 0, 0.35, 1]),
+        "width": chance.choice([64, 72, 128]),
+        "height": chance.choice([64, 96]),
+        "alwayson_scripts": {"LCM Suite": {"args": _args(chance)}},
+        "override_settings": _options(chance),
+    }
+    if mode == "hires":
+        settings |= {"enable_hr": True, "hr_scale": chance.choice([1.5, 2]), "hr_upscaler": upscaler}
+        settings |= {"hr_second_pass_steps": chance.choice([0, 2, 20])}
+    if mode != "txt2img":
+        settings["denoising_strength"] = chance.choice([0.01, 0.25, 0.5, 0.77, 1])
+    return settings
+
+
+def _args(chance: random.Random) -> list[Any]:
+    return [chance.random() < 0.2, round(chance.random(), 2), chance.choice([8, 20, 50, 50, 100, 200])]
+
+
+def _options(chance: random.Random) -> dict[str, Any]:
+    """Of the host's own, those that change what our samplers paint."""
+    options: dict[str, Any] = {"eta_noise_seed_delta": chance.choice([0, 1, 31337])}
+    options["CLIP_stop_at_last_layers"] = chance.choice([1, 1, 2])
+    options["sgm_noise_multiplier"] = chance.random() < 0.3
+    options["s_min_uncond"] = chance.choice([0, 0, 3])
+    return options
+
+
+def inputs(mode: str) -> dict[str, Any]:
+    """What no infotext holds: pictures, and how the mask is to be read."""
+    if mode not in ("img2img", "inpaint"):
+        return {}
+    picture = Image.new("RGB", (96, 96), "white")
+    picture.paste("red", (16, 24, 70, 60))
+    given: dict[str, Any] = {"init_images": [to_base64(picture)]}
+    if mode == "inpaint":
+        mask = Image.new("L", (96, 96), 0)
+        mask.paste(255, (0, 0, 48, 96))
+        given |= {"mask": to_base64(mask), "mask_blur": 4, "inpainting_fill": 1, "inpaint_full_res": False}
+    return given
+
+
+def pasted(webui: WebUI, tab: str, infotext: str) -> dict[str, Any]:
+    """The request that the page sends after this infotext was pasted into it."""
+    filled = webui.call("/probe/paste", {"tab": tab, "infotext": infotext})
+    values = {name.removeprefix(f"{tab}_"): value for name, value in filled["values"].items()}
+    args = [values[f"script_{tab}_lcm_suite_lcm_suite_{name}"] for name in ("auto", "gamma", "original_steps")]
+    return {
+        **{FIELDS[name]: value for name, value in values.items() if name in FIELDS},
+        "alwayson_scripts": {"LCM Suite": {"args": args}},
+        "override_settings": filled["settings"],
+    }
+
+
+def paint_twice(webui: WebUI, number: int, lora: str) -> tuple[Painted, Painted]:
+    chance = random.Random(number)
+    mode = MODES[chance.randrange(len(MODES))]
+    tab = "img2img" if mode in ("img2img", "inpaint") else "txt2img"
+    first = webui.paint(tab, **random_settings(chance, mode, lora, webui.upscaler), **inputs(mode))
+    return first, webui.paint(tab, **pasted(webui, tab, first.infotext), **inputs(mode))
+
+
+@pytest.mark.parametrize(("checkpoint", "lora"), MODELS, ids=["plain", "lora", "full"])
+def test_pasted_back_it_is_the_same_picture(webui: WebUI, checkpoint: str, lora: str) -> None:
+    webui.load(checkpoint)
+    numbers = range(MODELS.index((checkpoint, lora)), TRIPS, len(MODELS))
+    differing = {}
+    for number in numbers:
+        first, again = paint_twice(webui, number, lora)
+        same_size = first.pictures[0].size == again.pictures[0].size
+        if not same_size or difference(first.pictures[0], again.pictures[0]):
+            differing[number] = (first.infotext, again.infotext)
+    assert differing == {}
