@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lcm_core.networks.unet import set_attention
+from trainer.cuda_graphs import graphed
 from trainer.data.prefetch import Prefetch
 from trainer.loop import LoopConfig, step_generator, train
 from trainer.recipes.emoji import Network
@@ -71,10 +72,7 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
         pixels = to_unit(random_pieces(drawings, seen, config, width, generator))
         return pixels, torch.randn(len(pixels), 4, width // 8, width // 8, generator=generator)
 
-    batches = Prefetch(draw, config.steps, workers)
-
-    def loss_fn(step: int, _: torch.Generator) -> Tensor:
-        pixels, noise = (tensor.to(device) for tensor in batches(step))
+    def vae_loss(pixels: Tensor, noise: Tensor) -> Tensor:
         with autocast(device):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -86,7 +84,8 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
             with (folder / "psnr.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
 
-    train(vae, loss_fn, config, folder, ema, watch)
+    batches, loss = Prefetch(draw, config.steps, workers), graphed(vae_loss, vae.parameters(), device)
+    train(vae, lambda step, _: loss(*batches(step)), config, folder, ema, watch)
     return normalise_latents(ema, drawings.on_white(seen), device)
 
 
@@ -115,17 +114,15 @@ def train_tiny_vae(
     def draw(step: int) -> Tensor:
         return to_unit(random_pieces(drawings, seen, config, size // 2, step_generator(config.seed, step)))
 
-    batches = Prefetch(draw, config.steps, workers)
-
-    def loss_fn(step: int, _: torch.Generator) -> Tensor:
-        pixels = batches(step).to(device)
+    def tiny_loss(pixels: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device):
             latents = vae.encode(pixels).latent_dist.mean.float() * SCALING_FACTOR
         with autocast(device):
             encoded, decoded = tiny.encode(pixels).latents, tiny.decode(latents).sample
         return reconstruction_loss(decoded.float(), pixels) + F.l1_loss(encoded.float(), latents)
 
-    train(tiny, loss_fn, config, folder, ema)
+    batches, loss = Prefetch(draw, config.steps, workers), graphed(tiny_loss, tiny.parameters(), device)
+    train(tiny, lambda step, _: loss(batches(step)), config, folder, ema)
     return ema
 
 

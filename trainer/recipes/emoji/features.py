@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
+from trainer.cuda_graphs import graphed
 from trainer.data.prefetch import Prefetch
 from trainer.loop import LoopConfig, step_generator, train
 from trainer.recipes.emoji.autoencoder import to_unit
@@ -77,17 +78,15 @@ def train_features(
         chosen = torch.randint(len(codes), (config.batch_size,), generator=generator)
         return disturb(to_unit(drawings.on_white(numbers[chosen])), generator), codes[chosen], styles[chosen]
 
-    batches = Prefetch(draw, config.steps, workers)
-
-    def loss_fn(step: int, _: torch.Generator) -> Tensor:
-        pixels, code, style = (tensor.to(device) for tensor in batches(step))
+    def naming_loss(pixels: Tensor, code: Tensor, style: Tensor) -> Tensor:
         with autocast(device):
             features = network["features"](pixels)
             guesses = network["emoji"](features), network["style"](features)
         loss = F.cross_entropy(guesses[0].float(), code, label_smoothing=0.1)
         return loss + F.cross_entropy(guesses[1].float(), style)
 
-    train(network, loss_fn, config, folder, ema)
+    batches, loss = Prefetch(draw, config.steps, workers), graphed(naming_loss, network.parameters(), device)
+    train(network, lambda step, _: loss(*batches(step)), config, folder, ema)
     features = ema["features"]
     assert isinstance(features, FeatureNetwork)
     return features

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.networks.unet import set_attention
+from trainer.cuda_graphs import graphed
 from trainer.data.prefetch import Prefetch
 from trainer.loop import LoopConfig, step_generator, train
 from trainer.recipes.emoji import Network
@@ -69,8 +70,11 @@ def train_teacher(
         count = max(1, round(config.batch_size * (data.smallest / size) ** 2))
         return add_noise(*data.batch(count, size, generator, CAPTION_DROPOUT), generator)
 
-    batches = Prefetch(draw, config.steps, workers)
-    train(model, lambda step, _: diffusion_loss(predict, batches(step), device), config, folder, ema)
+    def loss_of(*tensors: Tensor) -> Tensor:
+        return diffusion_loss(predict, NoisedBatch(*tensors), device)
+
+    batches, loss = Prefetch(draw, config.steps, workers), graphed(loss_of, model.parameters(), device)
+    train(model, lambda step, _: loss(*batches(step)), config, folder, ema)
     return dict(ema.items())
 
 
