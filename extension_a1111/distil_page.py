@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -23,6 +24,15 @@ _STATES = {
     "failed": "Failed.",
     "interrupted": "Ended without a word. It can be continued from the last saved state.",
 }
+_LABELS = (
+    "reading the data once",
+    "checking cached latents",
+    "checking cached text",
+    "caching latents",
+    "caching text",
+)
+"""What the trainer counts before it trains."""
+_MEASURED = re.compile(r"loss (?P<loss>[^,]*), (?P<speed>[^,]*) images/s, peak (?P<memory>[^,]*) GB")
 _WRONG = "border-left:4px solid #dc2626;background:rgba(220,38,38,.12);padding:.5em .8em;border-radius:4px"
 _SAMPLE_PIXELS, _PREVIEW_PIXELS = 192, 1024  # the longer side of pictures inside the page
 
@@ -84,11 +94,14 @@ def render(status: Status, say: Say = english, report: str = "") -> str:
 
 def _bar(status: Status, say: Say) -> str:
     share = 100 * status.done / status.total
-    counted = {"done": status.done, "total": status.total, "details": status.details}
+    words = "loss {loss}, {speed} pictures a second, {memory} GB at the peak"
+    details = _MEASURED.sub(lambda found: say(words, **found.groupdict()), status.details)
+    counted = {"done": status.done, "total": status.total, "details": details}
     if status.label == "run":
         said = say("step {done} of {total} ({details})", **counted)
     else:
-        said = say("{label} {done} of {total} ({details})", label=status.label, **counted).strip()
+        label = say(status.label) if status.label in _LABELS else status.label
+        said = say("{label} {done} of {total} ({details})", label=label, **counted).strip()
     return (
         '<div style="background:rgba(128,128,128,.25);border-radius:4px;height:8px">'
         f'<div style="background:#3b82f6;border-radius:4px;height:8px;width:{share:.1f}%"></div></div>'

@@ -16,6 +16,7 @@ from extension_a1111 import distil, distil_python, distil_runner, distil_setup
 from extension_a1111.distil import Order, Places
 from extension_a1111.distil_page import described, mistake, render
 from extension_a1111.distil_status import Status, look
+from extension_a1111.words import speaker
 from lcm_core.errors import InputError
 from trainer import estimate
 
@@ -129,6 +130,17 @@ def test_what_is_being_fetched_is_shown(tmp_path: Path) -> None:
     lock.close()
     assert (status.state, status.done, status.total, status.details) == ("making", 1, 3, "torch-2.whl")
     assert "torch 1 of 3 (torch-2.whl)" in render(status)
+
+
+def test_what_the_trainer_counts_is_said_in_the_language_of_the_page() -> None:
+    """Its own log is English."""
+    counted = {"done": 2, "total": 9, "details": "00:01<00:09, 3.1it/s, loss 0.1234, 5.2 images/s, peak 1.50 GB"}
+    pages = [
+        render(Status("running", "red", label=label, **counted), speaker("ko_KR")) for label in ("run", "caching text")
+    ]
+    for page in pages:
+        assert "손실 0.1234, 초당 5.2장, 최대 1.50 GB" in page
+        assert not re.search(r"loss|images|peak|caching", page)
 
 
 def test_the_end_shows_25_steps_of_the_teacher_beside_4_of_the_student(places: Places) -> None:

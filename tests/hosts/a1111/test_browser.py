@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,73 +12,32 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 from webui_harness import WebUI, difference
+from webui_page import (
+    SECOND,
+    browser_page,
+    choose,
+    fill,
+    generate,
+    open_page,
+    open_tab,
+    said,
+    shoot,
+    value_of,
+    wait_for_active,
+    wait_for_view,
+)
 
 from lcm_core.pipeline import Pipeline
 
 pytestmark = pytest.mark.host
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 PIZZA = "a slice of pizza, noto style"
-SECOND = 1000
-PATIENCE = 300 * SECOND
 
 
 @pytest.fixture(scope="module")
 def page(webui: WebUI) -> Iterator[Any]:
-    """The web UI's page, loaded and ready. Screenshots go to `screenshots` beside the web UI's log."""
-    if not CHROMIUM:
-        pytest.skip("no chromium was found; name one in CHROMIUM")
     webui.load("emoji_lcm")
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1400, "height": 1300})
-        opened.set_default_timeout(PATIENCE)
-        open_page(opened, webui)
+    with browser_page(webui) as opened:
         yield opened
-        browser.close()
-
-
-def open_page(page: Any, webui: WebUI) -> None:
-    page.goto(f"http://127.0.0.1:{webui.port}", timeout=PATIENCE)
-    page.wait_for_selector("#txt2img_generate", timeout=PATIENCE)
-    page.wait_for_function("typeof onUiLoaded !== 'undefined' && uiCurrentTab !== null")
-    page.wait_for_timeout(5 * SECOND)  # the page goes on filling itself in
-
-
-def shoot(page: Any, webui: WebUI, name: str) -> None:
-    folder = webui.data / "screenshots"
-    folder.mkdir(exist_ok=True)
-    page.screenshot(path=folder / f"{name}.png")
-
-
-def choose(page: Any, selector: str, value: str) -> None:
-    """In a dropdown."""
-    box = page.locator(f"{selector} input").first
-    box.click()
-    box.fill(value)
-    page.click(f'[data-testid=dropdown-option][aria-label="{value}"]')
-
-
-def fill(page: Any, selector: str, value: object) -> None:
-    box = page.locator(f"{selector} textarea, {selector} input[type=number], {selector} input[type=text]").first
-    box.fill(str(value))
-    box.dispatch_event("change")
-    box.blur()
-
-
-def generate(page: Any) -> list[bytes]:
-    """Press the button, and wait for new pictures."""
-    gallery = "#txt2img_gallery img"
-    before = page.evaluate(f"() => [...document.querySelectorAll({gallery!r})].map(i => i.src).join()")
-    page.click("#txt2img_generate")
-    page.wait_for_function(
-        f"before => {{ const now = [...document.querySelectorAll({gallery!r})].map(i => i.src).join();"
-        " return now && now !== before; }",
-        arg=before,
-    )
-    page.wait_for_timeout(2 * SECOND)
-    sources = page.evaluate(f"() => [...new Set([...document.querySelectorAll({gallery!r})].map(i => i.src))]")
-    return [page.request.get(source).body() for source in sources]
 
 
 def set_up(page: Any, sampler: str = "LCM Suite") -> None:
@@ -88,10 +45,6 @@ def set_up(page: Any, sampler: str = "LCM Suite") -> None:
     choose(page, "#txt2img_sampling", sampler)
     for name, value in (("steps", 3), ("width", 64), ("height", 64), ("cfg_scale", 2), ("seed", 5)):
         fill(page, f"#txt2img_{name}", value)
-
-
-def value_of(page: Any, selector: str) -> str:
-    return page.locator(f"{selector} input, {selector} textarea").first.input_value()
 
 
 def test_pick_generate_and_paste_back(webui: WebUI, page: Any) -> None:
@@ -145,30 +98,6 @@ def teach(page: Any, folder: Path, name: str, steps: int) -> None:
     fill(page, "#lcm_distil_more", "--samples 0 --preview-every 5 --save-every 1 --device cpu")
 
 
-def open_tab(page: Any) -> None:
-    page.get_by_role("tab", name="LCM Distil").or_(
-        page.locator("#tabs > div > button:text-is('LCM Distil')")
-    ).first.click()
-    page.wait_for_selector("#lcm_distil_start:visible")
-
-
-def wait_for_view(page: Any, text: str) -> None:
-    page.wait_for_function(
-        "text => document.querySelector('#lcm_distil_view').innerText.includes(text)", arg=text, timeout=2 * PATIENCE
-    )
-
-
-def wait_for_active(page: Any, *names: str) -> None:
-    """Wait until these buttons of the tab, and no others, can be pressed."""
-    script = """names => ["start", "stop", "continue", "python", "use"].every(
-        name => names.includes(name) !== document.querySelector(`#lcm_distil_${name}`).disabled)"""
-    page.wait_for_function(script, arg=list(names))
-
-
-def said(page: Any) -> str:
-    return page.locator("#lcm_distil_said").inner_text()
-
-
 def test_distil_starts_once_survives_a_reload_stops_and_finishes(webui: WebUI, page: Any, tmp_path: Path) -> None:
     open_tab(page)
     teach(page, tmp_path / "pictures", "circles", steps=9999)  # too long to end by itself
@@ -176,7 +105,7 @@ def test_distil_starts_once_survives_a_reload_stops_and_finishes(webui: WebUI, p
     wait_for_active(page, "start", "python")
     page.click("#lcm_distil_start")
     page.wait_for_function("() => document.querySelector('#lcm_distil_said').innerText.includes('no Python')")
-    assert page.locator("#lcm_distil_said [role=alert]").count() == 1
+    assert page.locator("#lcm_distil_said [role=alert]").first.is_visible()
     shoot(page, webui, "distil-no-python")
     webui.call("/sdapi/v1/options", {"lcm_suite_distil_python": sys.executable})
     wait_for_active(page, "start")
@@ -211,7 +140,7 @@ def test_distil_starts_once_survives_a_reload_stops_and_finishes(webui: WebUI, p
     log = next(webui.data.rglob("circles/run/log.jsonl"))
     assert lora.stat().st_mtime - log.stat().st_mtime < 5  # seconds after the last training step
     page.wait_for_selector("#lcm_distil_view .lcm-pairs img")
-    assert "Teacher with 25 steps, student with 4 steps" in page.locator("#lcm_distil_view").inner_text()
+    assert "Teacher with 25 steps, student with 4 steps" in page.locator("#lcm_distil_view").first.inner_text()
     with page.expect_response(lambda answer: "report.html" in answer.url) as report:
         page.evaluate("() => fetch(document.querySelector('#lcm_distil_view a').href)")
     assert report.value.ok

@@ -5,9 +5,11 @@ Its pictures mean nothing, but must be the same everywhere. It takes 2 GB of dis
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from webui_harness import ROOT, WebUI, difference, to_base64
+from webui_page import browser_page, choose, fill, generate, open_tab, said, shoot, value_of, wait_for_active
 
 from lcm_core.files.checkpoint import Component, ModelInfo, save_single_file
 from lcm_core.files.lora import save_lora
@@ -185,3 +188,28 @@ def test_a_full_lcm_takes_the_cfg_slider_as_embedding(reforge: WebUI) -> None:
     assert painted.batches == [1] * 4
     assert "reads no negative prompt" in painted.said
     assert difference(painted.pictures[0], reference(reforge, "random_full", guidance_scale=5.0)) <= 1
+
+
+def test_in_the_browser(reforge: WebUI) -> None:
+    """Generate, and the tab with its plan; the controls that the sampler reads alone are shown."""
+    reforge.load("random")
+    reforge.call("/sdapi/v1/options", {"lcm_suite_distil_python": sys.executable})
+    with browser_page(reforge) as page:
+        fill(page, "#txt2img_prompt", PROMPT)
+        choose(page, "#txt2img_sampling", "LCM Suite")
+        for name, value in (("steps", 2), ("width", 64), ("height", 64), ("cfg_scale", 1), ("seed", 1)):
+            fill(page, f"#txt2img_{name}", value)
+        picture = Image.open(io.BytesIO(generate(page)[0]))
+        assert "Sampler: LCM Suite" in picture.info["parameters"]
+        wanted = reference(reforge, guidance_scale=1.0, num_inference_steps=2)
+        assert difference(picture.convert("RGB"), wanted) <= 1
+        page.locator("[id$=txt2img_lcm_suite_lcm_suite] .label-wrap").first.click()
+        page.wait_for_selector("[id$=txt2img_lcm_suite_lcm_suite_original_steps]:visible")
+        assert not page.locator("[id$=txt2img_lcm_suite_lcm_suite_gamma]").is_visible()
+        assert value_of(page, "#txt2img_sampling") == "LCM Suite"
+        open_tab(page)
+        wait_for_active(page, "start")
+        page.click("#lcm_distil_plan")
+        page.wait_for_selector("#lcm_distil_said >> text=Memory at the peak")
+        assert "Preset: emoji" in said(page)
+        shoot(page, reforge, "distil-plan")
