@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +74,11 @@ def read_options(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> 
     given = dict(zip(_ARGS, args, strict=False)) | dict(axes or {})
     try:
         read = {name: _KINDS[name](value) for name, value in given.items() if value is not None}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"LCM Suite's args {list(args)} must be {names}: {error}") from error
     return Options(**read)
 
 
 def _check(name: str, value: float, lowest: float, highest: float) -> None:
-    if not (math.isfinite(value) and lowest <= value <= highest):
+    if not lowest <= value <= highest:  # which is also false for NaN
         raise InputError(f"{name} {value} is out of range; use {lowest:g} to {highest:g}")

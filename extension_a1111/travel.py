@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -53,13 +54,18 @@ def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> 
         if found := _NETWORK.search(line):
             raise InputError(f"the point {line!r} has {found[0]}; write it in the main prompt, for the whole journey")
         match = _SEED_AT_END.fullmatch(line)
-        words, number = (match[1].strip(), int(match[2])) if match else (line, seed)
-        if number > MAX_SEED:
-            raise InputError(f"the point {line!r} has a seed that is too large; use at most {MAX_SEED}")
+        words, number = (match[1].strip(), _read_seed(match[2], line)) if match else (line, seed)
         points.append(Point(words + networks if words else prompt, number))
     if len(points) < 2:
         raise InputError("a journey needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
     return points
+
+
+def _read_seed(digits: str, line: str) -> int:
+    with suppress(ValueError):  # Python reads no more than 4300 digits
+        if abs(number := int(digits)) <= MAX_SEED:
+            return number
+    raise InputError(f"the point {line[:200]!r} has a seed that is too large; use at most {MAX_SEED}")
 
 
 class TravelNoise:

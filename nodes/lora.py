@@ -85,8 +85,8 @@ class LCMLoraConvert(io.ComfyNode):
         lora, recommended = read_lora(path), _read_recommended(path)
         layers = {part: len(found) for part, found in lora.layers.items()}
         info = ", ".join(f"{count} layers of {part.replace('_', ' ')}" for part, count in layers.items())
-        if model is not None:
-            check_fit(lora, model)
+        if model is not None and (missing := check_fit(lora, model)):
+            info += f"; {len(missing)} of them are not in this model and are left out (first: '{missing[0]}')"
         state = to_kohya(lora)
         if model is not None or clip is not None:
             model, clip = comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
@@ -100,11 +100,11 @@ class LCMLoraConvert(io.ComfyNode):
         return io.NodeOutput(model, clip, lora_name)
 
 
-def check_fit(lora: Lora, model: Any) -> None:
-    """Refuse a LoRA that the host would load in part, or not at all, with no more than a line in its log.
+def check_fit(lora: Lora, model: Any) -> list[str]:
+    """The layers of a LoRA that a model does not have; the host leaves them out, with no more than a line in its log.
 
     Raises:
-        InputError: names the first layer that does not fit.
+        InputError: the LoRA is for another kind of model: none of its layers is in this one, or one has another shape.
     """
     import comfy.lora  # not a part of every host-like runtime
 
@@ -112,18 +112,19 @@ def check_fit(lora: Lora, model: Any) -> None:
     weights = model.model.state_dict()
     layers = lora.layers.get("unet", {})
     missing = [flat for flat in layers if f"lora_unet_{flat}" not in keys]
-    if missing:
+    if missing and len(missing) == len(layers):
         raise InputError(
-            f"{lora.name} is for another kind of model: {len(missing)} of its {len(layers)} layers are not in this one "
+            f"{lora.name} is for another kind of model: none of its {len(layers)} layers is in this one "
             f"(first: '{missing[0]}'); use a LoRA made for this kind of model"
         )
     for flat, layer in layers.items():
-        shape = tuple(weights[keys[f"lora_unet_{flat}"]].shape)
-        if not layer.fits(shape):
+        name = keys.get(f"lora_unet_{flat}")
+        if name is not None and not layer.fits(shape := tuple(weights[name].shape)):
             raise InputError(
                 f"{lora.name} is for another kind of model: its layer '{flat}' is for a weight of shape "
                 f"{layer.matrix_shape()}, this model's is {shape}; use a LoRA made for this kind of model"
             )
+    return missing
 
 
 def to_kohya(lora: Lora) -> dict[str, Tensor]:

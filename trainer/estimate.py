@@ -21,10 +21,11 @@ from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device
 from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
-from trainer.data.cache import open_data
+from trainer.data.cache import open_data, plan_cache
 from trainer.data.hashing import FileHashes
 from trainer.data.teacher import Teacher
 from trainer.distributed import Processes
+from trainer.inputs import check_inputs
 from trainer.memory import rehearsal
 from trainer.methods.method import Method, get_method
 from trainer.methods.shared import Networks
@@ -32,6 +33,7 @@ from trainer.report.page import read_log
 from trainer.report.sections import duration, size
 from trainer.scores import Scores, shown_steps
 from trainer.setup import examine, notes, say
+from trainer.state import has_state
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
 from trainer.validation import is_scored
 
@@ -59,6 +61,9 @@ class Plan:
 def print_plan(config: DistillConfig) -> None:
     """Check all that a run would check, and print its plan; see `make_plan`."""
     setup = examine(config)
+    if setup.processes.is_main and has_state(setup.folder / "run"):
+        plan = plan_cache(config.data, setup.teacher, _cache(config), Processes(), config.prediction_type)
+        check_inputs(setup, plan, remember=False)
     if setup.processes.is_main:
         for line in notes(config):
             say(f"note: {line}")

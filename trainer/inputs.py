@@ -26,9 +26,12 @@ def hash_inputs(setup: Setup, plan: CachePlan) -> dict[str, str]:
     return inputs
 
 
-def check_inputs(setup: Setup, plan: CachePlan) -> None:
-    """Refuse to go on with a run whose teacher or data have other contents than when it began; remember them where it
-    begins.
+def check_inputs(setup: Setup, plan: CachePlan, remember: bool = True) -> None:
+    """Refuse to go on with a run whose teacher or data have other contents than when it began.
+
+    Args:
+        setup, plan: of the run.
+        remember: whether to write down what the contents are now, for later starts.
 
     Raises:
         InputError: names the first that changed, with the ways on.
@@ -44,7 +47,8 @@ def check_inputs(setup: Setup, plan: CachePlan) -> None:
         )
     for name in changed:
         say(f"note: {name} has changed since this run began")
-    write_json(file, found)
+    if remember:
+        write_json(file, found)
 
 
 def _data(config: DistillConfig) -> str:

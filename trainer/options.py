@@ -13,6 +13,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -86,7 +87,8 @@ def _method_options(section: str) -> Iterator[Option]:
     yield from found.values()
 
 
-def field_docs(cls: type) -> dict[str, str]:
+@cache
+def field_docs(cls: type) -> Mapping[str, str]:
     """The docstring under each field of a dataclass and of those that it extends, in one line."""
     docs: dict[str, str] = {}
     for part in reversed([part for part in cls.__mro__ if is_dataclass(part)]):

@@ -25,7 +25,7 @@ from trainer.machine import describe_machine
 from trainer.options import read_settings, to_dict
 from trainer.ranges import check_ranges
 from trainer.state import has_state
-from trainer.students import check_compile, choose_precision
+from trainer.students import check_compile, check_lora_start, check_same_layers, choose_precision
 
 MAY_CHANGE = {
     "output",
@@ -80,7 +80,7 @@ def examine(config: DistillConfig) -> Setup:
     source = find_teacher(config.teacher)
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
     setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), team)
-    check_start(config)
+    check_start(config, source)
     check_optimizer(config.training)
     check_compile(config.student, team.device)
     team.rows(config.training.batch_size, config.training.accumulation)
@@ -165,18 +165,21 @@ def _changes(setup: Setup) -> list[str]:
     return [] if before == rate else [f"the learning rate is {rate:g} from here on, no longer {before:g}"]
 
 
-def check_start(config: DistillConfig) -> None:
-    """Refuse a start that is not there.
+def check_start(config: DistillConfig, teacher: Source) -> None:
+    """Refuse a start that is not there, or of another shape than the student.
 
     Raises:
-        InputError: says what was looked for.
+        InputError: says what was looked for, or where it differs.
     """
     start = config.student.start
     if not start:
         return
+    unet = read_component(teacher.unet, "unet")
     if config.student.kind == "full":
-        find_source(start)
-    elif not Path(start).is_file():
+        check_same_layers(read_component(find_source(start).unet, "unet"), unet)
+    elif Path(start).is_file():
+        check_lora_start(Path(start), unet, config.student)
+    else:
         raise InputError(f"start {start} is not there; give the .safetensors file of an earlier LoRA, or leave it out")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from lcm_core.diffusion.guidance import guidance_embedding
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component
+from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.device import choose_dtype
 from lcm_core.networks.lora_layers import (
     TARGET_MODULES,
     LoraAdapters,
     Which,
     add_lora,
+    check_lora_state_dict,
     checkpoint,
     load_lora_state_dict,
 )
@@ -129,6 +132,24 @@ def lora_student(
     return Student(networks, _halves(adapters, "online"), average, unet, adapters, critic=critic)
 
 
+def check_lora_start(start: Path, teacher: Component, config: StudentConfig) -> None:
+    """Refuse a LoRA that a LoRA student of this teacher cannot start from; no weights are loaded.
+
+    Raises:
+        InputError: unreadable, of other layers, or of another rank.
+    """
+    from diffusers import UNet2DConditionModel
+
+    tensors, _ = read_safetensors(start)
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(plain_config(teacher.config))
+        add_lora(unet, config.rank, config.alpha or None, config.target_modules or TARGET_MODULES)
+    try:
+        check_lora_state_dict(unet, tensors)
+    except InputError as error:
+        raise InputError(f"start {start}: {error}") from error
+
+
 def full_student(
     component: Component,
     teacher: Network | None,
@@ -155,7 +176,7 @@ def full_student(
         InputError: `start` is of another architecture.
     """
     if start is not None:
-        _check_same_layers(start, component)
+        check_same_layers(start, component)
     online = _trainable(start or component, config, device)
     critic = _trainable(component, config, device) if with_critic else None
     average = copy.deepcopy(online).requires_grad_(False) if with_average else None
@@ -165,7 +186,12 @@ def full_student(
     return Student(Networks(call, target, teacher or _no_teacher, judge), online, average, online, critic=critic)
 
 
-def _check_same_layers(start: Component, teacher: Component) -> None:
+def check_same_layers(start: Component, teacher: Component) -> None:
+    """Refuse to start from a U-Net that is not of the teacher's shape; the guidance input is left aside.
+
+    Raises:
+        InputError: names the first difference.
+    """
     found, expected = (
         {name: tensor.shape for name, tensor in part.tensors.items() if not name.endswith("cond_proj.weight")}
         for part in (start, teacher)

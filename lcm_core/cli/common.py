@@ -37,7 +37,6 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> argpars
         help=summary,
         description=summary,
         epilog=f"example: python -m lcm_core {example}",
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser

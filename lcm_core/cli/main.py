@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lcm_core import __version__
 from lcm_core.cli import compare, export, generate, info, interpolate
@@ -22,12 +22,23 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that reads options in full only, since --n would be taken for --negative; its subcommands' likewise."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage and message."""
+        self.exit(USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+class _Parser(Parser):
+    def error(self, message: str) -> NoReturn:
+        """Say also what is wrong most often."""
         if message.startswith("unrecognized arguments"):
             message += " (put a prompt of several words in quotes)"
-        self.exit(USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+        super().error(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +47,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m lcm_core",
         description="Latent Consistency Models: text to image in 1 to 4 steps.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --n would be taken for --negative
         epilog='example: python -m lcm_core generate "a slice of pizza, noto style" --out pizza.png',
     )
     parser.add_argument("--version", action="version", version=f"lcm-suite {__version__}")

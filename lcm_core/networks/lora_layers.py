@@ -213,6 +213,20 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: boo
     Raises:
         InputError: other layers, or another rank.
     """
+    own = check_lora_state_dict(model, state, ema)
+    for key, tensor in own.items():
+        if not key.endswith(".alpha"):
+            alpha = f"{key.partition('.')[0]}.alpha"
+            scale = float(state[alpha] / own[alpha]) if ".lora_up." in key else 1.0
+            tensor.copy_(state[key] * scale)
+
+
+def check_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
+    """The adapters' own weights, once those of `state` are known to have the same names and shapes.
+
+    Raises:
+        InputError: other layers, or another rank.
+    """
     own = lora_state_dict(model, ema)
     if odd := own.keys() ^ state.keys():
         raise InputError(f"these LoRA weights do not belong to this network's adapters (they differ in '{min(odd)}')")
@@ -222,11 +236,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], ema: boo
             f"these LoRA weights do not belong to this network's adapters ('{first}' is {tuple(state[first].shape)} "
             f"instead of {tuple(own[first].shape)}); give the rank that they were made with"
         )
-    for key, tensor in own.items():
-        if not key.endswith(".alpha"):
-            alpha = f"{key.partition('.')[0]}.alpha"
-            scale = float(state[alpha] / own[alpha]) if ".lora_up." in key else 1.0
-            tensor.copy_(state[key] * scale)
+    return own
 
 
 def checkpoint(block: nn.Module, *args: Any) -> Any:

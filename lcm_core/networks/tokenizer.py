@@ -131,12 +131,24 @@ def read_tokenizer_files(path: PathLike) -> dict[str, str]:
             warnings.warn(f"{where} holds a file {name!r}, which is not used", stacklevel=2)
         elif not isinstance(text, str):
             raise InputError(f"{where} holds no text for {name}; export it again")
-    return {name: text for name, text in files.items() if name in TOKENIZER_FILES}
+    return _check_json({name: text for name, text in files.items() if name in TOKENIZER_FILES}, path)
 
 
 def read_tokenizer_folder(folder: Path) -> dict[str, str]:
-    """The tokenizer's files in a folder, name to text."""
-    return {name: read_text(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+    """The tokenizer's files in a folder, name to text.
+
+    Raises:
+        InputError: one of them cannot be read, or is no JSON where it should be.
+    """
+    return _check_json({name: read_text(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}, folder)
+
+
+def _check_json(files: dict[str, str], source: PathLike) -> dict[str, str]:
+    """The files, which are copied as they are, once it is sure that a reader of the copy can read them."""
+    for name, text in files.items():
+        if name.endswith(".json"):
+            parse_json(text, f"{name} of {os.fspath(source)}")
+    return files
 
 
 def build_tokenizer(files: Mapping[str, str], source: Path) -> Any:
@@ -160,7 +172,7 @@ def build_tokenizer(files: Mapping[str, str], source: Path) -> Any:
 def _checked(files: Mapping[str, str], source: Path) -> dict[str, str]:
     """The files, where they are what they should be, without what leads elsewhere."""
     ready = dict(files)
-    for name in ready.keys() & {"vocab.json", "tokenizer_config.json", "tokenizer.json"}:
+    for name in ready.keys() & {"vocab.json", "tokenizer_config.json"}:
         content = parse_json(files[name], f"{name} of {source}")
         if name == "vocab.json" and not all(type(number) is int and 0 <= number < 2**31 for number in content.values()):
             raise InputError(f"{source} holds no usable CLIP tokenizer (a word without number); get its files again")

@@ -16,7 +16,7 @@ from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_termina
 from lcm_core.errors import InputError
 from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo, list_components
-from lcm_core.files.lora import check_parts, merge, read_lora
+from lcm_core.files.lora import Lora, check_parts, merge, read_lora
 from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
@@ -141,14 +141,15 @@ def load_model(
     source = find_source(name, unet)
     place = choose_device(device)
     files = [(find_lora(path, source.root), strength) for path, strength in lora]
+    loras = [(read_lora(path), strength) for path, strength in files]
     if vae is None and source.vae.is_file() and "vae" not in list_components(source.vae):
         raise InputError(f"{source.vae} has no VAE; give one with --vae PATH (vae=), e.g. that of the model it is from")
-    # what is often missing comes first, before seconds of loading
+    # what is often missing or unfit comes first, before seconds of loading
     text = load_text(source.text, place, None if place.type == "cpu" else dtype, tokenizer)
     loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
     network = UNet(load_unet(source.unet, place, dtype, memory_format))
     _check_channels(source.root, network, loaded_vae)
-    merge_loras(network, text, files)
+    merge_loras(network, text, loras)
     if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
         optimise_unet(network.model)
         optimise_vae(loaded_vae.model)
@@ -169,15 +170,14 @@ def load_model(
     return model
 
 
-def merge_loras(unet: UNet, text: TextEncoder, files: Sequence[tuple[Path, float]]) -> None:
-    """Merge LoRA files into the U-Net and the text encoders, for good.
+def merge_loras(unet: UNet, text: TextEncoder, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Merge LoRAs into the U-Net and the text encoders, for good.
 
     Raises:
-        InputError: a file is no LoRA, or one for another architecture.
+        InputError: one is for another architecture.
     """
-    if not files:
+    if not loras:
         return
-    loras = [(read_lora(path), strength) for path, strength in files]
     parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
     for lora, _ in loras:
         check_parts(lora, ("unet", *parts[: len(text.encoders)]))

@@ -104,7 +104,11 @@ def wide_lora(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `plain` and `lcm` (diffusers folders) and `emoji` (the embedded model's layout), random weights."""
-    root = tmp_path_factory.mktemp("models")
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def make_models(root: Path) -> Path:
+    """The models of the fixture `models`, in an empty folder, which is returned."""
     torch.manual_seed(0)
     vocabulary = _tokenizer(root / "plain" / "tokenizer")
     _text_encoder(vocabulary).save_pretrained(root / "plain" / "text_encoder")

@@ -29,6 +29,7 @@ from lcm_core.pipeline.image import encode_image, open_image, read_settings, sav
 from lcm_core.pipeline.model import diffusion_of, load_model
 from lcm_core.pipeline.settings import Settings, known_options, known_settings
 from lcm_core.pipeline.sources import find_model, find_source
+from trainer.cli.main import main as trainer_main
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and devices in the file system")
 
@@ -185,6 +186,23 @@ def test_tokenizer_opens_files_that_its_configuration_names(models: Path, tmp_pa
     (folder / "merges.txt").symlink_to("/dev/zero")
     with pytest.raises(InputError, match="a device or a pipe"):
         find_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
+def test_damaged_tokenizer_is_copied_into_an_export(name: str, models: Path, tmp_path: Path) -> None:
+    """Wrong when the copy, which says nothing of its source, were the first that cannot be read."""
+    shutil.copytree(models / "plain", tmp_path / "m")
+    (tmp_path / "m" / "tokenizer" / name).write_text("{")
+    for to, path in (("diffusers", "folder"), ("single-file", "a.safetensors")):
+        assert main(["export", "--model", str(tmp_path / "m"), "--to", to, "--path", str(tmp_path / path)]) == 2
+        assert not (tmp_path / path).exists()
+
+
+def test_lora_is_refused_after_loading(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcm_core.pipeline.model.load_unet", lambda *_: pytest.fail("the U-Net was loaded first"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"a\.safetensors"):
+        load_model(models / "plain", "cpu", lora=[(tmp_path / "a.safetensors", 1.0)])
 
 
 # --- networks from configurations -------------------------------------------------------------------------------------
@@ -533,9 +551,16 @@ def test_numbers_that_end_in_an_error_later(models: Path, capsys: pytest.Capture
 
 
 def test_abbreviation_is_taken_for_another_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["generate", "a", "--n", "2"], ["export", "--pa", "x"], ["--vers"]):
+    ours = [(main, argv) for argv in (["generate", "a", "--n", "2"], ["export", "--pa", "x"], ["--vers"])]
+    theirs = (
+        ["distill", "--step", "2"],
+        ["cache", "--dat", "x"],
+        ["eval", "--n", "2"],
+        ["recipe", "emoji", "--out", "x"],
+    )
+    for run, argv in [*ours, *((trainer_main, argv) for argv in theirs)]:
         with pytest.raises(SystemExit) as stop:
-            main(argv)
+            run(argv)
         assert stop.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
 

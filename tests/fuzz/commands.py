@@ -68,7 +68,7 @@ _FILES = {
 @st.composite
 def command_case(draw: st.DrawFn, models: Path) -> Case:
     """One command with an odd prompt, output or option."""
-    command = draw(st.sampled_from(["generate", "generate", "generate", "interpolate", "compare"]))
+    command = draw(st.sampled_from([*["generate"] * 6, "interpolate", "compare"]))
     prompts = draw(st.lists(_PROMPTS, min_size=1, max_size=2))
     start = {
         "generate": [prompts[0]],

@@ -6,28 +6,14 @@ slow one draws 10,000 other inputs; pytest's `--hypothesis-seed` repeats one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from tests.fuzz import commands, models, pictures, training, weights
 from tests.fuzz.guards import Case, Worker
-
-Strategy = Callable[[Path], SearchStrategy[Case]]
-
-KINDS: dict[Strategy, tuple[int, int]] = {
-    weights.file_case: (12, 1500),
-    weights.lora_case: (15, 2000),
-    pictures.picture_case: (15, 2000),
-    models.folder_case: (20, 2000),
-    commands.command_case: (12, 1500),
-    training.data_case: (4, 500),
-    training.settings_case: (6, 500),
-}
-"""Strategies, and how many inputs each gives to the plain and to the slow run."""
+from tests.fuzz.kinds import KINDS, Strategy
 
 
 def fuzz(worker: Worker, cases: SearchStrategy[Case], count: int, repeatable: bool) -> None:

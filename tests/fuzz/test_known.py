@@ -18,6 +18,7 @@ from tests.fuzz.guards import FIFO, Case, Content, Worker
 from tests.fuzz.models import files_of
 from tests.fuzz.mutations import LONE, dump
 from tests.fuzz.pictures import png, settings_of
+from tests.fuzz.training import picture
 from tests.fuzz.weights import KEYS, QUICK, join, split
 
 Changes = dict[str, Any]
@@ -155,6 +156,18 @@ def test_terminal_without_the_prompts_letters(worker: Worker, tiny_models: Path,
         ("info", "INPUTS/a.png") if command == "info" else ("generate", "--from", "INPUTS/a.png", "--out", "漢字.png")
     )
     assert worker.faults(Case(argv, {"a.png": content}, encoding=encoding)) == []
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("how", ["cache", "plan", pytest.param("run", marks=pytest.mark.slow)])
+def test_terminal_without_the_captions_letters(worker: Worker, tiny_models: Path, how: str, encoding: str) -> None:
+    """The trainer names pictures, captions and folders."""
+    options = ("--teacher", str(tiny_models / "plain"), "--data", "INPUTS/漢字", "--output", "🍕", "--resolution", "64")
+    training = ("--steps", "1", "--batch-size", "1", "--rank", "2", "--samples", "0", "--no-tensorboard")
+    argv = {"cache": ("cache",), "plan": ("distill", *training, "--dry-run"), "run": ("distill", *training)}[how]
+    caption = "漢字 🍕".encode()
+    files: dict[str, Content] = {"漢字/0.png": picture(), "漢字/0.txt": caption, "漢字/🍕.png": b"no picture"}
+    assert worker.faults(Case((*argv, *options), files, program="trainer.__main__", encoding=encoding)) == []
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

@@ -17,7 +17,8 @@ from tests.fuzz.pictures import png, with_exif
 _TRAINER = "trainer.__main__"
 
 
-def _picture() -> bytes:
+def picture() -> bytes:
+    """A plain one, 64 pixels wide."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -38,7 +39,7 @@ def tar(members: dict[str, bytes]) -> bytes:
 
 @st.composite
 def _odd_picture(draw: st.DrawFn) -> tuple[Content, str]:
-    whole = draw(st.sampled_from([_picture(), png(b"{}"), with_exif(b"x", "JPEG"), with_exif(b"x", "WEBP")]))
+    whole = draw(st.sampled_from([picture(), png(b"{}"), with_exif(b"x", "JPEG"), with_exif(b"x", "WEBP")]))
     instead: list[Content] = [b"", b"GIF89a", b"BM", b"II*\0", FIFO, Path("/dev/zero"), Path("/nowhere")]
     return draw(st.one_of(damaged(whole), st.sampled_from(instead).map(lambda content: (content, f"{content!s:.40}"))))
 
@@ -46,7 +47,7 @@ def _odd_picture(draw: st.DrawFn) -> tuple[Content, str]:
 @st.composite
 def _folder(draw: st.DrawFn) -> tuple[dict[str, Content], str]:
     """Pictures with captions, of which one thing is odd."""
-    files: dict[str, Content] = {"d/0.png": _picture(), "d/0.txt": b"a cat"}
+    files: dict[str, Content] = {"d/0.png": picture(), "d/0.txt": b"a cat"}
     kind = draw(st.sampled_from(["picture", "caption", "metadata", "tar", "saved", "prompts"]))
     about = ""
     if kind == "picture":
@@ -71,7 +72,7 @@ def _folder(draw: st.DrawFn) -> tuple[dict[str, Content], str]:
     elif kind == "tar":
         text, about = draw(odd_json({"text": "a cat", "caption": None}))
         name = draw(st.sampled_from(["0.png", "../0.png", "/evil.png", "a/b/0.png", ".png", "0.x.png"]))
-        whole = tar({name: _picture(), "0.json": text, "1.png": _picture(), "1.txt": b"a dog"})
+        whole = tar({name: picture(), "0.json": text, "1.png": picture(), "1.txt": b"a dog"})
         content, more = draw(st.one_of(st.just((whole, "")), damaged(whole)))
         return {"d/0.tar": content}, f"tar {name}: {about}; {more}"
     elif kind == "saved":

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_core.diffusion.interpolation import slerp, travel
 from lcm_core.errors import InputError
+from lcm_core.files.lora import read_lora
 from trainer.config import LoopConfig, MethodConfig
 from trainer.distill import Latents
 
@@ -162,6 +166,40 @@ def test_a_lora_is_converted_and_no_stranger_overwritten(runtime: Any) -> None:
     for save_as, said in (("peft", "was not saved by LCM Suite"), ("../kohya", "is no plain file name")):
         with pytest.raises(Exception, match=said):
             runtime.execute_node("LCMLoraConvert", lora_name="peft.safetensors", save_as=save_as)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " , ", "1,2 4", "x", "9" * 5000, "1e400", "nan", "\ud800", "\0", "\uff11", "1\n2"]
+)
+@pytest.mark.parametrize("number", [int, float])
+def test_any_list_of_numbers_is_read_or_refused(runtime: Any, text: str, number: Any) -> None:
+    from lcm_suite_nodes import inputs
+
+    with suppress(InputError):
+        assert all(type(value) is number for value in inputs.read_list(text, number, "steps"))
+
+
+def test_a_lora_that_fits_in_part_is_loaded_in_part(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the host's own loader does; refused is what is for another kind of model."""
+    from lcm_suite_nodes import lora
+
+    module = "mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+    weights = {f"diffusion_model.{name}.weight": torch.zeros(32, 32) for name in "qkv"}
+    known = {f"lora_unet_{module}{name}": f"diffusion_model.{name}.weight" for name in "qkv"}
+    loader = types.SimpleNamespace(model_lora_keys_unet=lambda model, keys: known)
+    monkeypatch.setitem(sys.modules, "comfy.lora", loader)
+    monkeypatch.setattr(sys.modules["comfy"], "lora", loader, raising=False)
+    model = types.SimpleNamespace(model=types.SimpleNamespace(state_dict=lambda: weights))
+
+    def of(width: int, *names: str) -> Any:
+        down, up = {f"lora_unet_{module}{name}.lora_down.weight": torch.ones(4, width) for name in names}, torch.ones
+        return read_lora(down | {f"lora_unet_{module}{name}.lora_up.weight": up(width, 4) for name in names})
+
+    assert lora.check_fit(of(32, "q", "k", "v"), model) == []
+    assert lora.check_fit(of(32, "q", "gate"), model) == [f"{module}gate"]
+    for other, words in ((of(32, "gate", "out"), "none of its 2 layers"), (of(64, "q", "gate"), "weight of shape")):
+        with pytest.raises(InputError, match=f"is for another kind of model: .*{words}"):
+            lora.check_fit(other, model)
 
 
 @pytest.mark.parametrize(

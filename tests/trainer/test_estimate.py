@@ -1,11 +1,14 @@
 """The plan of `--dry-run` beside what is really allocated and written."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import write_json
@@ -207,3 +210,19 @@ def test_a_lora_for_many_guidances_is_told_that_it_cannot_read_them(config, caps
     assert "a LoRA cannot read the guidance w" in capsys.readouterr().err
     print_plan(replace(config, method=LcdConfig(w_min=7.5, w_max=7.5)))
     assert "guidance" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_start_of_another_shape_is_found_by_the_plan(config, kind, tmp_path, capsys):
+    """Not only after the data were read and the teacher loaded."""
+    if kind == "lora":
+        start = tmp_path / "rank3.safetensors"
+        save_lora(start, lora_state_dict(real_student(replace(config, student=StudentConfig(rank=3))).unet))
+        words = r"is \(3, .*instead of \(4, .*give the rank"
+    else:
+        start, words = tmp_path / "start", "is of another architecture than the teacher"
+        shutil.copytree(config.teacher, start, symlinks=True, ignore=shutil.ignore_patterns("unet"))
+        build_unet(block_out_channels=(32, 32, 32, 64)).save_pretrained(start / "unet")
+    with pytest.raises(InputError, match=words):
+        print_plan(replace(config, student=replace(config.student, kind=kind, start=str(start))))
+    assert not Path(config.output).exists()

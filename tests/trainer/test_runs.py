@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import trainer.run
 import trainer.scores
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from trainer.cli.main import main
@@ -43,25 +44,31 @@ def _change_caption(teacher, data):
     (data / "0.txt").write_text("something else")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(_change_teacher, "teacher "), (_add_picture, "data "), (_change_caption, "captions")],
-)
-def test_other_contents_behind_the_same_names_are_refused_until_they_are_accepted(given, capsys, change, words):
+@pytest.fixture
+def learning_alone(monkeypatch):
+    """Runs end after the last step, without weights, pictures and a report, for tests that look at none of these."""
+    monkeypatch.setattr(trainer.run, "finish", lambda *_: None)
+
+
+def test_other_contents_behind_the_same_names_are_refused_until_they_are_accepted(given, capsys, learning_alone):
+    """By the plan of --dry-run too, which changes nothing."""
     command, teacher, data, output = given
-    assert main([*command, "--steps", "1", "--samples", "0"]) == 0
-    change(teacher, data)
-    state = (output / "run" / "state.safetensors").read_bytes()
-    capsys.readouterr()
-    assert main([*command, "--steps", "2", "--samples", "0"]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith(f"error: {words}")
-    assert "has changed since the run" in message
-    assert "--accept-changes" in message
-    assert (output / "run" / "state.safetensors").read_bytes() == state
-    assert main([*command, "--steps", "2", "--samples", "0", "--accept-changes"]) == 0
-    assert "has changed since this run began" in capsys.readouterr().err
-    assert main([*command, "--steps", "3", "--samples", "0"]) == 0  # what was accepted is what the run is of now
+    assert main([*command, "--steps", "1"]) == 0
+    changes = ((_change_teacher, "teacher "), (_add_picture, "data "), (_change_caption, "captions"))
+    for number, (change, words) in enumerate(changes):
+        change(teacher, data)
+        before = {file: file.read_bytes() for file in (output / "run").glob("*.*")}
+        for options in (["--dry-run"], []):
+            capsys.readouterr()
+            assert main([*command, "--steps", str(number + 2), *options]) == 2
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert message.startswith(f"error: {words}")
+            assert "has changed since the run" in message
+            assert "--accept-changes" in message
+        assert {file: file.read_bytes() for file in (output / "run").glob("*.*")} == before
+        assert main([*command, "--steps", str(number + 2), "--accept-changes"]) == 0
+        assert "has changed since this run began" in capsys.readouterr().err
+    assert main([*command, "--steps", "5"]) == 0  # what was accepted is what the run is of now
 
 
 def test_a_second_run_in_the_same_folder_is_refused(given, capsys):
@@ -79,10 +86,10 @@ def test_a_second_run_in_the_same_folder_is_refused(given, capsys):
         pass
 
 
-def test_a_changed_learning_rate_is_said(given, capsys):
+def test_a_changed_learning_rate_is_said(given, capsys, learning_alone):
     command, _, _, _ = given
-    assert main([*command, "--steps", "1", "--samples", "0"]) == 0
-    assert main([*command, "--steps", "2", "--samples", "0", "--learning-rate", "1e-5"]) == 0
+    assert main([*command, "--steps", "1"]) == 0
+    assert main([*command, "--steps", "2", "--learning-rate", "1e-5"]) == 0
     assert "the learning rate is 1e-05 from here on, no longer 0.0001" in capsys.readouterr().err
 
 

@@ -28,7 +28,6 @@ def add_cache(commands: Any) -> None:
         "for prompts alone, let the teacher paint them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_options(parser)
     parser.set_defaults(run=run)

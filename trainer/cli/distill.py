@@ -25,7 +25,6 @@ def add_distill(commands: Any) -> None:
         description="Distil a Stable Diffusion 1.x, 2.x or XL checkpoint into a few-step student.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan: memory, disk and time; train nothing")

@@ -8,23 +8,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lcm_core.cli.main import USER_ERROR, run_command
+from lcm_core.cli.main import Parser, run_command
 from trainer.cli.cache import add_cache
 from trainer.cli.distill import add_distill
 from trainer.cli.eval import add_eval
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage and message."""
-        self.exit(USER_ERROR, f"error: {message}; see {self.prog} --help\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands; `parse_args(...).run` is the chosen command's function."""
-    parser = _Parser(prog="python -m trainer", description="Distil diffusion models into few-step ones.")
+    parser = Parser(prog="python -m trainer", description="Distil diffusion models into few-step ones.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
     add_cache(commands)

@@ -81,7 +81,7 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
     def watch(step: int, loss: float) -> None:
         if (step + 1) % WATCH_EVERY == 0:
             line = {"step": step + 1, "psnr": round(psnr(ema, drawings.on_white(held_out_sample(drawings)), device), 2)}
-            with (folder / "psnr.jsonl").open("a") as stream:
+            with (folder / "psnr.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     batches, loss = Prefetch(draw, config.steps, workers), graphed(vae_loss, vae.parameters(), device)

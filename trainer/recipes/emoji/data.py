@@ -101,12 +101,16 @@ def number_emoji(entries: list[Drawing]) -> Tensor:
 
 
 def read_entries(path: Path) -> list[Drawing]:
-    return [Drawing(**{**entry, "tags": tuple(entry["tags"])}) for entry in json.loads(path.read_text())]
+    return [
+        Drawing(**{**entry, "tags": tuple(entry["tags"])}) for entry in json.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def write_entries(path: Path, entries: list[Drawing]) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps([asdict(e) for e in entries], separators=(",", ":"), ensure_ascii=False))
+        temporary.write_text(
+            json.dumps([asdict(e) for e in entries], separators=(",", ":"), ensure_ascii=False), encoding="utf-8"
+        )
 
 
 def save_shipped(folder: Path, entries: list[Drawing], latents: Tensor, features: dict[str, Tensor]) -> None:

@@ -183,4 +183,4 @@ def _read_json(path: Path) -> Any:
     if not path.exists():
         packages = ", ".join(icon_set.package for icon_set in SETS.values())
         raise InputError(f"{path} is missing; give --icons the node_modules folder with {packages}, {NAMES_PACKAGE}")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ class Ledger:
 
     @property
     def rows(self) -> list[Row]:
-        return [Row(**line) for line in json.loads(self.path.read_text())] if self.path.exists() else []
+        return [Row(**line) for line in json.loads(self.path.read_text(encoding="utf-8"))] if self.path.exists() else []
 
     def row(self, model: str, sampler: str, steps: int, guidance_scale: float) -> Row:
         """The line of this model and sampler, from the file, or measured now."""
@@ -52,5 +52,5 @@ class Ledger:
         )
         measured = Row(**scores)
         with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps([asdict(row) for row in [*rows, measured]], indent=1))
+            temporary.write_text(json.dumps([asdict(row) for row in [*rows, measured]], indent=1), encoding="utf-8")
         return measured

@@ -112,7 +112,7 @@ def describe(recipe: Recipe, folder: Path, guidance_scale: float, teacher_guidan
         "teacher_steps": 25,
     }
     with atomic_write(folder / "model.json") as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def finish(recipe: Recipe, folder: Path, rows: list[Row], first_rows: list[Row]) -> None:
@@ -123,7 +123,7 @@ def finish(recipe: Recipe, folder: Path, rows: list[Row], first_rows: list[Row])
     describe(recipe, folder, student.guidance_scale, teacher.guidance_scale)
     card = model_card(recipe.drawings, recipe.options.size, _cost(recipe), recipe.options.device, rows, first_rows)
     with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(card)
+        temporary.write_text(card, encoding="utf-8")
 
 
 def _cost(recipe: Recipe) -> dict[str, tuple[int, int, float]]:

@@ -35,9 +35,9 @@ def build_tokenizer(drawings: Drawings, folder: Path) -> Any:
     if not (folder / "merges.txt").exists():
         vocabulary, merges = _learn_byte_pairs(_all_words(drawings))
         with atomic_write(folder / "vocab.json") as temporary:
-            temporary.write_text(json.dumps(vocabulary, ensure_ascii=False))
+            temporary.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         with atomic_write(folder / "merges.txt") as temporary:
-            temporary.write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+            temporary.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
         tokenizer = CLIPTokenizer(
             vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=CONTEXT_LENGTH
         )
