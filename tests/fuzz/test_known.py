@@ -159,7 +159,7 @@ def test_terminal_without_the_prompts_letters(worker: Worker, tiny_models: Path,
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-@pytest.mark.parametrize("how", ["cache", "plan", pytest.param("run", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["cache", *(pytest.param(how, marks=pytest.mark.slow) for how in ("plan", "run"))])
 def test_terminal_without_the_captions_letters(worker: Worker, tiny_models: Path, how: str, encoding: str) -> None:
     """The trainer names pictures, captions and folders."""
     options = ("--teacher", str(tiny_models / "plain"), "--data", "INPUTS/漢字", "--output", "🍕", "--resolution", "64")
