@@ -170,7 +170,7 @@ def plan(order: Order, places: Places) -> Plan:
 def read_plan(preset: str, text: str) -> Plan:
     """A plan as the trainer prints it."""
     lines = dict(re.findall(r"^(memory|disk|time) +(.*)$", text, re.MULTILINE))
-    time = re.search(r"about (.*) from here on", lines.get("time", ""))
+    time = re.fullmatch(r"about (.*) from here on", lines.get("time", ""))  # more follows where a part is unknown
     memory = lines.get("memory", "").removesuffix(" at the peak")
     return Plan(preset, memory, lines.get("disk", ""), time[1] if time else "")
 

@@ -87,8 +87,8 @@ def render(status: Status, say: Say = english, report: str = "") -> str:
         parts.append(_curve(status.losses, say))
     if status.pairs:
         parts.append(_side_by_side(status.pairs, say))
-    elif status.preview is not None:
-        parts.append(_picture(status.preview, _PREVIEW_PIXELS))
+    elif status.previews:
+        parts.append(_over_the_steps(status.previews, say))
     return "\n".join(parts)
 
 
@@ -137,6 +137,15 @@ def _side_by_side(pairs: Sequence[tuple[Path, Path]], say: Say) -> str:
     figures = [f"{both}{''.join(_picture(file, _SAMPLE_PIXELS) for file in pair)}</div>" for pair in pairs]
     row = '<div class="lcm-pairs" style="display:flex;flex-wrap:wrap;gap:12px">'
     return f"<p>{escape(heading)}</p>{row}{''.join(figures)}</div>"
+
+
+def _over_the_steps(previews: Sequence[Path], say: Say) -> str:
+    """A column for each preview, so that a row is one prompt through the training."""
+    columns = []
+    for file in previews:
+        step = say("step {last}", last=int(file.stem.rpartition("-")[2]))
+        columns.append(f"<div>{escape(step)}{_picture(file, _PREVIEW_PIXELS)}</div>")
+    return f'<div style="display:flex;gap:4px;overflow-x:auto">{"".join(columns)}</div>'
 
 
 def _picture(path: Path, pixels: int) -> str:

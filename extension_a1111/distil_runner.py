@@ -81,7 +81,9 @@ def main(folder: Path) -> int:
         raise
     files = (Path(job["result"]), Path(job["lora"])) if "result" in job else None
     code = _watch(child, folder, files)
-    handed = _hand_over(folder, *files) if code == 0 and files else _handed(folder)
+    handed = _handed(folder)
+    if code == 0 and files and not handed.get("lora"):  # a result of an earlier start, or a copy that failed
+        handed = _hand_over(folder, *files)
     lora, mistake = handed.get("lora"), handed.get("error")
     stopped = (folder / "stop").exists()
     write(folder / "exit.json", {"code": code, "stopped": stopped, "lora": lora, "error": mistake})
@@ -107,16 +109,18 @@ def _watch(child: subprocess.Popen[bytes], folder: Path, files: tuple[Path, Path
     """
     heard, stop = 0, folder / "stop"
     before = _version(files)
-    while (code := child.poll()) is None:
+    while True:
+        code = child.poll()  # first: what was written before the end is seen below
         wishes = stop.stat().st_size if stop.exists() else 0
-        if wishes > heard:
+        if code is None and wishes > heard:
             heard = wishes
             interrupt(child.pid)
         if files and (now := _version(files)) != before:
             before = now
             _hand_over(folder, *files)
+        if code is not None:
+            return code
         time.sleep(0.3)
-    return code
 
 
 def _version(files: tuple[Path, Path] | None) -> tuple[int, int] | None:

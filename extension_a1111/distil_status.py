@@ -19,6 +19,7 @@ _BAR = re.compile(r"(?P<label>[^\r\n|]*?):?\s*\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<
 _FETCHED = re.compile(r"(?:Downloading|Using cached|Collecting) (?:\S*/)?(\S+)")  # in what pip says
 _REPORT = "report.html"
 _SAMPLES = "samples"
+_STRIPS = 6  # of previews, side by side
 SHOWN = {"teacher": 25, "student": 4}
 """Whose pictures are set side by side at the end, and of how many steps."""
 
@@ -38,8 +39,8 @@ class Status:
     """Speed, time left and loss, as the trainer's progress bar says them."""
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss), thinned out."""
-    preview: Path | None = None
-    """The newest pictures of a run that goes on."""
+    previews: list[Path] = field(default_factory=list)
+    """Strips of pictures of a run that goes on, spread over its steps; the last is the newest."""
     pairs: list[tuple[Path, Path]] = field(default_factory=list)
     """At its end: the same prompt by teacher and student, with as many steps as in `SHOWN`."""
     report: Path | None = None
@@ -69,7 +70,7 @@ def look(places: Places) -> Status:
         found,
         name=name,
         losses=read_losses(run / "run" / "log.jsonl"),
-        preview=max((run / "previews").glob("*.png"), default=None),
+        previews=_spread(sorted((run / "previews").glob("*.png"))),
         pairs=_pairs(run / _SAMPLES),
         report=report if report.is_file() else None,
         folder=str(run),
@@ -99,6 +100,12 @@ def _pairs(samples: Path) -> list[tuple[Path, Path]]:
     """The trainer's pictures `samples/ROLE-STEPS-NUMBER.png` of those that are shown, where both are there."""
     columns = [sorted(samples.glob(f"{role}-{steps:02d}-*.png")) for role, steps in SHOWN.items()]
     return [(teacher, student) for teacher, student in zip(*columns, strict=False)]
+
+
+def _spread(files: list[Path]) -> list[Path]:
+    """The first, the last, and some between them."""
+    last = len(files) - 1
+    return [files[i] for i in sorted({last * k // (_STRIPS - 1) for k in range(_STRIPS)})] if files else []
 
 
 def _state(places: Places, job: Path, ended: dict[str, Any]) -> str:

@@ -109,9 +109,16 @@ def chosen_checkpoint(p: Any = None) -> Path | None:
 def lora_file(name: str) -> Path | None:
     """A LoRA's file by its name or alias in the prompt, from the host's own list; None where there is none."""
     networks = sys.modules.get("networks")  # the built-in Lora extension
-    aliases = getattr(networks, "available_network_aliases", {})
-    on_disk = aliases.get(name) or getattr(networks, "available_networks", {}).get(name)
+    on_disk = _listed_lora(networks, name)
+    if on_disk is None and hasattr(networks, "list_available_networks"):  # as the host itself: it may be a new file
+        networks.list_available_networks()
+        on_disk = _listed_lora(networks, name)
     return Path(on_disk.filename) if on_disk is not None else None
+
+
+def _listed_lora(networks: Any, name: str) -> Any:
+    aliases = getattr(networks, "available_network_aliases", {})
+    return aliases.get(name) or getattr(networks, "available_networks", {}).get(name)
 
 
 def prompts_of(p: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,9 @@ def test_a_plan_is_read_as_the_trainer_prints_it() -> None:
         {"a": 3 * 2**30, "b": 2**29}, 2**30, {"cache": 2**28}, {}, {"caching": 60.0, "training": 660.0}
     )
     assert distil.read_plan("emoji", estimate.to_text(plan)) == distil.Plan("emoji", "3.50 GiB", "256 MiB", "12 min")
-    plan.seconds = {"training": None}
-    assert distil.read_plan("emoji", estimate.to_text(plan)).time == ""
+    for unknown in ({"training": None}, {"training": None, "scoring": 0.0}):
+        plan.seconds = unknown
+        assert distil.read_plan("emoji", estimate.to_text(plan)).time == ""
     assert "nothing like it was measured yet" in described(distil.Plan("emoji", "1 GiB", "1 MiB", ""))
 
 
@@ -60,6 +62,27 @@ def test_the_real_trainer_makes_a_plan_and_writes_nothing(places: Places) -> Non
     assert not places.root.exists()
     with pytest.raises(InputError, match="steps"):
         distil.plan(Order("red", more="--steps -5"), places)
+
+
+@pytest.mark.slow
+def test_the_real_lora_is_there_seconds_after_the_last_step(places: Places, tmp_path: Path) -> None:
+    """Before pictures, scores, card and report are made."""
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "data" / "red.png")
+    (tmp_path / "data" / "red.txt").write_text("a red square")
+    order = Order("red", data=str(tmp_path / "data"), steps=2, batch_size=1, is_scored=False, more="--device cpu")
+    distil.start(order, places)
+    lora, deadline = places.loras / "red.safetensors", time.monotonic() + 600
+    while not lora.exists():
+        assert time.monotonic() < deadline, look(places).message
+        time.sleep(0.05)
+    seconds = lora.stat().st_mtime - (places.root / "red" / "run" / "log.jsonl").stat().st_mtime
+    print(f"LoRA {seconds:.1f} s after the last step")
+    assert look(places).state == "running"
+    assert seconds < 5
+    distil.stop(places)
+    while distil.is_running(places):
+        time.sleep(0.1)
 
 
 def test_scores_are_a_choice(places: Places) -> None:
@@ -160,6 +183,15 @@ def test_the_end_shows_25_steps_of_the_teacher_beside_4_of_the_student(places: P
     assert page.count("<img") == 4
     assert 'href="file=/r.html"' in page
     assert len(page) < 20_000  # small pictures: the page is sent again with every change
+
+
+def test_previews_are_columns_from_the_first_step_to_the_last(places: Places) -> None:
+    run = write_run(places)
+    (run / "previews").mkdir()
+    for step in range(10, 210, 10):
+        Image.new("RGB", (64, 400), "red").save(run / "previews" / f"step-{step:06d}.png")
+    page = render(look(places))
+    assert [int(step) for step in re.findall(r"<div>step (\d+)<img", page)] == [10, 40, 80, 120, 160, 200]
 
 
 def test_a_lora_that_was_moved_away_is_not_offered(places: Places) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,21 @@ def test_samplers_say_that_they_use_the_noise_seed_delta(fake_host: Any) -> None
         ("LCM Suite", True),
         ("TCD Suite", True),
     ]
+
+
+def test_a_lora_that_has_just_been_written_is_found(fake_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's list is of its start, or of the last refresh; it reads the folder again itself for unknown names."""
+    networks: Any = ModuleType("networks")
+    networks.available_networks = {"old": SimpleNamespace(filename="/lora/old.safetensors")}
+    networks.available_network_aliases = {}
+    new = {"new": SimpleNamespace(filename="/lora/new.safetensors")}
+    networks.list_available_networks = lambda: networks.available_networks.update(new)
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    host = fake_host.load("extension_a1111.host")
+    assert host.lora_file("old") == Path("/lora/old.safetensors")
+    assert "new" not in networks.available_networks
+    assert host.lora_file("new") == Path("/lora/new.safetensors")
+    assert host.lora_file("none") is None
 
 
 def test_folders_of_every_form_of_option(tmp_path: Path) -> None:
