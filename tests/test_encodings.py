@@ -26,7 +26,7 @@ def _is_text(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and call.func.id == "open" and "b" not in str(mode)
 
 
-@pytest.mark.parametrize("room", ["lcm_core", "trainer/recipes", "extension_a1111"])
+@pytest.mark.parametrize("room", ["lcm_core", "trainer", "extension_a1111"])
 def test_text_without_an_encoding(room: str) -> None:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files

@@ -101,7 +101,7 @@ class State:
             write_safetensors(self.path, {**self._tensors(), "log": log}, seconds)
             self._is_whole = True
             with atomic_write(self.folder / "log.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(line._asdict()) + "\n" for line in self.log))
+                temporary.write_text("".join(json.dumps(line._asdict()) + "\n" for line in self.log), encoding="utf-8")
         self.saved_step, self.saved_at = self.next_step, time.monotonic()
 
     def load(self) -> int:
