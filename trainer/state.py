@@ -125,7 +125,9 @@ class State:
             field, _, name = rest.partition(".")
             if kind in ("moment", "number"):
                 parameter = self.parameters[name]
-                ready = value.item() if kind == "number" else value.to(parameter.device, copy=True)
+                # moments in their parameter's own memory layout, which a fused optimiser insists on
+                like = parameter if value.shape == parameter.shape else value.to(parameter.device)
+                ready = value.item() if kind == "number" else torch.empty_like(like, dtype=value.dtype).copy_(value)
                 self.optimizer.state[parameter][field] = ready
         rows = tensors["log"].tolist()
         self.log = [Log(int(row[0]), row[1], row[2], row[3], int(row[4])) for row in rows]

@@ -13,6 +13,7 @@ import torch
 
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
+from trainer.state import Log, State
 
 from .test_loop import CONFIG, _losses, _run, _weights
 
@@ -41,6 +42,28 @@ def test_a_damaged_state_is_named_and_the_one_before_is_gone_on_from(tmp_path, s
         parts = _run(tmp_path / "parts", WHOLE)
     torch.testing.assert_close(_weights(*parts), _weights(*whole), rtol=0, atol=0)
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+
+
+def test_moments_come_back_in_their_parameters_memory_layout(tmp_path):
+    """On CUDA, fused AdamW refuses moments that are laid out otherwise, so that no channels-last run could go on."""
+    network = torch.nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    parameters = dict(network.named_parameters())
+
+    def optimizer() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(network.parameters())
+
+    first, again = optimizer(), optimizer()
+    network(torch.randn(1, 4, 5, 5)).sum().backward()
+    first.step()
+    saved = State(tmp_path, parameters, first, None)
+    saved.record(Log(0, 0.0, 0.0, 0.0, 0))
+    saved.save()
+    State(tmp_path, parameters, again, None).load()
+    for parameter in parameters.values():
+        for field in ("exp_avg", "exp_avg_sq"):
+            expected, loaded = first.state[parameter][field], again.state[parameter][field]
+            assert loaded.stride() == parameter.stride()
+            torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
 
 def test_a_damaged_state_does_not_take_the_place_of_the_good_one_before(tmp_path):

@@ -23,7 +23,7 @@ SCENES = {64: 30_000, 96: 8_000, 128: 16_000}
 """Pixels -> how many scenes are composed at this size."""
 SCENE_SHARE = 0.4
 """Share of the scenes among the samples; the others are single drawings on white."""
-BATCH, PART = 32, 32
+BATCH, PART = 128, 8
 """Pictures that are encoded at once, and how many times so many are stored in one file."""
 
 

@@ -16,7 +16,8 @@ def plan_loop(folder: Path, config: LoopConfig, batch_scale: int) -> LoopConfig:
 
     A stage may begin on a CPU with small batches and end on a GPU with large ones, or the other way round: what was
     done counts as its share of the steps planned then. The plan is kept in the folder, so that the same command has
-    the same.
+    the same. Larger batches keep the learning rate: at twice the rate, with batches of 512, the teacher's loss rose
+    from 0.56 to 1.0 at step 700 and stayed there.
 
     Args:
         folder: of the stage; with the state of what was done before, if there is any.
@@ -38,7 +39,6 @@ def plan_loop(folder: Path, config: LoopConfig, batch_scale: int) -> LoopConfig:
         config,
         steps=plan["steps"],
         batch_size=config.batch_size * batch_scale,
-        learning_rate=config.learning_rate * min(2.0, math.sqrt(batch_scale)),
         warmup_steps=min(config.warmup_steps, math.ceil(whole / 10)),
         cooldown=min(1.0, config.cooldown * whole / max(1, plan["steps"])),
         ema_decay=config.ema_decay**batch_scale,

@@ -55,6 +55,8 @@ def train_teacher(
 ) -> dict[str, Network]:
     """Train U-Net and text encoder to predict v. Returns both, averaged: "unet" and "text_encoder"."""
     networks = {"unet": build_unet(), "text_encoder": build_text_encoder(len(data.tokenizer))}
+    if device.type == "cuda":
+        networks["text_encoder"].set_attn_implementation("sdpa")  # "eager" copies to the GPU, which no graph may
     model = place(nn.ModuleDict(networks), device)
     ema = copy.deepcopy(model).requires_grad_(False)
 
