@@ -125,13 +125,10 @@ def _components(source: Source, loras: Any, dtype: str | None) -> dict[str, Comp
     """All networks of a model, as stored, but with `loras` merged and cast to `dtype`."""
     from lcm_core.files.checkpoint import read_component
 
-    components = {
-        "unet": read_component(source.unet, "unet"),
-        "vae": read_component(source.vae, "vae"),
-        "text_encoder": read_component(source.text, "text_encoder"),
-    }
+    places = {"unet": source.unet, "vae": source.vae, "text_encoder": source.text}
     if source.info.family == "sdxl":
-        components["text_encoder_2"] = read_component(source.text, "text_encoder_2")
+        places["text_encoder_2"] = source.text
+    components = {name: read_component(source.opened or place, name) for name, place in places.items()}
     if loras:
         _merge(source, components, loras)
     if dtype is not None:

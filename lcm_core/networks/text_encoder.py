@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.files.checkpoint import Component, list_components, read_component
+from lcm_core.files.checkpoint import Checkpoint, Component, ModelPath, list_components, read_component
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.device import Device, assemble, build_network, choose_device, choose_dtype
 from lcm_core.networks.tokenizer import Tokenizer, build_tokenizer, find_tokenizer_files
@@ -104,7 +104,7 @@ class TextEncoder:
 
 
 def load_text(
-    path: PathLike,
+    path: ModelPath,
     device: Device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: PathLike | None = None,
@@ -113,7 +113,7 @@ def load_text(
     """Load a model's text encoders and tokenizers, frozen and in evaluation mode.
 
     Args:
-        path: a diffusers folder or a single file.
+        path: a diffusers folder or a single file, opened or not.
         device: None chooses for this machine.
         dtype: None chooses float32 on a CPU, where prompts cost little, else what `choose_dtype` says.
         tokenizer: see `tokens.find_tokenizer_files`.
@@ -124,6 +124,8 @@ def load_text(
     """
     place = choose_device(device)
     number = torch.float32 if dtype is None and place.type == "cpu" else choose_dtype(place, dtype)
+    if not isinstance(path, Checkpoint) and Path(path).is_file():
+        path = Checkpoint(path)
     names = [name for name in list_components(path) if name.startswith("text_encoder")] or ["text_encoder"]
     # the words first: a single file often lacks them, which is found before seconds of loading
     words = [find_tokenizer_files(path, tokenizer, name.replace("text_encoder", "tokenizer")) for name in names]
@@ -139,10 +141,11 @@ def load_text(
     return TextEncoder(encoders, clip_skip)
 
 
-def _pads_with_zero(path: PathLike, component: Component) -> bool:
+def _pads_with_zero(path: ModelPath, component: Component) -> bool:
     """OpenCLIP's encoders were trained on zero padding. Folders say so in their tokenizer, single files do not."""
     config = component.config
-    return Path(path).is_file() and config.get("hidden_act") == "gelu" and config.get("vocab_size") == _CLIP_VOCABULARY
+    has_clip_words = config.get("vocab_size") == _CLIP_VOCABULARY
+    return isinstance(path, Checkpoint) and config.get("hidden_act") == "gelu" and has_clip_words
 
 
 def _load_encoder(component: Component, device: torch.device, dtype: torch.dtype) -> Any:

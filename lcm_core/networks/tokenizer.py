@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
-from lcm_core.files.checkpoint import TOKENIZER_KEY
+from lcm_core.files.checkpoint import TOKENIZER_KEY, Checkpoint, ModelPath
 from lcm_core.files.reading import check_text, open_file, parse_json, read_text
 from lcm_core.files.safetensors import PathLike, check_file, read_metadata
 
@@ -64,7 +64,7 @@ class Tokenizer:
         return ids + [self.pad] * (self.length - len(ids))
 
 
-def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str = "tokenizer") -> Any:
+def find_tokenizer(model: ModelPath, tokenizer: PathLike | None = None, name: str = "tokenizer") -> Any:
     """The transformers CLIPTokenizer of a model, without a network.
 
     Args:
@@ -77,7 +77,7 @@ def find_tokenizer(model: PathLike, tokenizer: PathLike | None = None, name: str
 
 
 def find_tokenizer_files(
-    model: PathLike, tokenizer: PathLike | None = None, name: str = "tokenizer"
+    model: ModelPath, tokenizer: PathLike | None = None, name: str = "tokenizer"
 ) -> tuple[dict[str, str], Path]:
     """The files of a model's tokenizer, name to text, and where they were found.
 
@@ -85,7 +85,7 @@ def find_tokenizer_files(
     beside a single file; for a single file with CLIP's number of words, CLIP's own list.
 
     Args:
-        model: folder or single file of the model.
+        model: folder or single file of the model, opened or not.
         tokenizer: a folder with `vocab.json` and `merges.txt` (or a model's folder that has one), or CLIP's
             `bpe_simple_vocab_16e6.txt.gz`.
         name: "tokenizer" or "tokenizer_2".
@@ -93,10 +93,10 @@ def find_tokenizer_files(
     Raises:
         InputError: there is none, or a file cannot be read.
     """
-    root = Path(model)
+    root = model.path if isinstance(model, Checkpoint) else Path(model)
     if tokenizer is not None:
         return _read_given(Path(tokenizer), name)
-    if root.is_file() and (files := read_tokenizer_files(root)):
+    if root.is_file() and (files := read_tokenizer_files(model)):
         return files, root
     near = [root, root.parent] if root.is_dir() else [root.with_suffix(""), root.parent]
     for folder in (place / kind for kind in (name, "tokenizer") for place in near):
@@ -116,7 +116,7 @@ def _has_clip_words(file: Path) -> bool:
     return bool(shapes) and all(isinstance(shape, list) and shape[:1] == [_CLIP_VOCABULARY] for shape in shapes)
 
 
-def read_tokenizer_files(path: PathLike) -> dict[str, str]:
+def read_tokenizer_files(model: ModelPath) -> dict[str, str]:
     """The tokenizer's files that one of our own single files carries in its metadata, name to text; else empty.
 
     Only those of `TOKENIZER_FILES`: the names come from outside, and files of these names are written by `export`.
@@ -124,14 +124,15 @@ def read_tokenizer_files(path: PathLike) -> dict[str, str]:
     Raises:
         InputError: the metadata are broken.
     """
-    where = f"the metadata '{TOKENIZER_KEY}' of {os.fspath(path)}"
-    files = parse_json(read_metadata(path).get(TOKENIZER_KEY, "{}"), where, "export it again")
+    file, metadata = (model.path, model.metadata) if isinstance(model, Checkpoint) else (model, read_metadata(model))
+    where = f"the metadata '{TOKENIZER_KEY}' of {os.fspath(file)}"
+    files = parse_json(metadata.get(TOKENIZER_KEY, "{}"), where, "export it again")
     for name, text in files.items():
         if name not in TOKENIZER_FILES:
             warnings.warn(f"{where} holds a file {name!r}, which is not used", stacklevel=2)
         elif not isinstance(text, str):
             raise InputError(f"{where} holds no text for {name}; export it again")
-    return _check_json({name: text for name, text in files.items() if name in TOKENIZER_FILES}, path)
+    return _check_json({name: text for name, text in files.items() if name in TOKENIZER_FILES}, file)
 
 
 def read_tokenizer_folder(folder: Path) -> dict[str, str]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_core.errors import InputError
-from lcm_core.files.checkpoint import Component, read_component
-from lcm_core.files.safetensors import PathLike
+from lcm_core.files.checkpoint import Component, ModelPath, read_component
 from lcm_core.networks.device import Device, assemble, choose_device, choose_dtype, choose_memory_format
 
 __all__ = [
@@ -76,7 +75,7 @@ class UNet:
 
 
 def load_unet(
-    source: PathLike | Component,
+    source: ModelPath | Component,
     device: Device | None = None,
     dtype: str | torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,

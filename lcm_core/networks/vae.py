@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.architecture import vae_config
-from lcm_core.files.checkpoint import Component, read_component, read_safetensors
-from lcm_core.files.safetensors import PathLike
+from lcm_core.files.checkpoint import Checkpoint, Component, ModelPath, read_component, read_safetensors
 from lcm_core.networks.device import LARGE_ON_CPU, Device, assemble, choose_device, choose_dtype, choose_memory_format
 
 LARGEST_UNTILED = 128 * 128  # latent pixels: 1024 x 1024 with the usual factor of 8
@@ -95,7 +94,7 @@ class VAE:
 
 
 def load_vae(
-    source: PathLike | Component,
+    source: ModelPath | Component,
     device: Device | None = None,
     dtype: str | torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
@@ -116,7 +115,7 @@ def load_vae(
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    component = source if isinstance(source, Component) else _read_vae(Path(source))
+    component = source if isinstance(source, Component) else _read_vae(source)
     kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     kind = component.config.get("_class_name", "AutoencoderKL")
     if not isinstance(kind, str) or kind not in kinds:
@@ -131,11 +130,13 @@ def load_vae(
     return VAE(model, scaling_factor)
 
 
-def _read_vae(path: Path) -> Component:
+def _read_vae(source: ModelPath) -> Component:
     """The tiny VAE's own distribution is two bare sequences; its decoder counts a clamp that diffusers does not."""
-    bare = path.is_file() and all(key.partition(".")[0].isdigit() for key in read_safetensors(path)[0])
-    if not bare:
-        return read_component(path, "vae")
+    if not isinstance(source, Checkpoint) and Path(source).is_file():
+        source = Checkpoint(source)
+    if not isinstance(source, Checkpoint) or not all(key.partition(".")[0].isdigit() for key in source.keys):
+        return read_component(source, "vae")
+    path = source.path
     state: dict[str, Tensor] = {}
     for half, first in (("encoder", 0), ("decoder", 1)):
         file = path.with_name(path.name.replace("decoder", half).replace("encoder", half))

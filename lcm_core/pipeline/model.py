@@ -15,7 +15,7 @@ from lcm_core.diffusion.process import VariancePreserving
 from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_terminal_snr
 from lcm_core.errors import InputError
 from lcm_core.files.architecture import SAMPLE_SIZES
-from lcm_core.files.checkpoint import ModelInfo, list_components
+from lcm_core.files.checkpoint import ModelInfo
 from lcm_core.files.lora import Lora, check_parts, merge, read_lora
 from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
@@ -26,7 +26,7 @@ from lcm_core.networks.text_encoder import TextEncoder, load_text
 from lcm_core.networks.unet import UNet, load_unet
 from lcm_core.networks.vae import VAE, load_vae
 from lcm_core.pipeline.settings import Settings
-from lcm_core.pipeline.sources import find_lora, find_source, recommended_for
+from lcm_core.pipeline.sources import Source, find_lora, find_source, recommended_for
 
 Loras = Sequence[tuple[PathLike, float]]
 
@@ -142,12 +142,13 @@ def load_model(
     place = choose_device(device)
     files = [(find_lora(path, source.root), strength) for path, strength in lora]
     loras = [(read_lora(path), strength) for path, strength in files]
-    if vae is None and source.vae.is_file() and "vae" not in list_components(source.vae):
+    opened = source.opened
+    if vae is None and opened is not None and "vae" not in opened.names:
         raise InputError(f"{source.vae} has no VAE; give one with --vae PATH (vae=), e.g. that of the model it is from")
     # what is often missing or unfit comes first, before seconds of loading
-    text = load_text(source.text, place, None if place.type == "cpu" else dtype, tokenizer)
-    loaded_vae = _load_vae(vae or source.vae, place, vae_dtype or dtype, memory_format, source.info, own=vae is None)
-    network = UNet(load_unet(source.unet, place, dtype, memory_format))
+    text = load_text(opened or source.text, place, None if place.type == "cpu" else dtype, tokenizer)
+    loaded_vae = _load_vae(vae, source, place, vae_dtype or dtype, memory_format)
+    network = UNet(load_unet(opened or source.unet, place, dtype, memory_format))
     _check_channels(source.root, network, loaded_vae)
     merge_loras(network, text, loras)
     if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
@@ -188,15 +189,16 @@ def merge_loras(unet: UNet, text: TextEncoder, loras: Sequence[tuple[Lora, float
 
 
 def _load_vae(
-    path: PathLike,
+    given: PathLike | None,
+    source: Source,
     device: torch.device,
     dtype: str | torch.dtype | None,
     memory_format: torch.memory_format | None,
-    info: ModelInfo,
-    own: bool,
 ) -> VAE:
-    vae = load_vae(path, device, dtype, memory_format)
-    if not own and info.family == "sdxl" and Path(path).is_file() and "block_out_channels" in vae.model.config:
+    vae = load_vae(given or source.opened or source.vae, device, dtype, memory_format)
+    if given is None or source.info.family != "sdxl":
+        return vae
+    if Path(given).is_file() and "block_out_channels" in vae.model.config:
         vae.scaling_factor = _SDXL_SCALING_FACTOR  # a bare file cannot say it, and looks like one of SD 1.x
     return vae
 

@@ -11,9 +11,15 @@ from typing import Any
 
 from lcm_core.errors import InputError
 from lcm_core.files.architecture import check_scheduler
-from lcm_core.files.checkpoint import ModelInfo, read_info
+from lcm_core.files.checkpoint import Checkpoint, ModelInfo, read_info
 from lcm_core.files.lora import find_lora_file
-from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended, parse_recommended, read_recommended
+from lcm_core.files.recommended import (
+    FULL_LCM_GUIDANCE,
+    Recommended,
+    parse_recommended,
+    read_recommended,
+    recommended_in,
+)
 from lcm_core.files.safetensors import PathLike, read_json
 from lcm_core.networks.tokenizer import read_tokenizer_files, read_tokenizer_folder
 
@@ -37,6 +43,8 @@ class Source:
     """Which U-Net of a shipped model."""
     recommended: Recommended = field(default_factory=Recommended)
     """How its own files say that it wants to be sampled."""
+    opened: Checkpoint | None = field(default=None, compare=False, repr=False)
+    """A single file, so that loading all of it opens it once."""
 
     @property
     def is_shipped(self) -> bool:
@@ -46,7 +54,7 @@ class Source:
     def read_tokenizers(self) -> dict[str, dict[str, str]]:
         """The tokenizers in the model's folder, or in the metadata of its file: name to file name to text."""
         if self.root.is_file():
-            files = read_tokenizer_files(self.root)
+            files = read_tokenizer_files(self.opened or self.root)
             return {"tokenizer": files} if files else {}
         return {
             name: read_tokenizer_folder(self.root / name)
@@ -65,7 +73,11 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     if not (root / CARD).is_file():
         if unet is not None:
             raise InputError(f"{name} has one U-Net only; leave out unet '{unet}', which is for shipped models")
-        return Source(root, root, root, root, read_info(root), recommended=read_recommended(root))
+        if root.is_dir():
+            return Source(root, root, root, root, read_info(root), recommended=read_recommended(root))
+        opened = Checkpoint(root)
+        said = recommended_in(opened.metadata, str(root))
+        return Source(root, root, root, root, read_info(opened), recommended=said, opened=opened)
     chosen = unet or "lcm"
     if chosen not in SHIPPED_UNETS:
         raise InputError(f"unknown unet {unet!r}; choose {' or '.join(SHIPPED_UNETS)}")
