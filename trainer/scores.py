@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.files.safetensors import read_json, write_json
-from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.model import Model
 from trainer.evaluate.scores import Exam, evaluate_rows
 from trainer.report.preview import STEPS
@@ -71,7 +71,7 @@ class Scores:
 
     def add(self, role: str, name: str, model: Model, exam: Exam, steps: int, guidance_scale: float) -> None:
         """Measure one row, unless it is there, and keep it."""
-        settings = Pipeline(model).resolve(num_inference_steps=steps, guidance_scale=guidance_scale)
+        settings = Pipeline(model).resolve(PictureOptions(num_inference_steps=steps, guidance_scale=guidance_scale))
         key = (role, settings.sampler, steps, guidance_scale)
         if key in [(row["role"], row["sampler"], row["steps"], row["guidance_scale"]) for row in self.rows]:
             return

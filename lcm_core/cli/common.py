@@ -8,26 +8,14 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
 
 if TYPE_CHECKING:
-    from lcm_core.pipeline import Pipeline
-
-MODEL_OPTIONS = ("model", "unet", "lora", "vae", "tokenizer", "device", "dtype", "vae_dtype")
-_SETTINGS_OPTIONS = (
-    "timesteps",
-    "guidance_scale",
-    "sampler",
-    "original_steps",
-    "strength",
-    "upscale",
-    "upscale_strength",
-    "gamma",
-)
+    from lcm_core.pipeline import PictureOptions, Pipeline
 
 
 def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -77,12 +65,13 @@ def add_settings_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--upscale-strength", type=float, metavar="S", help="strength of the second pass (default 0.5)")
 
 
-def settings_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_settings_options` and --steps, as names and values of `Settings`."""
-    options = {name: getattr(args, name) for name in _SETTINGS_OPTIONS}
-    options["num_inference_steps"] = args.steps
-    options["width"], options["height"] = args.size or (None, None)
-    return options
+def read_options(args: argparse.Namespace) -> PictureOptions:
+    """What a command line asks for."""
+    from lcm_core.pipeline.options import PictureOptions
+
+    given = {field.name: getattr(args, field.name, None) for field in fields(PictureOptions)}
+    given["width"], given["height"] = getattr(args, "size", None) or (None, None)
+    return PictureOptions(**given)
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -107,15 +96,12 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of timesteps; write e.g. 999,749,499,249") from None
 
 
-def load_pipeline(options: Mapping[str, Any]) -> tuple[Pipeline, float]:
-    """The pipeline that the model options ask for, and the seconds that it took to load."""
+def load_pipeline(options: PictureOptions) -> tuple[Pipeline, float]:
+    """The pipeline of the model that is asked for, and the seconds that it took to load."""
     start = time.perf_counter()
     from lcm_core.pipeline import Pipeline
 
-    given = {name: options[name] for name in MODEL_OPTIONS if options.get(name) is not None}
-    lora = [(path, strength) for path, strength in given.pop("lora", ())]
-    pipe = Pipeline.load(given.pop("model", "emoji"), lora=lora, **given)
-    return pipe, time.perf_counter() - start
+    return Pipeline.open(options), time.perf_counter() - start
 
 
 def check_output(path: Path, folder: bool = False) -> None:

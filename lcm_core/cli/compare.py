@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.cli.common import (
-    MODEL_OPTIONS,
     Progress,
     add_command,
     add_model_options,
@@ -15,6 +15,7 @@ from lcm_core.cli.common import (
     load_pipeline,
     parse_size,
     plural,
+    read_options,
 )
 from lcm_core.errors import InputError
 from lcm_core.files.reading import check_text
@@ -22,7 +23,7 @@ from lcm_core.files.reading import check_text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lcm_core.pipeline import Pipeline
+    from lcm_core.pipeline import PictureOptions, Pipeline
 
 
 def add_to(commands: Any) -> None:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)}")
     check_output(args.out)
-    lcm = {name: getattr(args, name) for name in MODEL_OPTIONS}
+    lcm = read_options(args)
     for prompt in args.prompts:
         check_text("prompt", prompt)
     columns = [f"teacher, {plural(steps, 'step')}" for steps in args.teacher_steps]
@@ -69,33 +70,30 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(rows)} x {len(columns)} pictures, seed {args.seed}")
 
 
-def _teacher(args: argparse.Namespace, lcm: dict[str, Any]) -> dict[str, Any]:
-    """Model options of the teacher."""
+def _teacher(args: argparse.Namespace, lcm: PictureOptions) -> PictureOptions:
+    """The teacher's options."""
     if args.teacher is not None:
-        return {**lcm, "model": args.teacher, "lora": None, "unet": None}
+        return replace(lcm, model=args.teacher, lora=None, unet=None)
     if args.lora:
-        return {**lcm, "lora": None}
+        return replace(lcm, lora=None)
     from lcm_core.pipeline.sources import CARD, find_model
 
     if (find_model(args.model or "emoji") / CARD).is_file():
-        return {**lcm, "unet": "teacher"}
+        return replace(lcm, unet="teacher")
     raise InputError(f"no teacher is known for {args.model}; give --teacher MODEL, or the LCM as --lora of its teacher")
 
 
 def _columns(
-    args: argparse.Namespace, options: dict[str, Any], label: str, steps: list[int], guidance: float | None
+    args: argparse.Namespace, options: PictureOptions, label: str, steps: list[int], guidance: float | None
 ) -> list[list[Image]]:
     """For each number of steps, one picture for each prompt."""
     pipe, _ = load_pipeline(options)
     sampler = "lcm" if label == "LCM" else "dpmpp_2m"
-    width, height = args.size or (None, None)
-    common = {"width": width, "height": height, "guidance_scale": guidance, "sampler": sampler, "seed": args.seed}
-    pictures = [pipe.resolve(None, num_inference_steps=number, **common) for number in steps]
+    common = replace(options, guidance_scale=guidance, sampler=sampler)
+    pictures = [pipe.resolve(replace(common, num_inference_steps=number)) for number in steps]
     with Progress(sum(steps) * len(args.prompts), label) as progress:
         return [_column(pipe, settings, args.prompts, progress) for settings in pictures]
 
 
 def _column(pipe: Pipeline, settings: Any, prompts: list[str], progress: Progress) -> list[Image]:
-    from dataclasses import replace
-
     return list(pipe.paint([replace(settings, prompt=prompt) for prompt in prompts], callback=progress.step))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.cli.common import (
-    MODEL_OPTIONS,
     Progress,
     add_command,
     add_model_options,
@@ -20,12 +19,12 @@ from lcm_core.cli.common import (
     load_pipeline,
     note,
     plural,
-    settings_options,
+    read_options,
 )
 from lcm_core.errors import InputError
 
 if TYPE_CHECKING:
-    from lcm_core.pipeline import Pipeline
+    from lcm_core.pipeline import PictureOptions, Pipeline
     from lcm_core.pipeline.settings import Settings
 
 _FAR = 1.6  # times a model's own size; 768 x 512 is 1.2 for one of 512
@@ -41,7 +40,9 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("prompt", nargs="?", help="what to paint, in quotes")
     parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (plain models, guidance above 1)")
-    parser.add_argument("--steps", type=int, help="calls of the network (default 4)")
+    parser.add_argument(
+        "--steps", dest="num_inference_steps", type=int, metavar="N", help="calls of the network (default 4)"
+    )
     parser.add_argument("--seed", type=int, help="first seed (default 0)")
     parser.add_argument("--count", type=int, default=1, help="pictures, with rising seeds (default 1)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once: quicker on a GPU, other last bits")
@@ -57,23 +58,23 @@ def run(args: argparse.Namespace) -> None:
     """Paint, and write each picture as soon as it is done."""
     from lcm_core.pipeline.image import check_storable
 
-    stored = _stored(args.source) if args.source else {}
-    options = {**stored, **{name: value for name, value in _given(args).items() if value is not None}}
-    if options.get("prompt") is None:
+    stored = _stored(args.source) if args.source else None
+    options = read_options(args) if stored is None else stored | read_options(args)
+    if options.prompt is None:
         raise InputError('no prompt was given; write one in quotes ("" for anything), or use --from PICTURE')
     for name in ("count", "batch"):
         if not 1 <= getattr(args, name) <= _MOST_PICTURES:
             raise InputError(f"--{name} {getattr(args, name)} is out of range; use 1 to {_MOST_PICTURES}")
-    seeds = range(options.get("seed", 0), options.get("seed", 0) + args.count)
-    paths = _outputs(args, options["prompt"], seeds)
-    if stored:
+    seeds = range(options.seed or 0, (options.seed or 0) + args.count)
+    paths = _outputs(args, options.prompt, seeds)
+    if stored is not None:
         _tell_files(args.source, stored, options)
-        _use_threads(options.pop("threads", None))
+        _use_threads(options.threads)
     pipe, load_seconds = load_pipeline(options)
-    image, mask = options.pop("image", None), options.pop("mask", None)
-    first = pipe.resolve(image=image, **{k: v for k, v in options.items() if k not in MODEL_OPTIONS})
+    image, mask = options.image, options.mask
+    first = pipe.resolve(options, image)
     _warn(pipe, first)
-    check_storable(paths[0], pipe.describe(replace(first, seed=seeds[-1]).check(), image, mask))
+    check_storable(paths[0], pipe.describe(replace(first, seed=seeds[-1]).check(), image, mask).said)
     with Progress(pipe.count_steps(first) * args.count, "painting") as progress:
         pictures = [replace(first, seed=seed) for seed in seeds]
         painted = pipe.paint(pictures, image, mask, args.batch, progress.step)
@@ -81,21 +82,16 @@ def run(args: argparse.Namespace) -> None:
     print(_summary(pipe, first, seeds, paths, load_seconds, progress.seconds))
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompt", "negative_prompt", "seed", "image", "mask", *MODEL_OPTIONS)
-    return settings_options(args) | {name: getattr(args, name) for name in names}
-
-
-def _stored(path: Path) -> dict[str, Any]:
+def _stored(path: Path) -> PictureOptions:
     """The options that a picture of this command carries."""
     from lcm_core.pipeline.image import read_settings
-    from lcm_core.pipeline.settings import known_options, known_settings
+    from lcm_core.pipeline.options import parse_options
 
     stored = read_settings(path)
     if "prompt" not in stored:
         raise InputError(f"{path} was not made by `generate`; give a picture that was")
     try:
-        return {**known_settings(stored), **known_options(stored)}
+        return parse_options(stored)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -113,12 +109,12 @@ def _use_threads(count: int | None) -> None:
         note(f"the picture was painted with {count} threads, here are {cores}: its last bits may differ")
 
 
-def _tell_files(source: Path, stored: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _tell_files(source: Path, stored: PictureOptions, options: PictureOptions) -> None:
     """Say which files a picture's settings open: it may come from anybody."""
-    names = [name for name in ("model", "vae", "tokenizer", "image", "mask") if name in stored]
-    asked = [f"{name} {stored[name]!r}" for name in names if options[name] == stored[name]]
-    if options.get("lora") is not None and options["lora"] == stored.get("lora"):
-        asked += [f"lora {path!r}" for path, _ in stored["lora"]]
+    names = ("model", "vae", "tokenizer", "image", "mask")
+    kept = {name: value for name, value in stored.said.items() if options.said[name] == value}
+    asked = [f"{name} {kept[name]!r}" for name in names if name in kept]
+    asked += [f"lora {path!r}" for path, _ in kept.get("lora", ())]
     if asked and asked != ["model 'emoji'"]:
         note(f"{source} uses {', '.join(asked)}")
 
@@ -154,7 +150,7 @@ def _save(pipe: Pipeline, painted: Any, image: str | None, mask: str | None) -> 
     from lcm_core.pipeline.image import save_image
 
     for picture, settings, path in painted:
-        save_image(picture, path, pipe.describe(settings, image, mask))
+        save_image(picture, path, pipe.describe(settings, image, mask).said)
 
 
 def _warn(pipe: Pipeline, settings: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from lcm_core.cli.common import (
     check_output,
     load_pipeline,
     plural,
-    settings_options,
+    read_options,
 )
 from lcm_core.errors import InputError
 
@@ -45,7 +46,9 @@ def add_to(commands: Any) -> None:
         help="instead of --from and --to, two or more of these; without @SEED, --seed is used",
     )
     parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (plain models, guidance above 1)")
-    parser.add_argument("--steps", type=int, help="calls of the network per frame (default 4)")
+    parser.add_argument(
+        "--steps", dest="num_inference_steps", type=int, metavar="N", help="calls of the network per frame (default 4)"
+    )
     parser.add_argument("--frames", type=int, default=24, help="how many (default 24)")
     parser.add_argument("--fps", type=float, default=12, help="frames a second (default 12)")
     parser.add_argument("--loop", action="store_true", help="travel back to the first frame, without a seam")
@@ -68,14 +71,14 @@ def run(args: argparse.Namespace) -> None:
 
     check_animation(args.out, args.fps)
     check_output(args.out, folder=not args.out.suffix)
-    options = settings_options(args) | {"negative_prompt": args.negative_prompt}
+    options = replace(read_options(args), seed=None, image=None)  # each keyframe's own
     plan_frames(2, args.frames)  # refuses what cannot be before the model is loaded
     ease(0, args.ease)
     keyframes = _keyframes(args)
-    pipe, load_seconds = load_pipeline(vars(args))
-    steps = pipe.count_steps(pipe.resolve(keyframes[0].image, **options))
+    pipe, load_seconds = load_pipeline(options)
+    steps = pipe.count_steps(pipe.resolve(options, keyframes[0].image))
     with Progress(steps * args.frames, "painting") as progress:
-        travel = pipe.interpolate(keyframes, args.frames, args.mode, args.ease, args.loop, progress.step, **options)
+        travel = pipe.interpolate(keyframes, args.frames, args.mode, args.ease, args.loop, progress.step, options)
         frames = list(travel)
     save_animation(frames, args.out, args.fps)
     print(

@@ -25,6 +25,7 @@ from lcm_core.networks.device import choose_device
 from lcm_core.networks.text_encoder import TextEncoder, load_text
 from lcm_core.networks.unet import UNet, load_unet
 from lcm_core.networks.vae import VAE, load_vae
+from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.settings import Settings
 from lcm_core.pipeline.sources import Source, find_lora, find_source, recommended_for
 
@@ -99,17 +100,16 @@ class Model:
         """Conditioning of prompts for a picture of this size."""
         return self.text.encode(prompts, size=(height, width))
 
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON values that say which model this is and how it runs."""
-        threads = {"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}
-        return {
+    def describe(self) -> PictureOptions:
+        """Which model this is, and how it runs."""
+        return PictureOptions(
             **self.origin,
-            **threads,
-            "model": self.name,
-            "device": str(self.device),
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
-            "vae_dtype": str(self.vae.dtype).removeprefix("torch."),
-        }
+            threads=torch.get_num_threads() if self.device.type == "cpu" else None,
+            model=self.name,
+            device=str(self.device),
+            dtype=str(self.unet.dtype).removeprefix("torch."),
+            vae_dtype=str(self.vae.dtype).removeprefix("torch."),
+        )
 
 
 def load_model(

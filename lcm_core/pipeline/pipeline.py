@@ -18,6 +18,7 @@ from lcm_core.errors import InputError
 from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
 from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
+from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,6 +74,13 @@ class Pipeline:
         """Load a model; see `lcm_core.pipeline.model.load_model`."""
         return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype))
 
+    @classmethod
+    def open(cls, options: PictureOptions) -> Pipeline:
+        """Load the model that is asked for."""
+        names = ("device", "dtype", "vae", "unet", "tokenizer", "vae_dtype")
+        lora = [(path, strength) for path, strength in options.lora or ()]
+        return cls.load(options.model or "emoji", lora=lora, **{name: getattr(options, name) for name in names})
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -107,8 +115,7 @@ class Pipeline:
         Raises:
             InputError: a setting, picture or weight that cannot be used; the message says what to do.
         """
-        base = self.resolve(
-            image=image,
+        options = PictureOptions(
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -122,27 +129,30 @@ class Pipeline:
             upscale_strength=upscale_strength,
             gamma=gamma,
         )
+        base = self.resolve(options, image)
         pictures = [replace(base, prompt=words, seed=number) for words, number in _pairs(prompt, seed)]
         images = list(self.paint(pictures, image, mask, batch_size, callback))
-        return Result(images, [self.describe(picture, image, mask) for picture in pictures])
+        return Result(images, [self.describe(picture, image, mask).said for picture in pictures])
 
-    def resolve(self, image: Source | None = None, **options: Any) -> Settings:
-        """`Settings` from options of which those that are None are the model's to choose.
+    def resolve(self, options: PictureOptions, image: Source | None = None) -> Settings:
+        """Options with all that they leave open chosen by the model.
+
+        Args:
+            options: what was asked for.
+            image: the input picture.
 
         Raises:
             InputError: a setting that this model cannot use.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        if given.get("timesteps"):
-            given.setdefault("num_inference_steps", len(given["timesteps"]))
-        if image is None and given.get("strength", 1) != 1:
-            raise InputError(f"strength {given['strength']} was given without an input image; add one or leave it out")
-        given.setdefault("strength", 1.0 if image is None else DEFAULT_STRENGTH)
+        usual = self.model.settings(options.sampler)
+        if options.timesteps:
+            usual = replace(usual, num_inference_steps=len(options.timesteps))
         if image is not None:
             width, height = self._size(image)
-            given.setdefault("width", width)
-            given.setdefault("height", height)
-        settings = replace(self.model.settings(given.get("sampler")), **given).check()
+            usual = replace(usual, strength=DEFAULT_STRENGTH, width=width, height=height)
+        elif options.strength not in (None, 1):
+            raise InputError(f"strength {options.strength} was given without an input image; add one or leave it out")
+        settings = options.over(usual).check()
         plan_passes(self.model, settings)
         return settings
 
@@ -171,9 +181,9 @@ class Pipeline:
         easing: str = "linear",
         loop: bool = False,
         callback: Callback | None = None,
-        **options: Any,
+        options: PictureOptions | None = None,
     ) -> Iterator[Image]:
-        """Hand out the frames of a journey through `keyframes`, each made of mixed prompts, noise and input latents.
+        """Hand out the frames of an animation through `keyframes`, each of mixed prompts, noise and input latents.
 
         The noise of all steps travels. A frame on a keyframe equals, bit for bit, the picture that the pipeline paints
         from that keyframe's prompt, seed and image with the same options. See `interpolation.plan_frames` for `easing`
@@ -185,7 +195,7 @@ class Pipeline:
         plan = plan_frames(len(keyframes), frames, easing, loop)
         if len({keyframe.image is None for keyframe in keyframes}) > 1:
             raise InputError("only some keyframes have an image; give one to every keyframe or to none")
-        base = self.resolve(keyframes[0].image, **options)
+        base = self.resolve(options or PictureOptions(), keyframes[0].image)
         inputs = [
             self._inputs([replace(base, prompt=keyframe.prompt, seed=keyframe.seed)], keyframe.image)
             for keyframe in keyframes
@@ -198,14 +208,10 @@ class Pipeline:
         """Steps of the sampler that one picture takes, in all passes."""
         return sum(len(run.sigmas) - 1 for run in plan_passes(self.model, settings))
 
-    def describe(self, settings: Settings, image: Source | None = None, mask: Source | None = None) -> dict[str, Any]:
-        """Settings and model as plain JSON values; pictures by their path."""
-        paths = {"image": image, "mask": mask}
-        return {
-            **{name: value for name, value in asdict(settings).items() if value is not None},
-            **self.model.describe(),
-            **{name: os.fspath(path) for name, path in paths.items() if isinstance(path, (str, os.PathLike))},
-        }
+    def describe(self, settings: Settings, image: Source | None = None, mask: Source | None = None) -> PictureOptions:
+        """All that makes a picture again, as far as its input pictures were given by their paths."""
+        paths = [os.fspath(path) if isinstance(path, (str, os.PathLike)) else None for path in (image, mask)]
+        return PictureOptions(**asdict(settings), image=paths[0], mask=paths[1]) | self.model.describe()
 
     def _size(self, image: Source) -> tuple[int, int]:
         """The model's own size, in the proportions of the input image."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 from lcm_core.errors import InputError
 from lcm_core.files.reading import check_text
@@ -116,67 +114,3 @@ def check_size(width: int, height: int, multiple: int = 1) -> None:
     if width % multiple or height % multiple:
         near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in (width, height))
         raise InputError(f"size {width}x{height} does not fit this model; use multiples of {multiple}, e.g. {near}")
-
-
-_TEXTS = ("model", "unet", "vae", "tokenizer", "device", "dtype", "vae_dtype", "image", "mask")
-"""What a picture says beside `Settings`: the model, and how it ran."""
-
-
-def from_dict(values: Mapping[str, Any]) -> Settings:
-    """`Settings` of a dict such as a picture carries; entries of other kinds (the model's) are left out.
-
-    Raises:
-        InputError: a value of the wrong type.
-    """
-    return replace(Settings(), **known_settings(values))
-
-
-def known_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of a dict that `Settings` knows; what is missing stays missing, for the model to choose.
-
-    Raises:
-        InputError: a value of the wrong type.
-    """
-    known = {field.name: values[field.name] for field in fields(Settings) if values.get(field.name) is not None}
-    for name, default in asdict(Settings()).items():
-        if name not in known:
-            continue
-        value = known[name]
-        if name == "timesteps":
-            good = isinstance(value, (list, tuple)) and all(type(number) is int for number in value)
-        else:
-            good = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if not good:
-            like = [999, 749] if default is None else default
-            raise InputError(f"the setting {name}={value!r:.60} has the wrong type; it should be like {like!r}")
-    return known
-
-
-def known_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of a dict such as a picture carries that say which model made it, and how it ran.
-
-    Raises:
-        InputError: a value of the wrong type, or a path that leads to another computer.
-    """
-    known = {name: values[name] for name in (*_TEXTS, "lora", "threads") if values.get(name) is not None}
-    for name, value in known.items():
-        if name == "threads":
-            good, like = type(value) is int and value > 0, "4"
-        elif name == "lora":
-            good, like = isinstance(value, list) and all(map(_is_lora, value)), '[["style.safetensors", 0.8]]'
-        else:
-            good, like = isinstance(value, str), "a text"
-        if not good:
-            raise InputError(f"the setting {name}={value!r:.60} has the wrong type; it should be like {like}")
-    paths = [known[name] for name in ("model", "vae", "tokenizer", "image", "mask") if name in known]
-    for path in (*paths, *(path for path, _ in known.get("lora", ()))):
-        check_text("path", path)
-        if path.replace("\\", "/").startswith("//"):  # Windows would log in there
-            raise InputError(f"the settings ask for {path!r}, on another computer; copy it here and give its path")
-    return known
-
-
-def _is_lora(value: object) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
-        return False
-    return type(value[1]) in (int, float) and math.isfinite(value[1])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lcm_core.diffusion.samplers import initial_noise
 from lcm_core.errors import InputError
-from lcm_core.pipeline import Keyframe, Pipeline
+from lcm_core.pipeline import Keyframe, PictureOptions, Pipeline
 from lcm_core.pipeline.image import load_image
 
 
@@ -136,15 +136,15 @@ def test_guidance_goes_where_the_model_wants_it(lcm: Pipeline, plain: Pipeline) 
 
 
 def test_settings_are_the_models_unless_given(lcm: Pipeline, plain: Pipeline, models: Path) -> None:
-    chosen = lcm.resolve(prompt="x")
+    chosen = lcm.resolve(PictureOptions(prompt="x"))
     assert (chosen.sampler, chosen.num_inference_steps, chosen.guidance_scale) == ("lcm", 4, 4.0)
     assert (chosen.width, chosen.height, chosen.original_steps) == (64, 64, 50)
-    assert plain.resolve(prompt="x").guidance_scale == 1.0
+    assert plain.resolve(PictureOptions(prompt="x")).guidance_scale == 1.0
     assert not plain.model.recommended.is_distilled
     teacher = Pipeline.load(models / "emoji", device="cpu", dtype="float32", unet="teacher")
-    chosen = teacher.resolve(prompt="x")
+    chosen = teacher.resolve(PictureOptions(prompt="x"))
     assert (chosen.sampler, chosen.num_inference_steps, chosen.guidance_scale) == ("dpmpp_2m", 25, 3.0)
-    wide = lcm.resolve(image=Image.new("RGB", (400, 100)), prompt="x")
+    wide = lcm.resolve(PictureOptions(prompt="x"), Image.new("RGB", (400, 100)))
     assert (wide.width, wide.height, wide.strength) == (128, 64, 0.6)
 
 
@@ -186,7 +186,7 @@ def test_later_noise_travels_too(lcm: Pipeline) -> None:
 def test_image_latents_travel_between_input_pictures(lcm: Pipeline) -> None:
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "navy")]
     keyframes = [Keyframe("a cat", 1, picture) for picture in pictures]
-    frames = list(lcm.interpolate(keyframes, 3, strength=0.3, num_inference_steps=2))
+    frames = list(lcm.interpolate(keyframes, 3, options=PictureOptions(strength=0.3, num_inference_steps=2)))
     singles = [lcm("a cat", seed=1, image=image, strength=0.3, num_inference_steps=2).images[0] for image in pictures]
     assert [pixels(frames[0]), pixels(frames[2])] == [pixels(single) for single in singles]
     assert pixels(frames[1]) not in [pixels(frames[0]), pixels(frames[2])]

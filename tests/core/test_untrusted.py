@@ -27,7 +27,8 @@ from lcm_core.networks.unet import load_unet
 from lcm_core.networks.vae import load_vae
 from lcm_core.pipeline.image import encode_image, open_image, read_settings, save_image
 from lcm_core.pipeline.model import diffusion_of, load_model
-from lcm_core.pipeline.settings import Settings, known_options, known_settings
+from lcm_core.pipeline.options import parse_options
+from lcm_core.pipeline.settings import Settings
 from lcm_core.pipeline.sources import find_model, find_source
 from trainer.cli.main import main as trainer_main
 
@@ -423,7 +424,7 @@ def test_configuration_in_the_metadata_that_is_none(text: str, models: Path, tmp
 )
 def test_option_of_a_picture_has_the_wrong_type(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        known_options(values)
+        parse_options(values)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +434,7 @@ def test_option_of_a_picture_has_the_wrong_type(values: dict[str, Any]) -> None:
 )
 def test_setting_of_a_picture_has_the_wrong_type(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="has the wrong type"):
-        known_settings(values)
+        parse_options(values)
 
 
 @pytest.mark.parametrize("values", [{"prompt": "a\0"}, {"prompt": "\ud800"}, {"seed": 2**64}, {"upscale": 10**400}])

@@ -7,7 +7,8 @@ from PIL import Image
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import read_settings
 from lcm_core.pipeline.model import load_model
-from lcm_core.pipeline.settings import from_dict
+from lcm_core.pipeline.options import parse_options
+from lcm_core.pipeline.settings import Settings
 from trainer.report.preview import paint_previews, preview_grid, read_samples, save_samples
 
 PROMPTS, SEEDS = ["red apple, noto style", "a cat, fluent style"], [4, 9]
@@ -46,5 +47,5 @@ def test_samples_come_back_with_role_steps_prompt_and_what_makes_them_again(tmp_
     assert [(s.role, s.steps, s.index) for s in samples] == [("teacher-of-old", 1, 0), ("teacher-of-old", 1, 1)]
     settings = read_settings(samples[0].path)
     assert settings == samples[0].settings
-    again = next(Pipeline(model).paint([from_dict(settings)]))
+    again = next(Pipeline(model).paint([parse_options(settings).over(Settings())]))
     assert numpy.abs(pixels(again).astype(int) - pixels(Image.open(samples[0].path))).max() <= 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_core.cli.common import MODEL_OPTIONS, add_model_options, check_output, load_pipeline, note, plural
+from lcm_core.cli.common import add_model_options, check_output, load_pipeline, note, plural, read_options
 from lcm_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ def add_eval(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score the model and add its rows to the table in --output."""
     from lcm_core.networks.device import choose_device
+    from lcm_core.pipeline.options import PictureOptions
     from trainer.distributed import join_processes
     from trainer.evaluate.scores import check_samples, evaluate_rows, from_main
 
     _check(args)
     team = join_processes(choose_device(args.device))
     check_samples(args.samples, team)
-    pipe, _ = load_pipeline({**{name: getattr(args, name) for name in MODEL_OPTIONS}, "device": team.device})
+    pipe, _ = load_pipeline(replace(read_options(args), device=str(team.device)))
     model, name = pipe.model, args.name or _name(args)
     exam = _exam(args, model, team)
     if team.is_main and not model.recommended.is_distilled and args.sampler is None:
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     about = {"model": model.name, **model.origin}
     table = from_main(team, lambda: _open_table(args.output / "eval.json", exam, name, about))
     for steps in args.steps:
-        settings = pipe.resolve(num_inference_steps=steps, **options)
+        settings = pipe.resolve(PictureOptions(num_inference_steps=steps, **options))
         line = (name, settings.sampler, steps, settings.guidance_scale)
         if line in [(row["model"], row["sampler"], row["steps"], row["guidance_scale"]) for row in table["rows"]]:
             if team.is_main:

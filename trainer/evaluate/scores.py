@@ -17,7 +17,7 @@ from torch import Tensor
 from lcm_core.cli.common import plural
 from lcm_core.diffusion.samplers import NoiseSampler
 from lcm_core.errors import InputError
-from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.image import load_image
 from lcm_core.pipeline.model import Model
@@ -203,7 +203,7 @@ def evaluate_rows(
 def _score(
     name: str, model: Model, exam: Exam, steps: int, team: Processes, progress: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
-    settings = Pipeline(model).resolve(num_inference_steps=steps, **options)
+    settings = Pipeline(model).resolve(PictureOptions(num_inference_steps=steps, **options))
     start = time.monotonic()
     features, fits = _paint(model, exam, team, settings, f"{name}, {plural(steps, 'step')}", progress)
     seconds = time.monotonic() - start

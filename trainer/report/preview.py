@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.cli.common import plural
-from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.image import labelled_grid, read_settings, save_image
 from lcm_core.pipeline.model import Model
 
@@ -39,10 +39,12 @@ def paint_previews(
     """
     pipe, columns = Pipeline(model), {}
     for number in steps:
-        base = pipe.resolve(num_inference_steps=number, **options)
+        base = pipe.resolve(PictureOptions(num_inference_steps=number, **options))
         pictures = [replace(base, prompt=text, seed=seed) for text, seed in zip(prompts, seeds, strict=True)]
         images = pipe.paint(pictures, batch_size=BATCH_SIZE)
-        columns[number] = list(zip(images, map(pipe.describe, pictures), strict=True))
+        columns[number] = [
+            (image, pipe.describe(picture).said) for image, picture in zip(images, pictures, strict=True)
+        ]
     return columns
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from webui_harness import HttpError, Painted, WebUI, difference, to_base64
 
-from lcm_core.pipeline import Keyframe, Pipeline
+from lcm_core.pipeline import Keyframe, PictureOptions, Pipeline
 
 pytestmark = pytest.mark.host
 PIZZA, PEAR = "a slice of pizza, noto style", "a green pear, twemoji style"
@@ -30,7 +30,11 @@ def test_every_frame_is_lcm_core_s(webui: WebUI) -> None:
     painted = travel(webui, f"{PEAR} @ 7", frames=4, easing="smooth", loop=True)
     pipe = Pipeline.load("emoji", device="cpu", dtype="float32")
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "width": 64, "height": 64}
-    wanted = list(pipe.interpolate([Keyframe(PIZZA, 5), Keyframe(PEAR, 7)], 4, "slerp", "smooth", True, **settings))
+    wanted = list(
+        pipe.interpolate(
+            [Keyframe(PIZZA, 5), Keyframe(PEAR, 7)], 4, "slerp", "smooth", True, None, PictureOptions(**settings)
+        )
+    )
     assert len(painted.pictures) == 4
     assert [difference(*pair) <= 1 for pair in zip(painted.pictures, wanted, strict=True)] == [True] * 4
     assert "0.5 of the way to a green pear, twemoji style @ 7" in painted.pictures[1].info["parameters"]
