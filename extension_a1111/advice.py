@@ -11,10 +11,10 @@ from typing import Any
 from modules import shared
 
 from extension_a1111 import host
-from extension_a1111.embedding import no_embedding, read_cond_proj
+from extension_a1111.guidance_embedding import no_embedding, read_cond_proj
 from extension_a1111.loras import find_loras, read_accelerated
 from extension_a1111.options import Options, read_options
-from extension_a1111.recommend import (
+from extension_a1111.recommendation import (
     MOST_STEPS,
     USUAL_FULL,
     USUAL_LORA,

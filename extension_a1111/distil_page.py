@@ -12,7 +12,7 @@ from pathlib import Path
 
 from extension_a1111.distil import Plan
 from extension_a1111.distil_status import SHOWN, Status
-from extension_a1111.words import Say, english
+from extension_a1111.translation import Say, english
 
 _STATES = {
     "none": "No run yet.",

@@ -21,8 +21,8 @@ from torch import nn
 
 from extension_a1111.architecture import check_network, prediction_of
 from extension_a1111.denoising import PositiveRows
-from extension_a1111.grids import get_sigmas_host
-from extension_a1111.words import Say, speaker
+from extension_a1111.schedules import get_sigmas_host
+from extension_a1111.translation import Say, speaker
 from lcm_core.diffusion.process import VariancePreserving, abar_from_sigma
 
 try:  # 1.9 split schedules from samplers

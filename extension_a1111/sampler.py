@@ -12,10 +12,10 @@ from torch import Tensor
 from extension_a1111 import host
 from extension_a1111.architecture import check_loras, network_width
 from extension_a1111.denoising import PositiveRows, consistency
-from extension_a1111.embedding import GuidanceHook, no_embedding, read_cond_proj
-from extension_a1111.grids import fit_remarks, fit_steps, fit_strength, get_sigmas_padded
+from extension_a1111.guidance_embedding import GuidanceHook, no_embedding, read_cond_proj
 from extension_a1111.loras import find_loras
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, Options
+from extension_a1111.schedules import fit_remarks, fit_steps, fit_strength, get_sigmas_padded
 from lcm_core.diffusion.guidance import Model
 from lcm_core.diffusion.samplers import initial_latents, sample_lcm, sample_tcd
 

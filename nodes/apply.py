@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from . import inputs
 from .guidance import with_guidance
 from .host import say, schema
-from .hostmodel import inspect_model, with_sampling
+from .model_patches import inspect_model, with_sampling
 
 
 class LCMApply(io.ComfyNode):

@@ -18,10 +18,10 @@ from trainer.methods.method import sampling_of
 
 from . import inputs
 from .host import say, schema
-from .hostmodel import attach_recommended, inspect_model
 from .lora import lora_file
-from .run import ASK, IF_EXISTS, Run
+from .model_patches import attach_recommended, inspect_model
 from .student import encode_prompts, from_folder, from_latents
+from .training_run import ASK, IF_EXISTS, Run
 
 
 class LCMDistiller(io.ComfyNode):

@@ -15,7 +15,7 @@ from lcm_core.pipeline.image import labelled_grid
 
 from . import inputs
 from .host import schema
-from .painting import Painter, choose_settings, noise_of, read_latent, reporter
+from .sampling import Painter, choose_settings, noise_of, read_latent, reporter
 
 
 class LCMStepsGrid(io.ComfyNode):

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from lcm_core.diffusion.interpolation import EASINGS, MODES
 from lcm_core.errors import InputError
 
-from .painting import AUTO, SAMPLERS
+from .sampling import AUTO, SAMPLERS
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 _SAMPLERS = "lcm for LCM models and LCM-LoRAs. tcd for models and LoRAs that were distilled with tcd or segmented."

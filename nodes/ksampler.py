@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .host import say, schema
-from .painting import AUTO, Painter, choose_settings, noise_of, read_latent, reporter
+from .sampling import AUTO, Painter, choose_settings, noise_of, read_latent, reporter
 
 
 class LCMKSampler(io.ComfyNode):

@@ -18,7 +18,7 @@ from lcm_core.pipeline.sources import find_source
 
 from .guidance import attach_guidance, take_guidance
 from .host import say, schema
-from .hostmodel import attach_recommended, inspect_model
+from .model_patches import attach_recommended, inspect_model
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _SHIPPED = {"emoji (shipped with LCM Suite)": "lcm", "emoji teacher (shipped with LCM Suite)": "teacher"}

@@ -17,7 +17,7 @@ from lcm_core.files.recommended import Recommended, read_recommended
 from lcm_core.files.safetensors import read_metadata
 
 from .host import say, schema
-from .hostmodel import attach_recommended
+from .model_patches import attach_recommended
 
 _MARK = "lcm_suite.saved_by"
 """Metadata of our own files; others are never overwritten."""

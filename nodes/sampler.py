@@ -10,8 +10,8 @@ from lcm_core.diffusion.grids import get_sigmas_lcm
 
 from . import inputs
 from .host import schema
-from .hostmodel import inspect_model
-from .painting import make_sampler
+from .model_patches import inspect_model
+from .sampling import make_sampler
 
 
 class LCMScheduler(io.ComfyNode):

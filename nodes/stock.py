@@ -12,8 +12,8 @@ from torch import Tensor
 from lcm_core.diffusion.grids import get_sigmas_lcm
 
 from .flow import is_flow
-from .hostmodel import LcmSampling, is_stock_lcm, process_of
-from .painting import sample
+from .model_patches import LcmSampling, is_stock_lcm, process_of
+from .sampling import sample
 
 SAMPLERS = {"lcm_suite": "lcm", "tcd_suite": "tcd"}
 """Names in the host's lists, and what they are here."""

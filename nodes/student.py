@@ -24,7 +24,7 @@ from trainer.distill import Latents
 from trainer.methods.shared import Network
 from trainer.students import Student, choose_precision
 
-from .hostmodel import check_size
+from .model_patches import check_size
 
 _HOST_NAMES = {
     "conv1": "in_layers.2",

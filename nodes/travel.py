@@ -15,7 +15,7 @@ from lcm_core.errors import InputError
 
 from . import inputs
 from .host import schema
-from .painting import AUTO, Conditioning, Latent, Noise, Painter, choose_settings, noise_of, read_latent, reporter
+from .sampling import AUTO, Conditioning, Latent, Noise, Painter, choose_settings, noise_of, read_latent, reporter
 
 MOST = 4
 Item = TypeVar("Item")

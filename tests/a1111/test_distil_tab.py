@@ -17,7 +17,7 @@ from extension_a1111 import distil, distil_python, distil_runner, distil_setup
 from extension_a1111.distil import Order, Places
 from extension_a1111.distil_page import described, mistake, render
 from extension_a1111.distil_status import Status, look
-from extension_a1111.words import speaker
+from extension_a1111.translation import speaker
 from lcm_core.errors import InputError
 from trainer import estimate
 

@@ -13,7 +13,7 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from extension_a1111.embedding import GuidanceHook, read_cond_proj
+from extension_a1111.guidance_embedding import GuidanceHook, read_cond_proj
 
 EMOJI = Path(__file__).parents[2] / "lcm_core" / "models" / "emoji"
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from extension_a1111.architecture import check_loras
-from extension_a1111.grids import fit_remarks, fit_steps, fit_strength, get_sigmas_host
 from extension_a1111.loras import Accelerated
-from extension_a1111.recommend import USUAL_FULL, USUAL_LORA, Recommendation, Request, recommend, remarks
+from extension_a1111.recommendation import USUAL_FULL, USUAL_LORA, Recommendation, Request, recommend, remarks
+from extension_a1111.schedules import fit_remarks, fit_steps, fit_strength, get_sigmas_host
 from lcm_core.diffusion.grids import get_timesteps_lcm
 from lcm_core.diffusion.process import VariancePreserving
 from lcm_core.errors import InputError

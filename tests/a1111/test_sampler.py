@@ -8,7 +8,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from extension_a1111.denoising import PositiveRows, consistency, first_rows
-from extension_a1111.grids import get_sigmas_padded
+from extension_a1111.schedules import get_sigmas_padded
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.process import VariancePreserving

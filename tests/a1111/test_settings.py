@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from extension_a1111.architecture import check_loras, check_network, context_width, network_width
 from extension_a1111.loras import Accelerated, find_loras, kind_of_name, read_accelerated
-from extension_a1111.recommend import USUAL_FULL, USUAL_LORA, Recommendation, recommend
+from extension_a1111.recommendation import USUAL_FULL, USUAL_LORA, Recommendation, recommend
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import Recommended
 

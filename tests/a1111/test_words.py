@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from extension_a1111.recommend import USUAL_LORA, Request, recommend, remarks
-from extension_a1111.words import english, speaker
+from extension_a1111.recommendation import USUAL_LORA, Request, recommend, remarks
+from extension_a1111.translation import english, speaker
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))

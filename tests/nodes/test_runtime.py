@@ -249,29 +249,29 @@ def test_a_transformer_that_predicts_epsilon_is_refused_by_name(runtime: Any, no
 
 def test_a_latent_that_is_too_small_is_named(runtime: Any) -> None:
     """Where torch would say that it expected more than one value per channel; the next larger ones pass."""
-    from lcm_suite_nodes import hostmodel
+    from lcm_suite_nodes import model_patches
 
     narrow = model_of("SD15", {"model_channels": 32, "channel_mult": (1, 2, 4, 4)})
     with pytest.raises(InputError, match="16x16 pixels, is too small for this MODEL; use 32x32 or more"):
-        hostmodel.check_size(narrow, torch.zeros(1, 4, 2, 2))
-    hostmodel.check_size(narrow, torch.zeros(1, 4, 3, 3))
+        model_patches.check_size(narrow, torch.zeros(1, 4, 2, 2))
+    model_patches.check_size(narrow, torch.zeros(1, 4, 3, 3))
     wide = model_of("SD15", {"model_channels": 320, "channel_mult": (1, 2, 4, 4)})
-    hostmodel.check_size(wide, torch.zeros(1, 4, 1, 1))
+    model_patches.check_size(wide, torch.zeros(1, 4, 1, 1))
 
 
 def test_a_v_model_behind_the_stock_lcm_node_is_told(runtime: Any) -> None:
     """That node reads every output as epsilon; LCM Apply does not."""
     from types import SimpleNamespace
 
-    from lcm_suite_nodes import hostmodel
+    from lcm_suite_nodes import model_patches
 
     stock = SimpleNamespace(sigmas=torch.ones(50), num_timesteps=1000)
     whole = SimpleNamespace(sigmas=torch.ones(1000), num_timesteps=1000)
     v, eps = SimpleNamespace(name="V_PREDICTION"), SimpleNamespace(name="EPS")
     with pytest.raises(InputError, match=r"predicts v, but ModelSamplingDiscrete .* use LCM Apply"):
-        hostmodel.check_prediction(SimpleNamespace(model_sampling=stock, model_type=v))
-    hostmodel.check_prediction(SimpleNamespace(model_sampling=stock, model_type=eps))
-    hostmodel.check_prediction(SimpleNamespace(model_sampling=whole, model_type=v))
+        model_patches.check_prediction(SimpleNamespace(model_sampling=stock, model_type=v))
+    model_patches.check_prediction(SimpleNamespace(model_sampling=stock, model_type=eps))
+    model_patches.check_prediction(SimpleNamespace(model_sampling=whole, model_type=v))
 
 
 def test_a_saved_full_lcm_has_its_guidance_free_again(runtime: Any) -> None:
@@ -314,7 +314,7 @@ class Identified:
 
     def start(self, if_exists: str = "ask", loop: Any = None, w: float = 1.0, rank: int = 4) -> None:
         """What `train` does first, for a model known as "a"."""
-        from lcm_suite_nodes.run import Run
+        from lcm_suite_nodes.training_run import Run
 
         run = Run(None, None, self.data, None, self.home, self.home / "x", rank, 1, if_exists, print)
         method = MethodConfig(w_min=w, w_max=w)
@@ -368,7 +368,7 @@ def test_another_run_of_the_same_name_is_not_handed_out_for_this_one(
 
 def test_a_run_with_all_steps_done_says_so(runtime: Any, tmp_path: Path) -> None:
     """Not that it has just learnt."""
-    from lcm_suite_nodes.run import Run
+    from lcm_suite_nodes.training_run import Run
 
     done = Run(None, None, None, None, tmp_path, tmp_path, 4, 1, "ask", print, steps=12, losses=[0.5] * 12)
     assert done.summary().startswith("nothing to do: 12 of 12 steps were done before")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from extension_a1111.words import Say, english
+from extension_a1111.translation import Say, english
 from lcm_core.diffusion.grids import get_sigmas_lcm
 from lcm_core.diffusion.process import VariancePreserving
 

@@ -29,7 +29,7 @@ from lcm_core.pipeline.settings import Settings
 
 from .flow import check_noise, is_flow, sample_flow
 from .guidance import with_guidance
-from .hostmodel import Facts, LcmSampling, check_prediction, check_size, inspect_model, process_of, with_sampling
+from .model_patches import Facts, LcmSampling, check_prediction, check_size, inspect_model, process_of, with_sampling
 
 Latent = dict[str, Any]
 Conditioning = list[Any]

@@ -31,9 +31,9 @@ from trainer.methods.config import MethodConfig
 from trainer.methods.method import sampling_of
 from trainer.students import Student, lora_student
 
-from .hostmodel import Facts
 from .lora import save_lora_file
-from .lossplot import draw_loss
+from .loss_plot import draw_loss
+from .model_patches import Facts
 from .student import TARGET_MODULES, as_network, copy_unet, fingerprint, lora_of, name_layers
 
 _FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}

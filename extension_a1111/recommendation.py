@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from extension_a1111.loras import Accelerated
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER
-from extension_a1111.words import Say, english
+from extension_a1111.translation import Say, english
 from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended
 
 MOST_STEPS = 8
