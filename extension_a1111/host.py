@@ -108,7 +108,7 @@ def chosen_checkpoint(p: Any = None) -> Path | None:
 
 def lora_file(name: str) -> Path | None:
     """A LoRA's file by its name or alias in the prompt, from the host's own list; None where there is none."""
-    networks = sys.modules.get("networks")  # the built-in Lora extension
+    networks: Any = sys.modules.get("networks")  # the built-in Lora extension
     on_disk = _listed_lora(networks, name)
     if on_disk is None and hasattr(networks, "list_available_networks"):  # as the host itself: it may be a new file
         networks.list_available_networks()

@@ -1,6 +1,7 @@
 """reForge, which builds networks in their usual sizes only: a Stable Diffusion 1.5 of full size with random weights.
 
-Its pictures mean nothing, but must be the same everywhere. It takes 2 GB of disk and 10 GB of memory.
+Its pictures mean nothing, but must be the same everywhere. It takes 4 GB of disk, which REFORGE_MODELS may name a
+folder for to keep it between runs, and 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -94,7 +95,11 @@ def reforge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     models = server.data / "models"
     (models / "Stable-diffusion").mkdir(parents=True)
     (models / "Lora").mkdir()
-    make_checkpoints(models / "Stable-diffusion")
+    kept = Path(os.environ.get("REFORGE_MODELS") or tmp_path_factory.mktemp("models"))
+    if not (kept / "random_full.safetensors").exists():
+        make_checkpoints(kept)
+    for name in ("random", "random_full"):
+        (models / "Stable-diffusion" / f"{name}.safetensors").symlink_to(kept / f"{name}.safetensors")
     make_lora(models / "Lora" / "lcm_few.safetensors")
     try:
         server.start()
