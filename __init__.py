@@ -33,6 +33,7 @@ async def comfy_entrypoint() -> Any:
         raise ImportError(f"LCM Suite cannot start: another lcm_core is in the way ({other}); {remedy}")
     from comfy_api.latest import ComfyExtension
 
+    from .nodes.examples import register as register_examples
     from .nodes.native import register
     from .nodes.stock import register as register_samplers
 
@@ -48,4 +49,5 @@ async def comfy_entrypoint() -> Any:
 
     register()
     register_samplers()
+    register_examples()
     return LCMSuite()

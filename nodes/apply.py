@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import inputs
-from .guidance import with_guidance
+from .attachments import with_guidance
 from .host import say, schema
 from .model_patches import inspect_model, with_sampling
 
@@ -23,7 +23,8 @@ class LCMApply(io.ComfyNode):
             display_name="LCM Apply",
             aliases=["ModelSamplingDiscrete lcm", "latent consistency", "fast sampling"],
             description="Makes a MODEL sample as a latent consistency model: with LCM KSampler, or with the stock "
-            "KSampler (sampler lcm, scheduler simple). Finds out what the model is and says so.",
+            "KSampler (sampler lcm, scheduler simple). Finds out what the model is and says so; flow "
+            "models stay as they are.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A full LCM (from the LCM Checkpoint Loader), or any model with an LCM-LoRA."
@@ -41,7 +42,8 @@ class LCMApply(io.ComfyNode):
     def execute(cls, model: Any, guidance_scale: float = 0.0, original_steps: int = 50) -> io.NodeOutput:
         """Patch a clone."""
         facts = inspect_model(model)
-        decided = f"{original_steps} original steps"
+        is_flow = facts.diffusion.prediction_type == "flow"  # whose grid is continuous
+        decided = "its own sampling" if is_flow else f"{original_steps} original steps"
         if facts.guidance is not None:
             scale = guidance_scale or facts.guidance_scale
             model = with_guidance(model, scale)

@@ -12,15 +12,15 @@ from comfy_api.latest import io
 
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig
-from trainer.distill import Latents
 from trainer.methods.config import method_config
 from trainer.methods.method import sampling_of
 
 from . import inputs
+from .attachments import attach_recommended
 from .host import say, schema
 from .lora import lora_file
-from .model_patches import attach_recommended, inspect_model
-from .student import encode_prompts, from_folder, from_latents
+from .model_patches import inspect_model
+from .training_data import TrainingData, encode_prompts, from_folder, from_latents
 from .training_run import ASK, IF_EXISTS, Run
 
 
@@ -76,9 +76,10 @@ class LCMDistiller(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=["lcd", "tcd", "segmented", "finetune"],
+                    options=["lcd", "tcd", "segmented", "dmd2", "finetune"],
                     default="lcd",
-                    tooltip="lcd: LCM-LoRA. tcd: for the tcd sampler. segmented: in 4 phases. finetune: no teacher.",
+                    tooltip="lcd: LCM-LoRA. tcd: for the tcd sampler. segmented: in 4 phases. dmd2: "
+                    "matches distributions, with a critic; twice the time. finetune: no teacher.",
                 ),
                 io.Int.Input(
                     "preview_every",
@@ -194,7 +195,7 @@ def _gather(
     latents: dict[str, Any] | None,
     positive: Any,
     negative: Any,
-) -> Latents:
+) -> TrainingData:
     if folder:
         if clip is None or vae is None:
             raise InputError(f"folder {folder} needs clip and vae to be encoded; connect both")
@@ -205,4 +206,4 @@ def _gather(
     if negative is None and clip is None:
         raise InputError("the empty prompt is missing; connect clip, or an encoded empty prompt as negative")
     null = encode_prompts(clip, [""]) if negative is None else negative
-    return from_latents(model, latents["samples"], positive, null)
+    return from_latents(model, latents, positive, null)

@@ -84,7 +84,7 @@ class LCMStepsGrid(io.ComfyNode):
         for painter in painters:
             samples = painter.paint(latent, noise_of(latent, seed), after(done))
             done += painter.steps
-            pictures.append(vae.decode(samples)[:1, ..., :3])
+            pictures.append(_first_picture(vae.decode(samples)))
         images = torch.cat(pictures)
         heads = [f"{count} step" + "s" * (count != 1) for count in columns]
         sheet = labelled_grid(
@@ -95,6 +95,11 @@ class LCMStepsGrid(io.ComfyNode):
 
 def _first(latent: dict[str, Any]) -> dict[str, Any]:
     return latent | {"samples": latent["samples"][:1], "batch_index": list(latent.get("batch_index") or [0])[:1]}
+
+
+def _first_picture(decoded: torch.Tensor) -> torch.Tensor:
+    """(1, H, W, 3): the first picture, of a video its first frame."""
+    return decoded.reshape(-1, *decoded.shape[-3:])[:1, ..., :3]
 
 
 def _in_rows(images: torch.Tensor, width: int) -> list[list[Image.Image]]:

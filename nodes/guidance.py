@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid5
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lcm_core.diffusion.guidance import guidance_bias
-from lcm_core.errors import InputError
 from lcm_core.files.recommended import FULL_LCM_GUIDANCE, recommended_in
 
 BIAS = "diffusion_model.time_embed.0.bias"
 """The weight of a MODEL that guidance shifts."""
-_KEY = "lcm_suite.guidance"  # what travels with a MODEL through all its clones
+KEY = "lcm_suite.guidance"  # what travels with a MODEL through all its clones
 _SAVED_BIAS, _SAVED_COND_PROJ = "time_embed.0.bias", "time_embed.cond_proj.weight"
 _COND_PROJ = (_SAVED_COND_PROJ, "time_embedding.cond_proj.weight")
 _LINEAR_1 = ("time_embed.0.weight", "time_embedding.linear_1.weight")
 _SAVED_SCALE = "lcm_suite.guidance_scale"  # a tensor: the host writes no metadata of ours
-_TO_SAVED = "process_unet_state_dict_for_saving"
+TO_SAVED = "process_unet_state_dict_for_saving"
 State = dict[str, Any]
 
 
@@ -52,36 +50,16 @@ def get_guidance(model: Any) -> Guidance | None:
     Known from LCM Checkpoint Loader, from the host's loader for the embedded model, and on hosts that note the file
     that a MODEL came from (0.33) from that file.
     """
-    attached = getattr(model, "attachments", {}).get(_KEY)
-    settled = getattr(getattr(model.model, "model_config", None), "lcm_suite_guidance", None)
+    attached = getattr(model, "attachments", {}).get(KEY)
+    config = getattr(model.model, "model_config", None)
+    settled = vars(config).get("lcm_suite_guidance") if config is not None else None  # the host warns of unknown names
     return attached or settled or _of_file(model)
-
-
-def attach_guidance(model: Any, guidance: Guidance) -> None:
-    """Make a MODEL known as a full LCM, also to files that the host saves of it."""
-    model.set_attachments(_KEY, guidance)
-    model.add_object_patch(f"model_config.{_TO_SAVED}", _saver(model.model.model_config, guidance))
 
 
 def settle_guidance(config: Any, guidance: Guidance) -> None:
     """Make a model that the host is loading known as a full LCM whose bias holds `guidance.shift`, by its config."""
     config.lcm_suite_guidance = guidance
-    setattr(config, _TO_SAVED, _saver(config, guidance))
-
-
-def with_guidance(model: Any, guidance_scale: float) -> Any:
-    """A clone of a full LCM that follows this guidance scale, in place of any before."""
-    guidance = get_guidance(model)
-    if guidance is None:
-        raise InputError("this MODEL has no guidance embedding; load a full LCM with the LCM Checkpoint Loader")
-    shift = guidance.shift_for(guidance_scale)
-    change = shift if guidance.shift is None else shift - guidance.shift
-    clone = model.clone()
-    clone.add_patches({BIAS: ("diff", (change,))})
-    # Equal weights are to be known as such: else the host would load them again for every picture.
-    clone.patches_uuid = uuid5(model.patches_uuid, repr(guidance_scale))
-    attach_guidance(clone, replace(guidance, shift=shift))
-    return clone
+    setattr(config, TO_SAVED, saver(config, guidance))
 
 
 def take_guidance(state: State, metadata: Mapping[str, str]) -> Guidance | None:
@@ -111,8 +89,9 @@ def save_with_guidance(plain: Callable[[State], State], guidance: Guidance, stat
     return {**plain(state), _SAVED_SCALE: torch.tensor(guidance.default_scale)}
 
 
-def _saver(config: Any, guidance: Guidance) -> Callable[[State], State]:
-    return partial(save_with_guidance, partial(getattr(type(config), _TO_SAVED), config), guidance)
+def saver(config: Any, guidance: Guidance) -> Callable[[State], State]:
+    """`save_with_guidance` for a model of this config of the host."""
+    return partial(save_with_guidance, partial(getattr(type(config), TO_SAVED), config), guidance)
 
 
 def _of_file(model: Any) -> Guidance | None:

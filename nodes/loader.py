@@ -12,13 +12,13 @@ from comfy_api.latest import io
 
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import read_component, save_single_file
-from lcm_core.files.recommended import recommended_in
 from lcm_core.files.safetensors import check_file
 from lcm_core.pipeline.sources import find_source
 
-from .guidance import attach_guidance, take_guidance
+from .attachments import attach_guidance, attach_recommended, take_recommended
+from .guidance import take_guidance
 from .host import say, schema
-from .model_patches import attach_recommended, inspect_model
+from .model_patches import inspect_model
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _SHIPPED = {"emoji (shipped with LCM Suite)": "lcm", "emoji teacher (shipped with LCM Suite)": "teacher"}
@@ -73,6 +73,7 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     check_file(Path(path))
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     guidance = take_guidance(state, metadata or {})
+    recommended = take_recommended(state, metadata or {}, Path(path).name)
     loaded = comfy.sd.load_state_dict_guess_config(
         state, embedding_directory=folder_paths.get_folder_paths("embeddings"), metadata=metadata, **options
     )
@@ -84,7 +85,7 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     model.cached_patcher_init = (load_checkpoint, (path,), 0)  # how newer hosts load a MODEL once more
     if guidance is not None:
         attach_guidance(model, guidance)
-    attach_recommended(model, recommended_in(metadata or {}, Path(path).name))
+    attach_recommended(model, recommended)
     return loaded
 
 

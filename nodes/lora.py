@@ -15,12 +15,14 @@ from lcm_core.errors import InputError
 from lcm_core.files.lora import Lora, read_lora, save_lora
 from lcm_core.files.recommended import Recommended, read_recommended
 from lcm_core.files.safetensors import read_metadata
+from lcm_core.pipeline.sources import MODELS
 
+from .attachments import attach_recommended
 from .host import say, schema
-from .model_patches import attach_recommended
 
 _MARK = "lcm_suite.saved_by"
 """Metadata of our own files; others are never overwritten."""
+_SHIPPED = {"emoji LCM-LoRA (shipped with LCM Suite)": MODELS / "emoji" / "lora" / "lcm_lora.safetensors"}
 _FORBIDDEN = frozenset('/\\:*?"<>|')  # folders and drives on any system, and what Windows has no names with
 _LONGEST = 200  # bytes: file systems take 255, and a file that is being written has a longer name
 
@@ -39,7 +41,9 @@ class LCMLoraConvert(io.ComfyNode):
             "model, and can save it in kohya's layout, which every UI reads.",
             inputs=[
                 io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                    "lora_name",
+                    options=[*folder_paths.get_filename_list("loras"), *_SHIPPED],
+                    tooltip="A file in models/loras, or a shipped one.",
                 ),
                 io.Float.Input(
                     "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="1 is as trained, 0 is off."
@@ -81,7 +85,7 @@ class LCMLoraConvert(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         """Read it once; every use is of the same tensors."""
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        path = str(_SHIPPED.get(lora_name) or folder_paths.get_full_path_or_raise("loras", lora_name))
         lora, recommended = read_lora(path), _read_recommended(path)
         layers = {part: len(found) for part, found in lora.layers.items()}
         info = ", ".join(f"{count} layers of {part.replace('_', ' ')}" for part, count in layers.items())

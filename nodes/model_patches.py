@@ -8,20 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import comfy.model_base
 import comfy.model_sampling
 import torch
 from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion, per_sample, to_x0
-from lcm_core.diffusion.process import Process, VariancePreserving, abar_from_sigma
+from lcm_core.diffusion.process import Process, RectifiedFlow
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import Recommended
 
-from .flow import is_flow, name_of
+from .attachments import recommended_of
 from .guidance import BIAS, Guidance, get_guidance
+from .model_sampling import diffusion_of
 
 _GROUPS = 32  # of all normalisation layers
-_RECOMMENDED = "lcm_suite.recommended"  # what travels with a MODEL through all its clones
 
 
 class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS, torch.nn.Module):
@@ -94,8 +95,10 @@ class Facts:
         return self._describe() + (f"; made for {self.recommended}" if self.recommended.is_distilled else "")
 
     def _describe(self) -> str:
-        kind = f"{self.family}, {self.diffusion.prediction_type.replace('_', '-')}"
-        if self.diffusion.process.zero_terminal_snr:
+        kind, process = f"{self.family}, {self.diffusion.prediction_type.replace('_', '-')}", self.diffusion.process
+        if isinstance(process, RectifiedFlow):
+            kind += f" with shift {process.shift:.4g}"
+        elif process.zero_terminal_snr:
             kind += ", zero terminal SNR"
         if self.guidance is not None:
             return f"full LCM ({kind}): guidance goes into the network, the negative prompt is not used"
@@ -108,7 +111,7 @@ def inspect_model(model: Any) -> Facts:
     """Find out what a MODEL is.
 
     Raises:
-        InputError: not a Stable Diffusion 1.x, 2.x or SDXL model.
+        InputError: it adds noise in a way that LCM does not know.
     """
     diffusion = _find_diffusion(model)  # first: it refuses MODELs of other kinds
     return Facts(
@@ -116,44 +119,41 @@ def inspect_model(model: Any) -> Facts:
         diffusion=diffusion,
         guidance=get_guidance(model),
         lora_layers=sum(key != BIAS for key in model.patches),
-        recommended=getattr(model, "attachments", {}).get(_RECOMMENDED, Recommended()),
+        recommended=recommended_of(model),
     )
 
 
 def with_sampling(model: Any, facts: Facts, original_steps: int = 50) -> Any:
-    """A clone of the MODEL that samples as a latent consistency model."""
+    """A clone of the MODEL that samples as a latent consistency model.
+
+    A flow model does so by itself: its consistency function is plain x0, which its own `model_sampling` gives.
+    """
     clone = model.clone()
+    if isinstance(facts.diffusion.process, RectifiedFlow):
+        return clone
     clone.add_object_patch("model_sampling", LcmSampling(replace(facts.diffusion, original_steps=original_steps)))
     return clone
-
-
-def attach_recommended(model: Any, recommended: Recommended) -> None:
-    """Let a MODEL know how its file, or that of its LoRA, wants to be sampled; one that is not for few steps leaves
-    what it knew."""
-    if recommended.is_distilled:
-        model.set_attachments(_RECOMMENDED, recommended)
 
 
 def process_of(sampling: Any) -> Process:
     """The noise process of a host's `model_sampling`.
 
     Raises:
-        InputError: it has none, or knows only some of the model's noise levels.
+        InputError: one that LCM does not know, or that knows only some of the model's noise levels.
     """
     if isinstance(sampling, LcmSampling):
         return sampling.diffusion.process
-    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
-        raise InputError(f"{name_of(sampling)} has no timesteps, which this needs; use the sampler lcm")
     if is_stock_lcm(sampling):
         raise InputError("the MODEL comes from ModelSamplingDiscrete (lcm); use LCM Apply in its place")
-    return VariancePreserving(abar_from_sigma(sampling.sigmas.cpu().double()))
+    return diffusion_of(sampling).process
 
 
 def is_stock_lcm(sampling: Any) -> bool:
     """Whether a host's `model_sampling` is that of its own ModelSamplingDiscrete (lcm), which keeps every 20th level of
     noise and takes each network for one that predicts epsilon."""
-    own = isinstance(sampling, LcmSampling)
-    return not own and len(getattr(sampling, "sigmas", ())) < getattr(sampling, "num_timesteps", 0)
+    if isinstance(sampling, LcmSampling) or getattr(sampling, "sigmas", None) is None:
+        return False
+    return len(sampling.sigmas) < getattr(sampling, "num_timesteps", 0)
 
 
 def check_prediction(base: Any) -> None:
@@ -194,43 +194,23 @@ def check_size(model: Any, latents: Tensor) -> None:
             )
 
 
+def is_unet(model: Any) -> bool:
+    """Whether a MODEL is a U-Net of Stable Diffusion: by its sizes, which the host read from its weights."""
+    return "model_channels" in model.model.model_config.unet_config
+
+
 def _find_diffusion(model: Any) -> Diffusion:
     sampling = model.get_model_object("model_sampling")
-    _check_kind(model, sampling)
     if isinstance(sampling, LcmSampling):
         return sampling.diffusion
-    if is_stock_lcm(sampling):
-        sampling = comfy.model_sampling.ModelSamplingDiscrete(model.model.model_config, zsnr=sampling.zsnr)
-        kind = model.model.model_type.name
-        return Diffusion(process_of(sampling), "v_prediction" if kind == "V_PREDICTION" else "epsilon")
-    return Diffusion(process_of(sampling), _prediction_type(sampling))
-
-
-def _check_kind(model: Any, sampling: Any) -> None:
-    """The one door for MODELs of other kinds."""
-    kind = model.model.model_type.name
-    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
-    if kind in ("EPS", "V_PREDICTION") and discrete and _is_unet(model):
-        return
-    if kind in ("EPS", "V_PREDICTION") and discrete:
-        kind = type(model.model.model_config).__name__  # a transformer, which the kind does not tell
-    remedy = "LCM needs one of these"
-    if is_flow(sampling):
-        remedy = "flow models are for LCM Sampler alone: use it in SamplerCustom, with BasicScheduler (simple)"
-    raise InputError(f"this MODEL ({kind}) is no Stable Diffusion 1.x, 2.x or SDXL model; {remedy}")
-
-
-def _is_unet(model: Any) -> bool:
-    """By its sizes, which the host read from its weights; transformers are told by the name of their class instead."""
-    return "image_model" not in model.model.model_config.unet_config
-
-
-def _prediction_type(sampling: Any) -> str:
-    if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-        return "v_prediction"
-    return "sample" if isinstance(sampling, comfy.model_sampling.X0) else "epsilon"
+    if is_stock_lcm(sampling):  # what the model was before that node
+        sampling = comfy.model_base.model_sampling(model.model.model_config, model.model.model_type)
+    return diffusion_of(sampling)
 
 
 def _family(model: Any) -> str:
+    """The U-Nets by their text encoders' width; for all others the host's own name."""
+    if not is_unet(model):
+        return type(model.model.model_config).__name__
     width = model.model.model_config.unet_config.get("context_dim")
     return {1024: "SD 2.x", 1280: "SDXL", 2048: "SDXL"}.get(width, "SD 1.x")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcm_core.diffusion.grids import get_sigmas_lcm
+from lcm_core.diffusion.process import RectifiedFlow, VariancePreserving
 from lcm_core.diffusion.samplers import (
     NoiseSampler,
     initial_latents,
@@ -27,19 +28,29 @@ from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.settings import Settings
 
-from .flow import check_noise, is_flow, sample_flow
-from .guidance import with_guidance
-from .model_patches import Facts, LcmSampling, check_prediction, check_size, inspect_model, process_of, with_sampling
+from .attachments import with_guidance
+from .model_patches import (
+    Facts,
+    LcmSampling,
+    check_prediction,
+    check_size,
+    inspect_model,
+    is_stock_lcm,
+    process_of,
+    with_sampling,
+)
+from .model_sampling import noise_scale_of, sample_flow
 
 Latent = dict[str, Any]
 Conditioning = list[Any]
 Noise = tuple[Tensor, NoiseSampler]
-"""The first noise (B, C, h, w), and the sampler of all later noise."""
+"""The first noise (B, C, ...), and the sampler of all later noise."""
 Report = Callable[[int, Tensor, Tensor, int], object]
 """The host's callback: `report(step, x0, x, total_steps)`."""
 SAMPLERS = list(FEW_STEP_SAMPLERS)
 AUTO = "auto"
 """In the place of a sampler: what the model's file states, with all that belongs to it; lcm where it says nothing."""
+_KINDS = {1: "sequences", 2: "pictures", 3: "videos"}  # by the dimensions of a latent
 _SIZE_HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
@@ -78,7 +89,7 @@ class Painter:
     def paint(
         self, latent: Latent, noise: Noise, report: Report | None = None, positive: Conditioning | None = None
     ) -> Tensor:
-        """New latents (B, C, h, w) in the host's scale.
+        """New latents (B, C, ...) in the host's scale.
 
         Args:
             latent: from `read_latent`.
@@ -94,8 +105,8 @@ class Painter:
             raise InputError(
                 f"strength {self.settings.strength:g} was given with an empty latent; connect an encoded image or use 1"
             )
-        if mask is not None:  # by area, as lcm_core does; the host would take single points
-            mask = functional.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]).float(), x0.shape[-2:], mode="area")
+        if mask is not None:
+            mask = _fit_mask(mask, x0)
         first, later = noise
         sampler = make_sampler(self.settings.sampler, self.settings.gamma, later)
         positive = self.positive if positive is None else positive
@@ -136,16 +147,24 @@ def make_sampler(name: str, gamma: float = 0.3, noise_sampler: NoiseSampler | No
 
 
 def read_latent(model: Any, latent: Latent) -> Latent:
-    """A LATENT as this MODEL can take it: an empty one is given the model's number of channels.
+    """A LATENT as this MODEL can take it: an empty one is given the model's number of channels, and a
+    picture for a video model becomes its one frame.
 
     Raises:
         InputError: another shape, another number of channels, or too small.
     """
-    x0, channels = latent["samples"], model.get_model_object("latent_format").latent_channels
-    if not isinstance(x0, Tensor) or x0.ndim != 4:
-        raise InputError("the LATENT is no batch of pictures (video or audio?); use Empty Latent Image or VAE Encode")
+    x0, form = latent["samples"], model.get_model_object("latent_format")
+    channels, kind = form.latent_channels, _KINDS.get(form.latent_dimensions, "latents")
+    if not isinstance(x0, Tensor) or getattr(x0, "is_nested", False):
+        raise InputError(f"the LATENT holds several streams, such as picture and sound; this node takes {kind} alone")
     hints = {name: latent[name] for name in _SIZE_HINTS if name in latent}  # newer hosts' empty latents carry them
     x0 = comfy.sample.fix_empty_latent_channels(model, x0, **hints)
+    if x0.ndim != 2 + form.latent_dimensions:
+        shape = "x".join(map(str, x0.shape))
+        raise InputError(
+            f"the LATENT, {shape}, is no batch of {kind}, which this MODEL takes; use an empty latent made for it, or "
+            "VAE Encode"
+        )
     if x0.shape[1] != channels:
         raise InputError(
             f"the LATENT has {x0.shape[1]} channels but this MODEL takes {channels}; encode the picture with its VAE"
@@ -163,6 +182,15 @@ def noise_of(latent: Latent, seed: int) -> Noise:
     places: Sequence[int] = latent.get("batch_index") or range(len(x0))
     seeds = [(seed + int(place)) % 2**64 for place in places]
     return initial_noise(seeds, x0.shape[1:]), _noise_sampler(seeds, x0.shape[1:])
+
+
+def _fit_mask(mask: Tensor, x0: Tensor) -> Tensor:
+    """A noise mask in the size of latents x0, (M, 1, h, w): by area, as lcm_core does, where the host would take single
+    points. For videos (M, 1, 1, h, w), or (1, 1, M, h, w) where there are frames that the masks are of."""
+    mask = functional.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]).float(), x0.shape[-2:], mode="area")
+    if x0.ndim == 4:
+        return mask
+    return mask.unsqueeze(2) if x0.shape[2] == 1 else mask.movedim(0, 1).unsqueeze(0)
 
 
 def reporter(model: Any, total: int) -> Callable[[int], Report]:
@@ -200,21 +228,21 @@ def sample(
     another proportion."""
     base = model.inner_model.inner_model
     sampling = base.model_sampling
-    check_noise(sampling)
     check_prediction(base)
+    stock_lcm = name == "lcm" and is_stock_lcm(sampling)  # right for epsilon, at any of the levels that it keeps
+    process = VariancePreserving() if stock_lcm else process_of(sampling)
     check_size(base, x)
     extra_args = extra_args or {}
     seed = extra_args.get("seed")
     if noise_sampler is None and seed is not None:
         noise_sampler = _noise_sampler([(seed + i) % 2**64 for i in range(len(x))], x.shape[1:])
-    if is_flow(sampling):
+    if isinstance(process, RectifiedFlow):
         jump = gamma if name == "tcd" else None
-        return sample_flow(model, x, sigmas, sampling, extra_args, callback, noise_sampler, jump)
+        return sample_flow(model, x, sigmas, noise_scale_of(sampling), extra_args, callback, noise_sampler, jump)
     image = model.latent_image
     x = initial_latents(model.noise, sigmas[0], image if bool(image.any()) else None)
     if name == "lcm":
         return sample_lcm(model, x, sigmas, extra_args, callback, disable, noise_sampler)
-    process = process_of(sampling)
     with sampling.without_boundary() if isinstance(sampling, LcmSampling) else nullcontext():
         x = sample_tcd(model, x, sigmas, extra_args, callback, disable, noise_sampler, process, gamma)
     mask = extra_args.get("denoise_mask")

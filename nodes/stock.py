@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lcm_core.diffusion.grids import get_sigmas_lcm
 
-from .flow import is_flow
 from .model_patches import LcmSampling, is_stock_lcm, process_of
 from .sampling import sample
 
@@ -36,13 +35,12 @@ def register() -> None:
 def lcm_grid(sampling: Any, steps: int) -> Tensor:
     """LCMScheduler's noise levels, falling and ending in 0, (steps + 1,).
 
-    A flow model's are evenly spaced before its shift, which is the grid that few-step flow models were made for.
     Of the host's own node for LCM, which keeps only levels of the grid, "simple" takes the right ones.
 
     Raises:
-        InputError: more steps than the grid has timesteps.
+        InputError: more steps than the grid has timesteps, or a model of another kind.
     """
-    if is_flow(sampling) or is_stock_lcm(sampling):
+    if is_stock_lcm(sampling):
         levels: Tensor = comfy.samplers.simple_scheduler(sampling, steps)
         return levels
     original_steps = sampling.diffusion.original_steps if isinstance(sampling, LcmSampling) else 50

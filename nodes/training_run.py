@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_json, write_json
 from lcm_core.pipeline.settings import Settings
 from trainer.config import LoopConfig, StudentConfig
-from trainer.distill import Latents, distill
+from trainer.distill import distill, for_method
 from trainer.methods.config import MethodConfig
-from trainer.methods.method import sampling_of
+from trainer.methods.method import get_method, sampling_of
 from trainer.students import Student, lora_student
 
+from .frozen import weights_of
 from .lora import save_lora_file
 from .loss_plot import draw_loss
-from .model_patches import Facts
-from .student import TARGET_MODULES, as_network, copy_unet, fingerprint, lora_of, name_layers
+from .model_patches import Facts, is_unet
+from .model_sampling import noise_scale_of
+from .network import HostNetwork
+from .student import copy_model, fingerprint, lora_of, name_layers, target_modules
+from .training_data import TrainingData
 
 _FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}
 _TELL_SECONDS = 2.0
@@ -51,7 +56,7 @@ class Run:
     """The MODEL to distil; never changed."""
     facts: Facts
     """What is known about it."""
-    data: Latents
+    data: TrainingData
     """What it learns from."""
     vae: Any
     """Decodes previews; None shows rough ones."""
@@ -84,13 +89,18 @@ class Run:
             InputError: the run of this name was another one, or memory runs out.
         """
         self.steps = loop.steps
-        unet = copy_unet(self.model)
-        self._identify(fingerprint(unet.parameters()), method, loop)
-        names = name_layers(unet)
+        base = copy_model(self.model)
+        unet = base.diffusion_model
+        self._identify(fingerprint(weights_of(unet)), method, loop)
+        names = name_layers(self.model, unet)
         torch.manual_seed(loop.seed)  # of the adapters' first weights
         recommended = sampling_of(method)
-        config = StudentConfig(rank=self.rank, target_modules=TARGET_MODULES)
-        student = lora_student(unet, as_network(unet), config, loop.ema_decay > 0)
+        config = StudentConfig(rank=self.rank, target_modules=target_modules(self.model, unet))
+        data, device = self.data, comfy.model_management.get_torch_device()
+        diffusion = for_method(self.facts.diffusion, method)
+        network = HostNetwork(base, self.model, diffusion, data.prompts, data.shape, device)
+        student = lora_student(unet, network, config, loop.ema_decay > 0, with_critic=get_method(method).needs_critic)
+        unet.to(device)  # the adapters, where the frozen weights are elsewhere
         self.losses = self._logged()
         self.before = len(self.losses)
         bar = comfy.utils.ProgressBar(loop.steps)
@@ -106,16 +116,10 @@ class Run:
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         try:
-            distill(
-                student,
-                self.data,
-                self.facts.diffusion,
-                method,
-                loop,
-                self.home,
-                _CAPTION_DROPOUT,
-                callback,
-            )
+            with _own_arithmetic(self.model):
+                distill(
+                    student, data.latents, self.facts.diffusion, method, loop, self.home, _CAPTION_DROPOUT, callback
+                )
         except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION) as error:
             if self.learnt:
                 self._save(student, names, recommended)
@@ -149,8 +153,7 @@ class Run:
         raised in any run.
         """
         fixed = {"model": model, "rank": self.rank, "method": method.kind}  # else the learnt weights mean nothing
-        data = fingerprint([self.data.latents])
-        captions = fingerprint([*self.data.conditioning.values(), *self.data.null_conditioning.values()])
+        data, captions = fingerprint([self.data.latents.latents]), fingerprint(self.data.tensors)
         taught = {"data": data, "captions": captions, "w": method.w_min}
         own = fixed | taught | {"learning rate": loop.learning_rate, "batch size": loop.batch_size, "seed": loop.seed}
         file = self.home / "run.json"
@@ -191,7 +194,7 @@ class Run:
 
     def _save(self, student: Student, names: dict[str, str], recommended: Recommended) -> dict[str, Tensor]:
         state = lora_of(student, names)
-        save_lora_file(self.target, state, recommended, _FAMILIES[self.facts.family])
+        save_lora_file(self.target, state, recommended, _FAMILIES.get(self.facts.family))
         return state
 
     def _preview(self, student: Student, recommended: Recommended, step: int, steps: int) -> Image.Image:
@@ -208,30 +211,45 @@ class Run:
 
     @torch.no_grad()
     def _paint(self, student: Student, recommended: Recommended) -> Image.Image:
-        network, shape = student.networks.target, self.data.latents.shape[1:]
-        first = {name: value[:1] for name, value in self.data.conditioning.items()}
+        data = self.data.latents
+        network, shape = student.networks.target, data.latents.shape[1:]
+        first = {name: value[:1] for name, value in data.conditioning.items()}
         process, is_tcd = self.facts.diffusion.process, recommended.sampler == "tcd"
         kind = Denoiser if is_tcd else ConsistencyDenoiser
         model = kind(lambda x, t: network(x, t, first, None), self.facts.diffusion)
-        device = next(student.unet.parameters()).device
+        device = next(student.trained.parameters()).device
         sigmas = get_sigmas_lcm(process, recommended.steps, recommended.original_steps or Settings.original_steps)
         x = initial_latents(initial_noise([0], shape, device), sigmas[0], process=process)
-        noise = seeded_noise_sampler([0], shape, device)
+        options: dict[str, Any] = {"disable": True, "noise_sampler": seeded_noise_sampler([0], shape, device)}
         if is_tcd:
-            x = sample_tcd(
-                model, x, sigmas, disable=True, noise_sampler=noise, gamma=recommended.gamma or 0.0, process=process
-            )
+            x = sample_tcd(model, x, sigmas, gamma=recommended.gamma or 0.0, process=process, **options)
         else:
-            x = sample_lcm(model, x, sigmas, disable=True, noise_sampler=noise)
-        return self._decode(x)
+            x = sample_lcm(model, x, sigmas, process=process, **options)
+        return self._decode(x * noise_scale_of(self.model.get_model_object("model_sampling")))
 
     def _decode(self, x: Tensor) -> Image.Image:
         with torch.inference_mode():
             if self.vae is None:
-                previewer = latent_preview.get_previewer(x.device, self.model.model.latent_format)
-                return previewer.decode_latent_to_preview(x)
-            image = self.vae.decode(self.model.model.process_latent_out(x))[0, ..., :3]
+                return _rough_picture(x, self.model.model.latent_format)
+            images = self.vae.decode(self.model.model.process_latent_out(x))
+            image = images.reshape(-1, *images.shape[-3:])[0, ..., :3]  # of a video the first frame
             return Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())
+
+
+def _own_arithmetic(model: Any) -> AbstractContextManager[object]:
+    """Where a host's network may be trained whatever it computes in place: what the backward pass needs is copied
+    first. A U-Net does nothing of the kind, and is spared the time."""
+    return nullcontext() if is_unet(model) else torch.autograd.graph.allow_mutation_on_saved_tensors()
+
+
+def _rough_picture(x: Tensor, latent_format: Any) -> Image.Image:
+    """Latents (1, C, ...) as the host previews them; where it has been told not to, their first channels as colours."""
+    previewer = latent_preview.get_previewer(x.device, latent_format)
+    if previewer is not None:
+        return previewer.decode_latent_to_preview(x)
+    colours = x.reshape(x.shape[1], -1, *x.shape[-2:])[:3, 0].sigmoid()  # of a video the first frame
+    shown = colours.expand(3, -1, -1) if len(colours) < 3 else colours
+    return Image.fromarray((shown.movedim(0, -1) * 255).round().byte().cpu().numpy())
 
 
 def _out_of_memory(loop: LoopConfig, rank: int) -> str:

@@ -107,7 +107,7 @@ Keyframe = tuple[Conditioning, int, Tensor]
 
 
 def _keyframes(prompts: list[Conditioning], seeds: list[int], images: list[Tensor]) -> list[Keyframe]:
-    """Prompt, seed and latent (1, C, h, w) of each keyframe."""
+    """Prompt, seed and latent (1, C, ...) of each keyframe."""
     count = max(len(prompts), len(seeds), len(images))
     if not seeds or any(len(given) not in (1, count) for given in (prompts, seeds, images)):
         raise InputError(
@@ -157,7 +157,15 @@ def _mix_part(a: list[Any], b: list[Any], t: float, mode: str) -> list[Any]:
     pooled_a, pooled_b = a[1].get("pooled_output"), b[1].get("pooled_output")
     if pooled_a is not None and pooled_b is not None:
         extra["pooled_output"] = interpolate(pooled_a, pooled_b, t, mode)
+    masks = [_mask(part, length) for part in (a, b) if part[1].get("attention_mask") is not None]
+    if masks:  # whatever one of the two looks at is looked at
+        extra["attention_mask"] = masks[0] if len(masks) == 1 else torch.maximum(*masks)
     return [interpolate(_pad(a[0], length), _pad(b[0], length), t, mode), extra]
+
+
+def _mask(part: list[Any], length: int) -> Tensor:
+    mask: Tensor = part[1]["attention_mask"]  # (B, L)
+    return functional.pad(mask, (0, length - mask.shape[-1]))
 
 
 def _pad(embedding: Tensor, length: int) -> Tensor:

@@ -35,7 +35,7 @@ def find_python(checkout: Path) -> Path:
 
 
 def make_base(base: Path) -> Path:
-    """A fresh ComfyUI data folder with this repository as a custom node and the embedded model exported into it.
+    """A fresh ComfyUI data folder with this repository as a custom node, and nothing else.
 
     The checkout itself is left as it is.
     """
@@ -44,6 +44,11 @@ def make_base(base: Path) -> Path:
     link = base / "custom_nodes" / "lcm-suite"
     if not link.exists():
         link.symlink_to(ROOT, target_is_directory=True)
+    return base
+
+
+def export_into(base: Path) -> Path:
+    """Export the embedded model into a data folder, for ComfyUI's own loaders."""
     export = [sys.executable, "-m", "lcm_core", "export", "--to", "comfyui", "--path", str(base)]
     subprocess.run(export, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return base

@@ -1,6 +1,6 @@
 """The example workflows in ComfyUI's API format, one function each; its docstring is the note in the graph.
 
-All of them run on the embedded model as `python -m lcm_core export --to comfyui --path <ComfyUI>` installs it.
+All of them run on the embedded model, which LCM Checkpoint Loader and LCM LoRA Convert list; nothing is to be exported.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 Link = list[Any]  # [node id, number of its output]
 Prompt = dict[str, dict[str, Any]]
 SIZE = 64  # pixels that the embedded model was trained at
-FULL_LCM = "emoji_lcm.safetensors"
-TEACHER = "emoji_teacher.safetensors"
-LCM_LORA = "emoji_lcm_lora.safetensors"
-SKETCH = "lcm_suite_sketch.png"
-HOLE = "lcm_suite_hole.png"
+FULL_LCM = "emoji (shipped with LCM Suite)"
+TEACHER = "emoji teacher (shipped with LCM Suite)"
+LCM_LORA = "emoji LCM-LoRA (shipped with LCM Suite)"
+SKETCH = "lcm_suite_sketch.png [temp]"
+HOLE = "lcm_suite_hole.png [temp]"
 CONTROL = "emoji_canny.safetensors"
 
 
@@ -38,9 +38,13 @@ class Graph:
 
     def teacher_with_lora(self) -> list[Link]:
         """MODEL, CLIP, VAE of an ordinary checkpoint, the MODEL with an LCM-LoRA."""
-        model, clip, vae, *_ = self.add("CheckpointLoaderSimple", "Any checkpoint", ckpt_name=TEACHER)
-        lora = self.add("LoraLoaderModelOnly", "LCM-LoRA", model=model, lora_name=LCM_LORA, strength_model=1.0)
-        return [lora[0], clip, vae]
+        model, clip, vae, *_ = self.any_checkpoint()
+        settings = {"lora_name": LCM_LORA, "strength_model": 1.0, "strength_clip": 1.0, "save_as": ""}
+        return [self.add("LCMLoraConvert", "LCM-LoRA", model=model, **settings)[0], clip, vae]
+
+    def any_checkpoint(self) -> list[Link]:
+        """MODEL, CLIP, VAE of an ordinary checkpoint."""
+        return self.add("LCMCheckpointLoader", "Any checkpoint", ckpt_name=TEACHER)
 
     def text(self, clip: Link, text: str, title: str = "Prompt") -> Link:
         """CONDITIONING of a prompt."""
@@ -231,7 +235,7 @@ def distil(g: Graph) -> None:
     - **w** is the guidance that it learns to do without; afterwards use cfg 1.
     - MODEL has the LoRA already. *LORA_MODEL* goes into the stock *Load LoRA Model*, to give it another strength.
     """
-    model, clip, vae, *_ = g.add("CheckpointLoaderSimple", "Any checkpoint", ckpt_name=TEACHER)
+    model, clip, vae, *_ = g.any_checkpoint()
     positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
     slow = {"seed": 1, "steps": 20, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "denoise": 1.0}
     prompts = {"positive": positive, "negative": negative}

@@ -85,8 +85,8 @@ def export_extras(folder: Path, model: Path, size: int) -> list[Path]:
         The files that were written.
     """
     controls = sorted((model / "control").glob("*.safetensors"))
-    copies = [_copy(file, folder, CONTROLS / f"{model.name}_{file.stem}.safetensors") for file in controls]
-    return [path for copied in copies for path in copied] + _draw_pictures(folder, size)
+    copies = [_copy(file, folder, CONTROLS / file.name) for file in controls]
+    return [path for copied in copies for path in copied] + draw_pictures(folder / INPUT, size)
 
 
 def _copy(file: Path, folder: Path, place: Path) -> list[Path]:
@@ -95,8 +95,16 @@ def _copy(file: Path, folder: Path, place: Path) -> list[Path]:
     return [folder / place]
 
 
-def _draw_pictures(folder: Path, size: int) -> list[Path]:
-    """A sketch, and the same with a hole to repaint."""
+def draw_pictures(folder: Path, size: int) -> list[Path]:
+    """Put pictures to start from into a folder: a sketch, and the same with a hole to repaint.
+
+    Args:
+        folder: is made where it is missing.
+        size: of a picture's sides, in pixels.
+
+    Returns:
+        The files that were written.
+    """
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (8 * size, 8 * size), "white")  # large, then shrunk: smooth edges
@@ -109,9 +117,10 @@ def _draw_pictures(folder: Path, size: int) -> list[Path]:
     alpha = Image.new("L", (size, size), 255)
     alpha.paste(0, (size // 2, size // 4, size, size))  # LoadImage turns what is transparent into the mask
     hole.putalpha(alpha)
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, picture in (("lcm_suite_sketch", sketch), ("lcm_suite_hole", hole)):
-        written.append(folder / INPUT / f"{name}.png")
+        written.append(folder / f"{name}.png")
         with atomic_write(written[-1]) as temporary:
             picture.save(temporary)
     return written

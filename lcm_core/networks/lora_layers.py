@@ -20,7 +20,8 @@ from torch.nn import functional
 from lcm_core.errors import InputError
 
 Which = Literal["online", "ema", "critic", "off"]
-Layer = nn.Linear | nn.Conv2d
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | Convolution
 TARGET_MODULES = (
     "to_q",
     "to_k",
@@ -98,7 +99,9 @@ def _apply(layer: Layer, x: Tensor) -> Tensor:
     weight = layer.weight.to(x.dtype)
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight)
-    return functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    run: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.ndim - 3]
+    result: Tensor = run(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    return result
 
 
 def _make_halves(base: Layer, rank: int) -> tuple[Layer, Layer]:
@@ -107,7 +110,8 @@ def _make_halves(base: Layer, rank: int) -> tuple[Layer, Layer]:
     if isinstance(base, nn.Linear):
         return nn.Linear(base.in_features, rank, **options), nn.Linear(rank, base.out_features, **options)
     shape: Any = (base.kernel_size, base.stride, base.padding, base.dilation)
-    return nn.Conv2d(base.in_channels, rank, *shape, **options), nn.Conv2d(rank, base.out_channels, 1, **options)
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[base.weight.ndim - 3]  # not a host's own class
+    return kind(base.in_channels, rank, *shape, **options), kind(rank, base.out_channels, 1, **options)
 
 
 @dataclass
@@ -156,7 +160,7 @@ def add_lora(
     """Put trainable LoRA modules into a network, which is frozen otherwise. Until they are trained its output stays.
 
     Args:
-        model: a diffusers U-Net.
+        model: a diffusers U-Net, or any other network of linear layers and convolutions.
         rank: width of the bottleneck, at least 1.
         alpha: the addition is scaled by alpha / rank; None takes the rank, so that the scale is 1.
         target_modules: ends of the names of the layers to adapt, at a dot.
@@ -171,7 +175,7 @@ def add_lora(
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and f".{path}".endswith(ends)
+        if isinstance(module, Layer) and f".{path}".endswith(ends)
     ]
     if not found:
         raise InputError(f"the network has no modules named {', '.join(target_modules)}; choose others")

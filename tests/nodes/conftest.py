@@ -40,10 +40,10 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def flow() -> Any:
-    """nodes/flow.py, which needs no host."""
+def model_sampling() -> Any:
+    """nodes/model_sampling.py, which needs no host."""
     load_package()
-    return importlib.import_module(f"{OURS}.flow")
+    return importlib.import_module(f"{OURS}.model_sampling")
 
 
 def load_nodes() -> list[Any]:

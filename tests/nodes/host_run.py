@@ -32,7 +32,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent))
 
-from host_trials import message_of, try_flow, try_guidance, try_stock_nodes  # noqa: E402
+from host_distil import try_distil_families, try_flow_teacher  # noqa: E402
+from host_families import try_families  # noqa: E402
+from host_trials import message_of, try_guidance, try_saved, try_stock_nodes  # noqa: E402
 
 
 def load_suite() -> dict[str, Any]:
@@ -299,7 +301,7 @@ def main() -> None:
         findings: dict[str, Any] = paint_cases(suite)
     else:
         trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller, try_stated)
-        trials += (try_flow, try_guidance, try_stock_nodes)
+        trials += (try_families, try_distil_families, try_flow_teacher, try_guidance, try_saved, try_stock_nodes)
         findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
     (FOLDER / "findings.json").write_text(json.dumps(findings))
 

@@ -34,7 +34,7 @@ def checkout() -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """ComfyUI with the embedded model exported into it and this repository as a custom node."""
+    """ComfyUI with this repository as a custom node, as on the first day: nothing is exported."""
     with Server(checkout, make_base(tmp_path_factory.mktemp("comfyui"))) as running:
         yield running
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
-from comfyui import Server
-from graphs import CONTROL, FULL_LCM, LCM_LORA, SKETCH, TEACHER, Graph, Link, Prompt
+from comfyui import Server, export_into, make_base
+from graphs import CONTROL, Graph, Link, Prompt
 from PIL import Image
 
 from lcm_core.pipeline import Pipeline
 
+FULL_LCM, TEACHER = "emoji_lcm.safetensors", "emoji_teacher.safetensors"
+LCM_LORA, SKETCH = "emoji_lcm_lora.safetensors", "lcm_suite_sketch.png"
 PROMPT = "slice of pizza, noto style"
 STEPS = 4
 TIMESTEPS = (999, 749, 499, 249)  # of ComfyUI's "simple" scheduler
+
+
+@pytest.fixture(scope="module")
+def server(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """ComfyUI with the embedded model exported into it, for its own loaders."""
+    with Server(checkout, export_into(make_base(tmp_path_factory.mktemp("exported")))) as running:
+        yield running
 
 
 def _stock(checkpoint: str, lora: str | None, cfg: float) -> tuple[Prompt, Graph]:
@@ -112,7 +122,7 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     channels = list(own.unet.model.config.block_out_channels)
     adapter = T2IAdapter(1, channels, num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
     adapter.load_state_dict(
-        {k: v.float() for k, v in read_safetensors(MODELS / "emoji" / "control" / "canny.safetensors")[0].items()}
+        {k: v.float() for k, v in read_safetensors(MODELS / "emoji" / "control" / "emoji_canny.safetensors")[0].items()}
     )
     hint = (load_image(sketch, (64, 64)) + 1).mean(1, keepdim=True) / 2
     with torch.no_grad():

@@ -32,6 +32,11 @@ def _frames(server: Server, outputs: dict[str, Any]) -> list[Image.Image]:
     return [frame.convert("RGB") for picture in opened for frame in ImageSequence.Iterator(picture)]
 
 
+def _picture(server: Server, name: str) -> Path:
+    """An example picture that LCM Suite put into the host's temporary folder."""
+    return server.base / "temp" / name.removesuffix(" [temp]")
+
+
 def _api(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -80,7 +85,7 @@ def test_text_to_image_is_the_pipelines(server: Server, painted: dict[str, list[
 
 def test_image_to_image_is_the_pipelines(server: Server, painted: dict[str, list[Image.Image]]) -> None:
     """Wrong when the strength is not exact."""
-    pipe, sketch = Pipeline.load("emoji", device="cpu"), server.base / "input" / SKETCH
+    pipe, sketch = Pipeline.load("emoji", device="cpu"), _picture(server, SKETCH)
     expected = pipe("red apple, fluent style", image=sketch, strength=0.7, seed=1).images[0]
     [theirs, *_] = _paint(server, painted, "LCM 03 Image to image in 4 steps")
     assert numpy.abs(_levels(expected) - _levels(theirs)).max() <= 1
@@ -88,7 +93,7 @@ def test_image_to_image_is_the_pipelines(server: Server, painted: dict[str, list
 
 def test_inpainting_keeps_what_was_not_masked(server: Server, painted: dict[str, list[Image.Image]]) -> None:
     """Wrong when the mask is turned round, or the hole is left as it was."""
-    before = Image.open(server.base / "input" / HOLE)
+    before = Image.open(_picture(server, HOLE))
     kept = _levels(before.getchannel("A")) == 255
     kept[:, : SIZE // 2 - 8] = True
     hole = _levels(before.getchannel("A")) == 0

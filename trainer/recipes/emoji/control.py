@@ -127,7 +127,7 @@ def train(steps: int, batch: int, learning_rate: float, seeds: int, seed: int = 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the embedded model's T2I-Adapter for outlines.")
-    parser.add_argument("--output", type=Path, default=MODELS / "emoji" / "control" / "canny.safetensors")
+    parser.add_argument("--output", type=Path, default=MODELS / "emoji" / "control" / "emoji_canny.safetensors")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -1,0 +1,177 @@
+"""What host_run.py tries with LCM Distiller on tiny flow models of the host's own classes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from host_families import SIZES, empty, prompt, tiny
+from safetensors.torch import load_file
+
+import nodes
+from lcm_core.diffusion.as_flow import as_flow
+
+STEPS = 20
+
+
+class Warnings(logging.Handler):
+    """What the host logs as it loads a file: it names each key that it could not use."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.said.append(record.getMessage())
+
+
+def inputs_of(family: str, name: str, **others: Any) -> dict[str, Any]:
+    """A run of the distiller on random latents."""
+    latents = torch.randn(empty(family, 8, 4).shape, generator=torch.Generator().manual_seed(2))
+    options = {"batch_size": 4, "rank": 4, "learning_rate": 1e-2, "preview_every": STEPS, "w": 1.0, "seed": 1}
+    given = {"latents": {"samples": latents}, "positive": prompt(1), "negative": prompt(2, 5), "output_name": name}
+    return {"model": tiny(family), "steps": STEPS, **given, **options, **others}
+
+
+def file_of(name: str) -> Path:
+    """Where the distiller puts a LoRA."""
+    return Path(folder_paths.get_folder_paths("loras")[0], f"{name}.safetensors")
+
+
+def losses_of(name: str) -> list[float]:
+    """Of all steps of a run."""
+    log = Path(folder_paths.get_output_directory(), "lcm_suite", name, "log.jsonl")
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+def interrupted(suite: Any, inputs: dict[str, Any]) -> None:
+    """Press the button after half of the steps."""
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, *_, **__: comfy.model_management.interrupt_current_processing(value == STEPS // 2)
+    )
+    with contextlib.suppress(comfy.model_management.InterruptProcessingException):
+        suite.run("LCMDistiller", **inputs)
+    comfy.utils.set_progress_bar_global_hook(None)
+
+
+def distil(suite: Any, family: str) -> dict[str, Any]:
+    """A run at once and one that was interrupted; its LoRA in the stock loader."""
+    name = f"of {family}"
+    inputs = inputs_of(family, name)
+    paint(suite, family, inputs["model"])
+    before = {key: value.clone() for key, value in inputs["model"].model.state_dict().items()}
+    distilled, state, *_ = suite.run("LCMDistiller", **inputs)
+    losses, tenth = losses_of(name), STEPS // 4
+    again = {**inputs, "output_name": f"again {family}"}
+    interrupted(suite, again)
+    half = len(losses_of(f"again {family}"))
+    suite.run("LCMDistiller", **again)
+    both = load_file(file_of(name)), load_file(file_of(f"again {family}"))
+    watch = Warnings()
+    logging.getLogger().addHandler(watch)
+    stock, _ = comfy.sd.load_lora_for_models(tiny(family), None, both[0], 1.0, 0.0)
+    logging.getLogger().removeHandler(watch)
+    after = inputs["model"].model.state_dict()
+    unchanged = all(torch.equal(value, after[key]) for key, value in before.items())
+    painted = [paint(suite, family, model) for model in (inputs["model"], stock, distilled)]
+    return {
+        "finite": all(map(math.isfinite, losses)),
+        "falls": mean(losses[-tenth:]) / mean(losses[:tenth]),
+        "half": half,
+        "resumed": max(float((both[0][key] - both[1][key]).abs().max()) for key in both[0]),
+        "left over": watch.said,
+        "layers": len(stock.patches),
+        "keys": len(state),
+        "named": all(key.startswith("diffusion_model.") for key in state),
+        "unchanged": unchanged,
+        "moved": float((painted[1] - painted[0]).abs().max() / painted[0].abs().max()),
+        "same": float((painted[1] - painted[2]).abs().max() / painted[0].abs().max()),
+    }
+
+
+def paint(suite: Any, family: str, model: Any) -> torch.Tensor:
+    """What LCM KSampler makes of an empty latent."""
+    given = {"positive": prompt(1), "latent_image": {"samples": empty(family, 8)}, "seed": 3}
+    result: torch.Tensor = suite.run("LCMKSampler", model=model, **given)[0]["samples"]
+    return result
+
+
+def try_distil_families(suite: Any) -> dict[str, Any]:
+    """All families by lcd, and one by every method."""
+    found = {family: distil(suite, family) for family in SIZES}
+    kinds = {}
+    for method in ("tcd", "segmented", "dmd2", "finetune"):
+        state = suite.run("LCMDistiller", **inputs_of("SD3", f"by {method}", steps=3, method=method))[1]
+        moved = max(float(value.abs().max()) for key, value in state.items() if ".lora_up." in key)
+        kinds[method] = {"losses": losses_of(f"by {method}"), "moved": moved}
+    return {**found, "methods": kinds}
+
+
+def trained_flow(suite: Any, file: str) -> Any:
+    """The MODEL of a checkpoint that predicts v, as the flow model that it is by the exact change of variables."""
+    model = suite.run("LCMCheckpointLoader", ckpt_name=file)[0]
+    base, diffusion = model.model, sys.modules["suite.nodes.model_patches"].inspect_model(model).diffusion
+
+    class FlowUNet(type(base.diffusion_model)):  # type: ignore[misc]
+        """Asked for the velocity at s = timesteps / 1000."""
+
+        def forward(self, x: torch.Tensor, timesteps: torch.Tensor, **given: Any) -> torch.Tensor:
+            flow = as_flow(super().forward, diffusion)
+            return flow(x, timesteps / 1000, **given)
+
+    base.diffusion_model.__class__ = FlowUNet
+    kinds = (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST)
+    base.model_sampling, base.model_type = type("ModelSampling", kinds, {})(None), comfy.model_base.ModelType.FLOW
+    return model
+
+
+def try_flow_teacher(suite: Any) -> dict[str, Any]:
+    """The embedded teacher as a flow model beside itself, at the same noise levels; and what is distilled from it."""
+    file = "cfg.safetensors"
+    v_model, _, vae, _ = suite.load(file)
+    flow_model = trained_flow(suite, file)
+    conds, image = (suite.prompts["positive"], suite.prompts["negative"]), suite.tensors["image"]
+    noise = comfy.sample.prepare_noise(image, 3)
+    sigmas = v_model.get_model_object("model_sampling").sigmas[[900, 600, 300, 50]]
+    samplers = {"lcm": suite.run("LCMSampler")[0], "euler": comfy.samplers.ksampler("euler")}
+
+    def picture(model: Any, sampler: Any, levels: torch.Tensor) -> torch.Tensor:
+        ending = torch.cat([levels, torch.zeros(1)])
+        return vae.decode(comfy.sample.sample_custom(model, noise, 2.0, sampler, ending, *conds, image, seed=3))
+
+    found: dict[str, Any] = {"info": suite.run("LCMApply", model=flow_model)[1]}
+    for name, sampler in samplers.items():
+        pictures = picture(v_model, sampler, sigmas), picture(flow_model, sampler, sigmas / (1 + sigmas))
+        found[name] = float((pictures[0] - pictures[1]).abs().max())
+    inputs = {"latents": {"samples": suite.tensors["training"]}, "output_name": "of a flow", "vae": vae, "steps": 4}
+    options = {"batch_size": 2, "rank": 4, "learning_rate": 1e-3, "preview_every": 4, "w": 1.0}
+    prompts = {"positive": conds[0], "negative": conds[1]}
+    suite.run("LCMDistiller", model=flow_model, **inputs, **options, **prompts)
+    watch = Warnings()
+    logging.getLogger().addHandler(watch)
+    stock, _ = comfy.sd.load_lora_for_models(flow_model, None, load_file(file_of("of a flow")), 1.0, 0.0)
+    logging.getLogger().removeHandler(watch)
+    latent = {"samples": suite.tensors["empty"]}
+    painted = [
+        nodes.KSampler().sample(model, 3, 4, 1.0, "lcm", "simple", *conds, latent)[0]["samples"]
+        for model in (flow_model, stock)
+    ]
+    found["moved"] = float((painted[1] - painted[0]).abs().max())
+    found["left over"], found["losses"] = watch.said, losses_of("of a flow")
+    return found
