@@ -19,7 +19,7 @@ if str(_ROOT) not in map(str, sys.path):
     sys.path.append(str(_ROOT))  # at the end: `import nodes` must stay ComfyUI's own
 
 
-def stranger(package: str) -> str | None:
+def foreign_package(package: str) -> str | None:
     """Where `import package` would find another package than ours, or None."""
     spec = find_spec(package)
     found = Path(spec.origin).resolve() if spec and spec.origin else None
@@ -27,9 +27,9 @@ def stranger(package: str) -> str | None:
 
 
 async def comfy_entrypoint() -> Any:
-    """Teach ComfyUI the embedded model and hand over the nodes."""
+    """Make the embedded model known to ComfyUI and hand over the nodes."""
     remedy = f"uninstall it from this Python, or link ours into it: pip install --no-deps -e {_ROOT}"
-    if other := stranger("lcm_core"):
+    if other := foreign_package("lcm_core"):
         raise ImportError(f"LCM Suite cannot start: another lcm_core is in the way ({other}); {remedy}")
     from comfy_api.latest import ComfyExtension
 
@@ -37,7 +37,7 @@ async def comfy_entrypoint() -> Any:
     from .nodes.native import register
     from .nodes.stock import register as register_samplers
 
-    if other := stranger("trainer"):
+    if other := foreign_package("trainer"):
         logging.warning("LCM Suite has no LCM Distiller: another trainer is in the way (%s); %s", other, remedy)
         from .nodes.without_trainer import NODES
     else:

@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from lcm_core.files.atomic import atomic_write
 from lcm_core.pipeline.model import Model, load_model
-from trainer.evaluate.scores import Exam, benchmark_exam, evaluate_rows, grade
+from trainer.evaluate.scores import Evaluation, benchmark_evaluation, evaluate_rows, grade
 from trainer.machine import describe_machine
 from trainer.recipes.emoji.benchmark import Benchmark, load_benchmark
 from trainer.recipes.emoji.data import load_shipped
@@ -97,7 +97,7 @@ class Table:
             writer.writerows(everything)
 
 
-def run_trial(trial: Trial, table: Table, exam: Exam, args: argparse.Namespace) -> None:
+def run_trial(trial: Trial, table: Table, evaluation: Evaluation, args: argparse.Namespace) -> None:
     """Train and score one run, unless that was done."""
     labels = (trial.part, trial.name, trial.student, trial.seed, f"{trial.whole:g}")
     if table.has(*labels):
@@ -106,7 +106,7 @@ def run_trial(trial: Trial, table: Table, exam: Exam, args: argparse.Namespace) 
     rows: list[Settings] = []
 
     def use(model: Model) -> None:
-        rows.extend(score(trial.name, model, exam, STEPS, guidance_scale=guidance))
+        rows.extend(score(trial.name, model, evaluation, STEPS, guidance_scale=guidance))
         if trial.part == "methods":
             save_pictures(args.work / "samples" / f"{trial.name} {trial.student}", model, guidance)
 
@@ -115,9 +115,9 @@ def run_trial(trial: Trial, table: Table, exam: Exam, args: argparse.Namespace) 
     (args.work / trial.folder / "run" / "state.safetensors").unlink()  # large, and done with
 
 
-def score(name: str, model: Model, exam: Exam, steps: Sequence[int], **options: Any) -> list[Settings]:
+def score(name: str, model: Model, evaluation: Evaluation, steps: Sequence[int], **options: Any) -> list[Settings]:
     """Scores at each number of steps."""
-    rows = evaluate_rows(name, model, exam, steps, progress=True, **options)
+    rows = evaluate_rows(name, model, evaluation, steps, progress=True, **options)
     return [{key: value for key, value in row.items() if key != "model"} for row in rows]
 
 
@@ -127,7 +127,7 @@ def describe_cost(args: argparse.Namespace, samples: int = 0, seconds: float = 0
     return {"samples_seen": samples, "seconds": f"{seconds:.0f}", "pictures": args.samples, "machine": machine}
 
 
-def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
+def run_embedded(table: Table, evaluation: Evaluation, args: argparse.Namespace) -> None:
     """What is embedded, without training: the teacher under its solvers, the students, and all from other noise."""
     device = torch.device(args.device)
     teacher = load_model("emoji", device, unet="teacher")
@@ -136,11 +136,17 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
     full, lora = load_model("emoji", device), load_model("emoji", device, unet="teacher", lora=[("lcm_lora", 1.0)])
 
     def measure(
-        part: str, name: str, student: str, model: Model, steps: int, exam: Exam = exam, **options: Any
+        part: str,
+        name: str,
+        student: str,
+        model: Model,
+        steps: int,
+        evaluation: Evaluation = evaluation,
+        **options: Any,
     ) -> None:
         labels = (part, name, student, 0, "1")
         if part in args.parts and not table.has(*labels, steps=steps):
-            table.add(labels, describe_cost(args), score(name, model, exam, [steps], **options))
+            table.add(labels, describe_cost(args), score(name, model, evaluation, [steps], **options))
 
     for sampler, name in SOLVERS.items():
         for steps in (*STEPS, usual.num_inference_steps):
@@ -150,29 +156,29 @@ def run_embedded(table: Table, exam: Exam, args: argparse.Namespace) -> None:
         measure("embedded", "LCM", "full", full, steps)
         measure("embedded", "LCM-LoRA", "lora", lora, steps)
     for name, change in {"as trained": None, **NOISES}.items():
-        other = replace(exam, change_noise=change)
+        other = replace(evaluation, change_noise=change)
         measure("noise", name, "teacher", teacher, 4, other, **guided)
         for steps in (1, 4):
             measure("noise", name, "full", full, steps, other)
             measure("noise", name, "lora", lora, steps, other)
 
 
-def run_floor(table: Table, exam: Exam, benchmark: Benchmark, args: argparse.Namespace) -> None:
+def run_floor(table: Table, evaluation: Evaluation, benchmark: Benchmark, args: argparse.Namespace) -> None:
     """The real drawings in the place of painted ones. Held-out ones, whose latents are not shipped, miss the VAE."""
     real = benchmark.real[benchmark.chosen]
     latents, captions = load_shipped()
     shipped = {caption: row for row, caption in enumerate(captions)}
-    rows = [(i, shipped[caption]) for i, caption in enumerate(exam.captions) if caption in shipped]
+    rows = [(i, shipped[caption]) for i, caption in enumerate(evaluation.captions) if caption in shipped]
     model = load_model("emoji", torch.device(args.device), unet="teacher")
     decoded = real.clone()
     for part in torch.tensor(rows).split(64):
         places, picks = part.unbind(1)
         with torch.no_grad():
             pixels = model.vae.decode(latents[picks].to(model.device))
-        decoded[places] = exam.features(((pixels.cpu() + 1) * 127.5).round().clamp(0, 255).byte())
+        decoded[places] = evaluation.features(((pixels.cpu() + 1) * 127.5).round().clamp(0, 255).byte())
     nothing = {"sampler": "", "steps": 0, "guidance_scale": 0, "images_per_second": 0}
     for name, features in (("drawings", real), ("through the VAE", decoded)):
-        table.add(("floor", name, "real", 0, "1"), describe_cost(args), [nothing | grade(exam, features)])
+        table.add(("floor", name, "real", 0, "1"), describe_cost(args), [nothing | grade(evaluation, features)])
 
 
 def save_pictures(folder: Path, model: Model, guidance_scale: float) -> None:
@@ -200,13 +206,13 @@ def main() -> None:
     table = Table(args.output / "results.csv")
     if not args.show:
         benchmark = load_benchmark(args.samples)
-        exam = benchmark_exam(benchmark)
+        evaluation = benchmark_evaluation(benchmark)
         if "floor" in args.parts and not table.has("floor", "drawings", "real", 0, "1"):
-            run_floor(table, exam, benchmark, args)
+            run_floor(table, evaluation, benchmark, args)
         if not EMBEDDED_PARTS.isdisjoint(args.parts):
-            run_embedded(table, exam, args)
+            run_embedded(table, evaluation, args)
         for trial in list_trials(args.parts, args.seeds):
-            run_trial(trial, table, exam, args)
+            run_trial(trial, table, evaluation, args)
     show(table.rows, args.output, args.work / "samples", PROMPTS)
 
 

@@ -19,7 +19,7 @@ from trainer.config import DistillConfig
 from trainer.options import apply
 from trainer.outputs import write_weights
 from trainer.recipes.emoji.data import load_shipped
-from trainer.run import learn
+from trainer.run import train as train_student
 from trainer.setup import examine
 from trainer.validation import painter
 
@@ -66,7 +66,7 @@ VARIETY: dict[str, Settings] = {
 PAPER_W = 8.0
 """Of most tables in arXiv 2310.04378."""
 REHEARSAL, FIRST = 12, 2
-"""Steps that tell how long one takes, and how many of them do not count. dmd2's student learns in every fifth."""
+"""Steps that tell how long one takes, and how many of them do not count. dmd2's student is trained in every fifth."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def count_steps(trial: Trial, args: argparse.Namespace) -> int:
     if not file.exists():
         scratch = args.work / "rehearsal"
         shutil.rmtree(scratch, ignore_errors=True)
-        learn(examine(configure(trial, scratch, REHEARSAL, args)))
+        train_student(examine(configure(trial, scratch, REHEARSAL, args)))
         seconds = [entry["seconds"] for entry in read_log(scratch)[FIRST:]]
         steps = max(1, round(args.seconds * trial.share / (sum(seconds) / len(seconds))))
         write_json(file, steps)
@@ -165,7 +165,7 @@ def train(trial: Trial, args: argparse.Namespace, use: Callable[[Model], None] |
     config = configure(trial, folder, count_steps(trial, args), args)
     if use is not None or not weights(trial, args).exists():
         setup = examine(config)
-        student, _ = learn(setup)
+        student, _ = train_student(setup)
         write_weights(config, student, setup.source, setup.info)
         if use is not None:
             with painter(setup, student, "student") as model:

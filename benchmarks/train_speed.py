@@ -231,8 +231,8 @@ def our_steps(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
             peaks.append(peak_memory(device))  # now, for the state is written after the last step
 
         with tempfile.TemporaryDirectory() as folder:
-            team = Processes(device)
-            distill(student, data, Diffusion(), method, loop, Path(folder), callback=note, processes=team)
+            processes = Processes(device)
+            distill(student, data, Diffusion(), method, loop, Path(folder), callback=note, processes=processes)
         return [after - before for before, after in pairwise(moments)], peaks[-1]
 
     return run

@@ -111,9 +111,9 @@ def _watch(child: subprocess.Popen[bytes], folder: Path, files: tuple[Path, Path
     before = _version(files)
     while True:
         code = child.poll()  # first: what was written before the end is seen below
-        wishes = stop.stat().st_size if stop.exists() else 0
-        if code is None and wishes > heard:
-            heard = wishes
+        asked = stop.stat().st_size if stop.exists() else 0
+        if code is None and asked > heard:
+            heard = asked
             interrupt(child.pid)
         if files and (now := _version(files)) != before:
             before = now

@@ -29,19 +29,19 @@ _NETWORK = re.compile(r"<\w+:[^<>]+>")
 
 
 class Point(NamedTuple):
-    """A picture that the journey passes through."""
+    """A picture that the animation passes through."""
 
     prompt: str
     seed: int
 
 
 def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> list[Point]:
-    """The points of a journey, from one line of text each: `PROMPT`, `PROMPT @ SEED` or `@ SEED`.
+    """The points of an animation, from one line of text each: `PROMPT`, `PROMPT @ SEED` or `@ SEED`.
 
     Args:
         text: the lines; empty ones are left out.
         prompt, seed: of the main page: what a line leaves out, and the first point if `start_above`. Extra networks in
-            `prompt`, such as `<lora:name:1>`, are in force for the whole journey.
+            `prompt`, such as `<lora:name:1>`, are in force for the whole animation.
         start_above: whether the main page is the first point.
 
     Raises:

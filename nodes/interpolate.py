@@ -18,7 +18,7 @@ MOST = 6
 
 
 class LCMLatentInterpolator(io.ComfyNode):
-    """A journey through latents."""
+    """An animation through latents."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -53,8 +53,8 @@ class LCMLatentInterpolator(io.ComfyNode):
         """Stack the keyframes and travel."""
         others = [latents.get(f"latent_{i}") for i in range(2, MOST + 1)]
         keyframes = stack_keyframes([latent["samples"] for latent in (latent_1, *others) if latent is not None])
-        journeys = travel(keyframes, frames, mode, easing, loop)  # (F, B, C, h, w)
-        return io.NodeOutput({"samples": journeys.transpose(0, 1).flatten(0, 1)})
+        animations = travel(keyframes, frames, mode, easing, loop)  # (F, B, C, h, w)
+        return io.NodeOutput({"samples": animations.transpose(0, 1).flatten(0, 1)})
 
 
 def stack_keyframes(latents: list[Tensor]) -> Tensor:

@@ -101,8 +101,8 @@ def distill(
         InputError: settings that do not fit together, a state of another run, or a loss that is not finite.
     """
     diffusion = for_method(diffusion, method)
-    team, chosen = processes or Processes(), get_method(method)
-    parts = team.rows(loop.batch_size, loop.accumulation)
+    processes, chosen = processes or Processes(), get_method(method)
+    parts = processes.rows(loop.batch_size, loop.accumulation)
     mine = slice(parts[0].start, parts[-1].stop)
     device = next(student.trained.parameters()).device
 
@@ -115,7 +115,7 @@ def distill(
             losses = chosen.loss(student.networks, rows, diffusion, method)
             yield losses.sum() / loop.batch_size
 
-    train(student.trained, loss_fn, loop, folder, student.average, callback, team, student.critic)
+    train(student.trained, loss_fn, loop, folder, student.average, callback, processes, student.critic)
 
 
 def for_method(diffusion: Diffusion, method: MethodConfig) -> Diffusion:

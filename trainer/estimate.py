@@ -70,33 +70,33 @@ def print_plan(config: DistillConfig) -> None:
         print(to_text(make_plan(config, setup.processes)))
 
 
-def make_plan(config: DistillConfig, team: Processes | None = None) -> Plan:
+def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan:
     """Estimate what a run needs, without loading a network.
 
     Args:
         config: the run's settings.
-        team: the processes that will share the work; None for one, on the chosen device.
+        processes: the processes that will share the work; None for one, on the chosen device.
 
     Raises:
         InputError: a teacher or data that cannot be used.
     """
-    team = team or Processes(choose_device(config.device or None))
+    processes = processes or Processes(choose_device(config.device or None))
     teacher = Teacher(config.teacher, config.tokenizer or None)
     unet = read_component(teacher.source.unet, "unet")
     side = (config.data.resolution or teacher.resolution) // teacher.scale
     data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)
     captions = len(set(data.captions))
     pictures = len(data.captions) * (1 if config.data.is_image_free else config.data.variant_count)
-    memory, trained = _training_memory(config, team, unet, side)
+    memory, trained = _training_memory(config, processes, unet, side)
     return Plan(
         facts={
             "teacher": f"{config.teacher} ({teacher.source.info.family}), {_count(unet):,} weights in the U-Net",
-            "student": f"{config.student.kind}, {trained:,} weights learn, on {team.device}",
+            "student": f"{config.student.kind}, {trained:,} trainable parameters, on {processes.device}",
             "data": f"{pictures:,} pictures of about {side * teacher.scale} x {side * teacher.scale} pixels",
             "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
         },
         memory=memory,
-        caching_memory=_caching_memory(teacher.source, team.device, side * teacher.scale, config.data.cache_batch),
+        caching_memory=_caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
         disk={
             "cache": _cache_size(teacher, pictures, captions, side),
             "state": _state_size(config, trained),
@@ -128,23 +128,25 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _training_memory(config: DistillConfig, team: Processes, unet: Component, side: int) -> tuple[dict[str, int], int]:
-    """Bytes by what they are for, and how many weights learn."""
-    student, training, device = config.student, config.training, team.device
+def _training_memory(
+    config: DistillConfig, processes: Processes, unet: Component, side: int
+) -> tuple[dict[str, int], int]:
+    """Bytes by what they are for, and the number of trainable parameters."""
+    student, training, device = config.student, config.training, processes.device
     precision = choose_precision(device, student.precision, _count(unet))
-    part = max(rows.stop - rows.start for rows in team.rows(training.batch_size, training.accumulation))
+    part = max(rows.stop - rows.start for rows in processes.rows(training.batch_size, training.accumulation))
     with rehearsal(device, precision) as memory:
         fixed, trained, step = _build(config, unet, precision, (side, side))
         before = memory.live
         step(part)
         transient = memory.peak - before
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
-    learning = trained * _learners(config)
+    trainable = trained * _trained_networks(config)
     table = {
         "frozen weights": fixed,
-        "weights that learn": 4 * learning,
+        "trainable parameters": 4 * trainable,
         "their moving average": 4 * trained if training.ema_decay > 0 else 0,
-        "optimiser": per_weight * learning,
+        "optimiser": per_weight * trainable,
         "activations and gradients": transient,
         "libraries": LIBRARIES if device.type == "cpu" else 0,
     }
@@ -154,7 +156,7 @@ def _training_memory(config: DistillConfig, team: Processes, unet: Component, si
 def _build(
     config: DistillConfig, unet: Component, precision: torch.dtype, size: tuple[int, int]
 ) -> tuple[int, int, Callable[[int], None]]:
-    """Inside a rehearsal: bytes of the frozen weights, how many weights learn, and one step on a part of a batch."""
+    """Inside a rehearsal: bytes of the frozen weights, number of trainable parameters, one step on part of a batch."""
     is_lora, method = config.student.kind == "lora", get_method(config.method)
     torch.set_default_dtype(precision)
     teacher = _network(unet.config, config, size).requires_grad_(False) if is_lora or method.needs_teacher else None
@@ -178,15 +180,15 @@ def _build(
 def _rehearse_step(
     networks: Networks, unet: Mapping[str, Any], method: Method, size: tuple[int, int], part: int
 ) -> None:
-    """The calls of one step that matter for memory: teacher on both halves, target, those that learn with their
+    """The calls of one step that matter for memory: teacher on both halves, target, those that are trained with their
     backward."""
     x, t, w = torch.empty(part, unet["in_channels"], *size), torch.zeros(part, dtype=torch.int64), torch.empty(part)
     with torch.no_grad():
         if method.needs_teacher:
             networks.teacher(torch.cat([x, x]), torch.cat([t, t]), _conditioning(unet, 2 * part), None)
         aim = networks.target(x, t, _conditioning(unet, part), w)
-    learning = [networks.online, networks.critic] if method.needs_critic else [networks.online]
-    losses = [(call(x, t, _conditioning(unet, part), w) - aim).square().mean() for call in learning]
+    trained = [networks.online, networks.critic] if method.needs_critic else [networks.online]
+    losses = [(call(x, t, _conditioning(unet, part), w) - aim).square().mean() for call in trained]
     torch.stack(losses).sum().backward()
 
 
@@ -234,11 +236,11 @@ def _state_size(config: DistillConfig, trained: int) -> int:
     """Weights, their average, two moments, and five numbers for each step; twice, for the state before is kept too."""
     average = 4 * trained if config.training.ema_decay > 0 else 0
     moments = 2 if config.training.optimizer == "adamw8bit" else 8
-    return 2 * (trained * _learners(config) * (4 + moments) + average + config.training.steps * 5 * 8)
+    return 2 * (trained * _trained_networks(config) * (4 + moments) + average + config.training.steps * 5 * 8)
 
 
-def _learners(config: DistillConfig) -> int:
-    """How many networks of the student's size learn: it, and its critic where the method has one."""
+def _trained_networks(config: DistillConfig) -> int:
+    """How many networks of the student's size are trained: it, and its critic where the method has one."""
     return 2 if get_method(config.method).needs_critic else 1
 
 

@@ -77,42 +77,42 @@ def train(
         ema: a copy of `model` that follows it as a moving average.
         callback: called after each step, in the main process.
         processes: those that share the work; None for this one alone.
-        critic: a second module that learns beside it, with gradients clipped by themselves. Of the two, one that has
-            no part in a step's loss rests.
+        critic: a second module that is trained beside it, with gradients clipped by themselves. Of the two, one that
+            has no part in a step's loss rests.
 
     Raises:
         InputError: the loss is not finite (the last good state stays on disk), or the state is of another model.
         KeyboardInterrupt: stopped by a signal; the state is saved.
     """
-    team = processes or Processes()
+    processes = processes or Processes()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = list(parameters.values())
-    judges = {} if critic is None else {f"critic.{name}": p for name, p in critic.named_parameters()}
+    critics = {} if critic is None else {f"critic.{name}": p for name, p in critic.named_parameters()}
     device = next(iter(parameters.values())).device
-    optimizer = make_optimizer([list(group.values()) for group in (parameters, judges) if group], config)
-    parameters |= judges
-    state = State(folder, parameters, optimizer, ema, team.is_main)
+    optimizer = make_optimizer([list(group.values()) for group in (parameters, critics) if group], config)
+    parameters |= critics
+    state = State(folder, parameters, optimizer, ema, processes.is_main)
     first = state.load()
     with (
         torch.inference_mode(False),  # in which some hosts run everything
         torch.enable_grad(),
         stop_requests() as stopping,
         state.saved_on_exit(),
-        show_progress(config, first, folder, team) as show,
+        show_progress(config, first, folder, processes) as show,
     ):
         for step in range(first, config.steps):
             started = time.monotonic()
             stop = float(stopping())
-            loss, stop = team.total([_backward(loss_fn, step, config), stop])
+            loss, stop = processes.total([_backward(loss_fn, step, config), stop])
             state.updating = True
             moved = any(p.grad is not None for p in trained)  # a critic may have the step to itself
-            _update(step, loss, config, optimizer, team, state)
+            _update(step, loss, config, optimizer, processes, state)
             if ema is not None and moved:
                 update_ema(ema, model, min(config.ema_decay, (1 + step) / (10 + step)))
             log = Log(step, loss, learning_rate_at(step, config), time.monotonic() - started, peak_memory(device))
             state.record(log)
             show(log)
-            if callback is not None and team.is_main:
+            if callback is not None and processes.is_main:
                 callback(step, loss)
             if stop:
                 raise KeyboardInterrupt
@@ -160,11 +160,11 @@ def _backward(loss_fn: LossFunction, step: int, config: LoopConfig) -> float:
     return float(total)
 
 
-def _clip(parameters: list[nn.Parameter], config: LoopConfig, team: Processes) -> float:
+def _clip(parameters: list[nn.Parameter], config: LoopConfig, processes: Processes) -> float:
     """Add up the gradients of all processes, and limit their norm. Returns what it was, 0 where there are none."""
     if all(parameter.grad is None for parameter in parameters):
         return 0.0
-    team.add_gradients(parameters)
+    processes.add_gradients(parameters)
     return float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
 
 
@@ -173,11 +173,11 @@ def _update(
     loss: float,
     config: LoopConfig,
     optimizer: torch.optim.Optimizer,
-    team: Processes,
+    processes: Processes,
     state: State,
 ) -> None:
     """One optimiser step from the gradients at hand."""
-    norm = max(_clip(group["params"], config, team) for group in optimizer.param_groups)
+    norm = max(_clip(group["params"], config, processes) for group in optimizer.param_groups)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient became {norm}"
         raise InputError(

@@ -13,9 +13,11 @@ from trainer.state import Log
 
 
 @contextmanager
-def show_progress(config: LoopConfig, first: int, folder: Path, team: Processes) -> Iterator[Callable[[Log], None]]:
+def show_progress(
+    config: LoopConfig, first: int, folder: Path, processes: Processes
+) -> Iterator[Callable[[Log], None]]:
     """A function to be called after each step. Only the main process shows anything."""
-    if not team.is_main:
+    if not processes.is_main:
         yield lambda log: None
         return
     from tqdm import tqdm

@@ -45,30 +45,30 @@ def run(config: DistillConfig) -> None:
     """
     setup = examine(config)
     with lock_folder(setup.folder, setup.processes.is_main):
-        student, prompts = learn(setup)
+        student, prompts = train(setup)
         if setup.processes.is_main:
             finish(setup, student, prompts)
 
 
-def learn(setup: Setup) -> tuple[Student, list[str]]:
+def train(setup: Setup) -> tuple[Student, list[str]]:
     """Distil, from wherever an earlier run in the same folder stopped. Returns also the prompts of its previews.
 
     Raises: as `run`.
     """
     begin(setup)
-    config, team, folder = setup.config, setup.processes, setup.folder
+    config, processes, folder = setup.config, setup.processes, setup.folder
     place = Path(config.data.cache) if config.data.cache else folder / "cache"
-    plan = plan_cache(config.data, setup.teacher, place, team, config.prediction_type)
-    if team.is_main:
+    plan = plan_cache(config.data, setup.teacher, place, processes, config.prediction_type)
+    if processes.is_main:
         check_inputs(setup, plan)
-    cache = plan.fill(team.device, team)
-    if team.is_main:
+    cache = plan.fill(processes.device, processes)
+    if processes.is_main:
         write_skipped(folder / "skipped.json", cache.skipped)
         for line in cache.notes:
             say(line)
     student = build_student(setup, _largest(cache))
-    if team.is_main:
-        say(f"{trained_parameters(student):,} parameters learn from {len(cache):,} pictures on {team.device}")
+    if processes.is_main:
+        say(f"{trained_parameters(student):,} trainable parameters, {len(cache):,} pictures, on {processes.device}")
     prompts = preview_prompts(config, cache)
     distill(
         student,
@@ -79,7 +79,7 @@ def learn(setup: Setup) -> tuple[Student, list[str]]:
         folder / "run",
         config.data.caption_dropout,
         partial(save_preview, setup, student, prompts),
-        team,
+        processes,
     )
     return student, prompts
 

@@ -10,7 +10,7 @@ from typing import Any
 from lcm_core.files.safetensors import read_json, write_json
 from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.model import Model
-from trainer.evaluate.scores import Exam, evaluate_rows
+from trainer.evaluate.scores import Evaluation, evaluate_rows
 from trainer.report.preview import STEPS
 from trainer.report.tables import remark
 
@@ -30,7 +30,7 @@ class Scores:
 
     Attributes:
         file: where they are kept.
-        about: what they were measured with: the exam, and a hash of each role's weights.
+        about: what they were measured with: the evaluation, and a hash of each role's weights.
         rows: by the names in `trainer.report.tables.COLUMNS`, and the `role`.
         remark: what they were measured on, in words.
     """
@@ -52,30 +52,32 @@ class Scores:
         return cls(file, held.get("about", {}), held.get("rows", []), held.get("remark", ""))
 
     @classmethod
-    def open(cls, folder: Path, exam: Exam | None, weights: Mapping[str, str]) -> Scores:
+    def open(cls, folder: Path, evaluation: Evaluation | None, weights: Mapping[str, str]) -> Scores:
         """The rows that are still true.
 
         Args:
             folder: of the run.
-            exam: what is measured; None for nothing.
+            evaluation: what is measured; None for nothing.
             weights: role -> hash of what paints.
         """
         before = cls.read(folder)
-        about = {"exam": {} if exam is None else exam.note, **weights}
+        about = {"evaluation": {} if evaluation is None else evaluation.note, **weights}
         same = {role for role in weights if before.about.get(role) == weights[role]}
-        same = same if before.about.get("exam") == about["exam"] else set()
-        words = "" if exam is None else remark(exam.note, exam.distance)
+        same = same if before.about.get("evaluation") == about["evaluation"] else set()
+        words = "" if evaluation is None else remark(evaluation.note, evaluation.distance)
         scores = cls(before.file, about, [row for row in before.rows if row.get("role") in same], words)
         scores.write()
         return scores
 
-    def add(self, role: str, name: str, model: Model, exam: Exam, steps: int, guidance_scale: float) -> None:
+    def add(
+        self, role: str, name: str, model: Model, evaluation: Evaluation, steps: int, guidance_scale: float
+    ) -> None:
         """Measure one row, unless it is there, and keep it."""
         settings = Pipeline(model).resolve(PictureOptions(num_inference_steps=steps, guidance_scale=guidance_scale))
         key = (role, settings.sampler, steps, guidance_scale)
         if key in [(row["role"], row["sampler"], row["steps"], row["guidance_scale"]) for row in self.rows]:
             return
-        found = evaluate_rows(name, model, exam, [steps], progress=True, guidance_scale=guidance_scale)
+        found = evaluate_rows(name, model, evaluation, [steps], progress=True, guidance_scale=guidance_scale)
         self.rows += [{"role": role, **row} for row in found]
         self.write()
 

@@ -76,16 +76,16 @@ def examine(config: DistillConfig) -> Setup:
     """
     check(config)
     check_output(Path(config.output) / "config.json")
-    team = join_processes(choose_device(config.device or None))
+    processes = join_processes(choose_device(config.device or None))
     source = find_teacher(config.teacher)
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
-    setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), team)
+    setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), processes)
     check_start(config, source)
     check_optimizer(config.training)
-    check_compile(config.student, team.device)
-    team.rows(config.training.batch_size, config.training.accumulation)
+    check_compile(config.student, processes.device)
+    processes.rows(config.training.batch_size, config.training.accumulation)
     weights = read_component(source.unet, "unet").tensors.values()
-    choose_precision(team.device, config.student.precision, sum(tensor.numel() for tensor in weights))
+    choose_precision(processes.device, config.student.precision, sum(tensor.numel() for tensor in weights))
     setup.teacher.check_tokenizers()
     file = setup.folder / "config.json"
     if file.exists() and has_state(setup.folder / "run"):
@@ -99,14 +99,14 @@ def begin(setup: Setup) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
-    config, team, run = setup.config, setup.processes, setup.folder / "run"
-    if team.is_main:
+    config, processes, run = setup.config, setup.processes, setup.folder / "run"
+    if processes.is_main:
         for line in [*notes(config), *_changes(setup)]:
             say(f"note: {line}")
         write_json(setup.folder / "config.json", to_dict(replace(config, accept_changes=False)))
-        several = {"processes": str(team.size)} if team.size > 1 else {}
-        write_json(run / "machine.json", {**describe_machine(team.device), **several})
-    team.wait()
+        several = {"processes": str(processes.size)} if processes.size > 1 else {}
+        write_json(run / "machine.json", {**describe_machine(processes.device), **several})
+    processes.wait()
 
 
 def check(config: DistillConfig) -> None:

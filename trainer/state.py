@@ -36,7 +36,7 @@ class Log(NamedTuple):
 
 
 STATE, EARLIER_STATE = "state.safetensors", "state-earlier.safetensors"
-"""The last state that was saved, and the one before, for when the last is damaged or learnt too fast."""
+"""The last state that was saved, and the one before, for when the last is damaged or of too high a learning rate."""
 
 
 def has_state(folder: Path) -> bool:

@@ -42,7 +42,7 @@ class Student:
 
     networks: Networks
     trained: nn.Module
-    """Holds the parameters that learn."""
+    """Holds the trainable parameters."""
     average: nn.Module | None
     """Their moving average under the same names, which is the target and the result; None without."""
     unet: nn.Module
@@ -52,7 +52,7 @@ class Student:
     teacher_unet: nn.Module | None = None
     """Where the teacher is a network of its own."""
     critic: nn.Module | None = None
-    """Holds the parameters of a critic, which learns beside the student; None for methods without one."""
+    """Holds the parameters of a critic, which is trained beside the student; None for methods without one."""
 
     @property
     def final(self) -> Which:
@@ -61,7 +61,7 @@ class Student:
 
 
 def choose_precision(device: torch.device, wanted: str, parameters: int) -> torch.dtype:
-    """Number format of frozen weights and of the computation. What learns is always float32.
+    """Number format of frozen weights and of the computation. Trainable parameters are always float32.
 
     Raises:
         InputError: float16, in which distillation overflows, or an unknown format.
@@ -182,8 +182,8 @@ def full_student(
     average = copy.deepcopy(online).requires_grad_(False) if with_average else None
     call = unet_network(online, precision)
     target = call if average is None else unet_network(average, precision)
-    judge = _no_critic if critic is None else unet_network(critic, precision)
-    return Student(Networks(call, target, teacher or _no_teacher, judge), online, average, online, critic=critic)
+    critic_call = _no_critic if critic is None else unet_network(critic, precision)
+    return Student(Networks(call, target, teacher or _no_teacher, critic_call), online, average, online, critic=critic)
 
 
 def check_same_layers(start: Component, teacher: Component) -> None:
@@ -251,7 +251,7 @@ def check_compile(config: StudentConfig, device: torch.device) -> None:
 
 
 def trained_parameters(student: Student) -> int:
-    """How many of the student's numbers learn."""
+    """How many trainable parameters the student has."""
     return sum(p.numel() for p in student.trained.parameters() if p.requires_grad)
 
 

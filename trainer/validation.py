@@ -22,7 +22,7 @@ from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
 from trainer.data.hashing import hash_tensors
 from trainer.distributed import Processes
-from trainer.evaluate.scores import Exam, benchmark_exam, folder_exam, read_pictures
+from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, read_pictures
 from trainer.methods.method import sampling_of
 from trainer.outputs import run_name
 from trainer.report.preview import preview_grid, save_samples
@@ -80,12 +80,12 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[str], weights: Pa
         prompts: of the pictures.
         weights: the student's file. Where it and the teacher are those of the last time, no row is measured again.
     """
-    exam = _exam(setup) if is_scored(setup.config, setup.source) else None
+    evaluation = _evaluation(setup) if is_scored(setup.config, setup.source) else None
     hashes = {
         "teacher": setup.teacher.hash_unet(setup.info.prediction_type),
         "student": hash_tensors(read_safetensors(weights)[0]),
     }
-    scores = Scores.open(setup.folder, exam, hashes)
+    scores = Scores.open(setup.folder, evaluation, hashes)
     seeds = list(range(len(prompts)))
     roles = {"teacher": "teacher", "student": run_name(setup.config)}
     for role, name in roles.items():
@@ -94,9 +94,9 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[str], weights: Pa
         with painter(setup, student, role) as model:
             if setup.config.report.preview_every:
                 save_samples(setup.folder, role, model, prompts, seeds, shown_steps(role))
-            if exam is not None:
+            if evaluation is not None:
                 for steps in shown_steps(role):
-                    scores.add(role, name, model, exam, steps, model.settings().guidance_scale)
+                    scores.add(role, name, model, evaluation, steps, model.settings().guidance_scale)
     return scores
 
 
@@ -105,21 +105,21 @@ def is_scored(config: DistillConfig, source: Source) -> bool:
     return bool(config.report.samples) and (source.is_shipped or bool(config.data.path))
 
 
-def _exam(setup: Setup) -> Exam:
+def _evaluation(setup: Setup) -> Evaluation:
     """The embedded model is measured on its benchmark, another against the pictures that it learnt from."""
     from trainer.recipes.emoji.benchmark import load_benchmark
     from trainer.recipes.emoji.features import extract
 
     config, samples = setup.config, setup.config.report.samples
     if setup.source.is_shipped or config.data.path == "emoji":
-        return benchmark_exam(load_benchmark(samples))
+        return benchmark_evaluation(load_benchmark(samples))
     from trainer.data.sources import read_source
 
     features = partial(extract, load_benchmark(samples).features)
     side = setup.teacher.resolution
     items = read_source(Path(config.data.path)).items
     pictures = read_pictures(items, (side, side), features, Processes(setup.processes.device))
-    return folder_exam(pictures, samples, features, is_inception=False)
+    return folder_evaluation(pictures, samples, features, is_inception=False)
 
 
 def save_preview(setup: Setup, student: Student, prompts: Sequence[str], step: int, loss: float) -> None:

@@ -214,9 +214,9 @@ def latent_travel(g: Graph) -> None:
         "positive_1": g.text(clip, "red apple, fluent style", "From"),
         "positive_2": g.text(clip, "lemon, fluent style", "To"),
     }
-    journey = {"seeds": "1, 2", "frames": 12, "steps": 4, "guidance_scale": 0.0, "sampler": "lcm", "strength": 1.0}
+    options = {"seeds": "1, 2", "frames": 12, "steps": 4, "guidance_scale": 0.0, "sampler": "lcm", "strength": 1.0}
     course = {"mode": "slerp", "easing": "smooth", "loop": True, "gamma": 0.3, "original_steps": 50}
-    frames = g.add("LCMTravel", "LCM Travel", model=model, latent_image=g.canvas(1), **journey, **course, **prompts)[0]
+    frames = g.add("LCMTravel", "LCM Travel", model=model, latent_image=g.canvas(1), **options, **course, **prompts)[0]
     images = g.add("VAEDecode", "VAE Decode", samples=frames, vae=vae)[0]
     settings = {"filename_prefix": "LCM Suite/travel", "fps": 8.0, "lossless": True, "quality": 90, "method": "default"}
     g.add("SaveAnimatedWEBP", "Save", images=images, **settings)

@@ -94,13 +94,13 @@ def _keyframes(args: argparse.Namespace) -> list[Keyframe]:
         if args.start is not None or args.to is not None or args.to_seed is not None:
             raise InputError("--keyframe was given beside --from, --to or --to-seed; use one way or the other")
         if len(args.keyframe) < 2:
-            raise InputError("one --keyframe makes no journey; give two or more")
+            raise InputError("one --keyframe makes no animation; give two or more")
         return [_keyframe(text, args.seed, args.image) for text in args.keyframe]
     if args.start is None:
         raise InputError("no prompt was given; use --from PROMPT --to PROMPT, or --keyframe twice or more")
     prompt, seed, image = args.to, args.to_seed, args.to_image
     if prompt is None and seed is None and image is None:
-        raise InputError("the journey has no goal; add --to PROMPT, --to-seed N or --to-image PATH")
+        raise InputError("the animation has no end; add --to PROMPT, --to-seed N or --to-image PATH")
     return [
         Keyframe(args.start, args.seed, args.image),
         Keyframe(

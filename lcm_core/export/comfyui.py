@@ -1,7 +1,7 @@
 """Models for ComfyUI: checkpoints and LoRAs in the folders that its stock loaders list.
 
 A checkpoint of the usual sizes needs nothing else. The embedded model is smaller and has words of its own, which
-ComfyUI learns from the LCM Suite nodes (`nodes/native.py`); its files hold weights alone.
+the LCM Suite nodes add to ComfyUI (`nodes/native.py`); its files hold weights alone.
 """
 
 from __future__ import annotations

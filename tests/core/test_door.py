@@ -33,7 +33,7 @@ def test_opening_the_door_loads_nothing_and_goes_last() -> None:
 
 def test_strangers_of_the_same_name_are_seen(tmp_path: Path) -> None:
     """Wrong when another package called `trainer` would be imported for ours without a word."""
-    asked = "print(door.stranger('lcm_core'), door.stranger('trainer'))"
+    asked = "print(door.foreign_package('lcm_core'), door.foreign_package('trainer'))"
     assert _run(asked) == "None None"
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").write_text("")

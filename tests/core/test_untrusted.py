@@ -1,4 +1,4 @@
-"""Files from strangers: each way in has one door, which lets nothing through but what it is for."""
+"""Files from outside: each way in has one door, which lets nothing through but what it is for."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def try_grid(suite: Suite) -> dict[str, Any]:
 
 
 def try_travel(suite: Suite) -> dict[str, Any]:
-    """The end frames of a journey beside the single pictures."""
+    """The end frames of an animation beside the single pictures."""
     model = suite.load("full.safetensors")[0]
     prompts = suite.prompts["positive"], suite.prompts["other"]
     ends = [suite.paint(model, guidance_scale=3.0, seed=seed, positive=prompts[i]) for i, seed in enumerate((3, 8))]

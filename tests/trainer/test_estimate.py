@@ -70,11 +70,11 @@ def test_weights_are_counted_exactly(config, kind, method):
     """A critic's too."""
     config = replace(config, student=replace(config.student, kind=kind), method=method_config(method))
     student, memory = real_student(config), make_plan(config).memory
-    learning = count(student.trained) + (0 if student.critic is None else count(student.critic))
-    assert learning == count(student.trained) * (2 if method == "dmd2" else 1)
-    assert memory["weights that learn"] == 4 * learning
+    trainable = count(student.trained) + (0 if student.critic is None else count(student.critic))
+    assert trainable == count(student.trained) * (2 if method == "dmd2" else 1)
+    assert memory["trainable parameters"] == 4 * trainable
     assert memory["their moving average"] == 4 * count(student.trained)
-    assert memory["optimiser"] == 8 * learning
+    assert memory["optimiser"] == 8 * trainable
     assert memory["frozen weights"] == 4 * count(build_unet())
 
 

@@ -19,7 +19,7 @@ from trainer.cli import eval as command
 from trainer.distributed import Processes
 from trainer.evaluate import pretrained
 from trainer.evaluate.metrics import frechet_distance, recall
-from trainer.evaluate.scores import Exam, benchmark_exam, evaluate_rows, folder_exam, read_pictures
+from trainer.evaluate.scores import Evaluation, benchmark_evaluation, evaluate_rows, folder_evaluation, read_pictures
 from trainer.recipes.emoji.benchmark import Benchmark
 from trainer.recipes.emoji.data import Drawing
 from trainer.recipes.emoji.features import FeatureNetwork, extract
@@ -44,7 +44,7 @@ def benchmark():
 
 def test_rows_are_scores_of_the_pictures_that_a_user_gets(benchmark):
     model = load_model("emoji", "cpu", unet="lcm")
-    (row,) = evaluate_rows("mine", model, benchmark_exam(benchmark), [1], guidance_scale=2.0)
+    (row,) = evaluate_rows("mine", model, benchmark_evaluation(benchmark), [1], guidance_scale=2.0)
     captions = [benchmark.entries[i].plain_caption for i in benchmark.chosen.tolist()]
     images = Pipeline(model)(captions, num_inference_steps=1, guidance_scale=2.0, seed=range(len(captions))).images
     pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
@@ -66,11 +66,13 @@ def test_rows_are_scores_of_the_pictures_that_a_user_gets(benchmark):
 @pytest.mark.parametrize(("option", "value"), [("gamma", 1.0), ("original_steps", 10)])
 def test_what_is_measured_is_painted_with_the_settings_that_were_given(option, value):
     seen = []
-    exam = Exam(["pizza"] * 4, lambda pictures: seen.append(pictures) or torch.randn(len(pictures), 4), torch.eye(4))
+    evaluation = Evaluation(
+        ["pizza"] * 4, lambda pictures: seen.append(pictures) or torch.randn(len(pictures), 4), torch.eye(4)
+    )
     model = load_model("emoji", "cpu", unet="lcm")
     options = {"sampler": "tcd", "gamma": 0.0, "original_steps": 50}
-    evaluate_rows("mine", model, exam, [3], **options)
-    evaluate_rows("mine", model, exam, [3], **options | {option: value})
+    evaluate_rows("mine", model, evaluation, [3], **options)
+    evaluate_rows("mine", model, evaluation, [3], **options | {option: value})
     plain, changed = seen
     assert not torch.equal(plain, changed)
 
@@ -78,9 +80,9 @@ def test_what_is_measured_is_painted_with_the_settings_that_were_given(option, v
 def test_a_perfect_and_a_broken_model_are_told_apart():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(64, 8, generator=generator)
-    exam = Exam(["a"] * 16, lambda pictures: real[: len(pictures)] + 100, real)
+    evaluation = Evaluation(["a"] * 16, lambda pictures: real[: len(pictures)] + 100, real)
     model = load_model("emoji", "cpu", unet="lcm")
-    (row,) = evaluate_rows("broken", model, exam, [1])
+    (row,) = evaluate_rows("broken", model, evaluation, [1])
     assert row["recall"] == 0
     assert row["fd"] == pytest.approx(frechet_distance(real, real[:16] + 100))
 
@@ -136,7 +138,7 @@ import json, sys, torch
 from PIL import Image
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
-from trainer.evaluate.scores import Exam, evaluate_rows, from_main, read_pictures
+from trainer.evaluate.scores import Evaluation, evaluate_rows, from_main, read_pictures
 from trainer.distributed import join_processes
 
 class Item:
@@ -150,23 +152,24 @@ class Item:
 def means(pictures):
     return pictures.float().flatten(2).mean(2)
 
-team = join_processes(torch.device("cpu"))
-real = read_pictures([Item(i) for i in range(7)], (16, 16), means, team)
-exam = Exam([f"a cat number {i}" for i in range(7)], means, real.features, caption_score=lambda p, c: means(p)[:, 0])
-rows = evaluate_rows("m", load_model("emoji", "cpu", unet="lcm"), exam, [1], team)
-told = from_main(team, lambda: f"from {team.rank}")
-if team.is_main:
+processes = join_processes(torch.device("cpu"))
+real = read_pictures([Item(i) for i in range(7)], (16, 16), means, processes)
+captions = [f"a cat number {i}" for i in range(7)]
+evaluation = Evaluation(captions, means, real.features, caption_score=lambda p, c: means(p)[:, 0])
+rows = evaluate_rows("m", load_model("emoji", "cpu", unet="lcm"), evaluation, [1], processes)
+told = from_main(processes, lambda: f"from {processes.rank}")
+if processes.is_main:
     json.dump([rows, real.features.tolist(), real.captions, real.skipped, told], open(sys.argv[1], "w"))
 """
 
 
-def test_a_folder_exam_asks_for_every_caption_before_any_twice():
+def test_a_folder_evaluation_asks_for_every_caption_before_any_twice():
     real = read_pictures([Item(i) for i in (0, 1, 2)], (16, 16), means, ALONE)
-    exam = folder_exam(real, 8, means, is_inception=True)
-    assert sorted(exam.captions[:3]) == ["caption 0", "caption 1", "caption 2"]
-    assert len(exam.captions) == 8
-    assert exam.distance == "fid"
-    assert folder_exam(real, 8, means, is_inception=True).captions == exam.captions
+    evaluation = folder_evaluation(real, 8, means, is_inception=True)
+    assert sorted(evaluation.captions[:3]) == ["caption 0", "caption 1", "caption 2"]
+    assert len(evaluation.captions) == 8
+    assert evaluation.distance == "fid"
+    assert folder_evaluation(real, 8, means, is_inception=True).captions == evaluation.captions
 
 
 @pytest.fixture

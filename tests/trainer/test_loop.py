@@ -59,7 +59,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, stop_at):
 
 
 def _run_pair(folder, config, stop_at=None):
-    """A model that learns in every third step, and a critic of other scale that learns in all."""
+    """A model that is trained in every third step, and a critic of other scale that is in all."""
     torch.manual_seed(0)
     model, critic = nn.Linear(3, 3), nn.Linear(3, 3)
 

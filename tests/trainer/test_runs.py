@@ -97,7 +97,7 @@ def test_a_finished_run_is_scored_once_and_after_more_steps_only_the_student_aga
     command, _, _, output = given
     measured = []
 
-    def measure(name, model, exam, steps, *_, **options):
+    def measure(name, model, evaluation, steps, *_, **options):
         measured.append((name, *steps))
         if len(measured) == 3 and not (output / "report.html").exists():
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""States that are damaged, left behind, or of a run that learnt too fast."""
+"""States that are damaged, left behind, or of a run with too high a learning rate."""
 
 import os
 import signal

@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> None:
     from trainer.distributed import join_processes
 
     folder = Path(config.data.cache or Path(config.output, "cache"))
-    team = join_processes(choose_device(config.device or None))
-    cache = prepare(config.data, config.teacher, folder, team.device, team, config.tokenizer, config.prediction_type)
-    if not team.is_main:
+    processes = join_processes(choose_device(config.device or None))
+    cache = prepare(
+        config.data, config.teacher, folder, processes.device, processes, config.tokenizer, config.prediction_type
+    )
+    if not processes.is_main:
         return
     for line in cache.notes:
         note(line)

@@ -13,7 +13,7 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.pipeline.model import Model
     from trainer.distributed import Processes
-    from trainer.evaluate.scores import Exam
+    from trainer.evaluate.scores import Evaluation
 
 _EPILOG = """examples:
   python -m trainer eval --output scores
@@ -56,28 +56,30 @@ def run(args: argparse.Namespace) -> None:
     from trainer.evaluate.scores import check_samples, evaluate_rows, from_main
 
     _check(args)
-    team = join_processes(choose_device(args.device))
-    check_samples(args.samples, team)
-    pipe, _ = load_pipeline(replace(read_options(args), device=str(team.device)))
+    processes = join_processes(choose_device(args.device))
+    check_samples(args.samples, processes)
+    pipe, _ = load_pipeline(replace(read_options(args), device=str(processes.device)))
     model, name = pipe.model, args.name or _name(args)
-    exam = _exam(args, model, team)
-    if team.is_main and not model.recommended.is_distilled and args.sampler is None:
+    evaluation = _evaluation(args, model, processes)
+    if processes.is_main and not model.recommended.is_distilled and args.sampler is None:
         note(f"{model.name} looks like a plain model; use --sampler dpmpp_2m --steps 25 for a teacher")
     options = {"sampler": args.sampler, "guidance_scale": args.guidance}
     about = {"model": model.name, **model.origin}
-    table = from_main(team, lambda: _open_table(args.output / "eval.json", exam, name, about))
+    table = from_main(processes, lambda: _open_table(args.output / "eval.json", evaluation, name, about))
     for steps in args.steps:
         settings = pipe.resolve(PictureOptions(num_inference_steps=steps, **options))
         line = (name, settings.sampler, steps, settings.guidance_scale)
         if line in [(row["model"], row["sampler"], row["steps"], row["guidance_scale"]) for row in table["rows"]]:
-            if team.is_main:
+            if processes.is_main:
                 note(f"{name} at {plural(steps, 'step')} was measured before; remove {args.output} to do it again")
             continue
-        table["rows"] += evaluate_rows(name, model, exam, [steps], team, progress=team.is_main, **options)
-        if team.is_main:
-            _write(args.output, table, exam)
-    if team.is_main:
-        print(f"{_to_text(table, exam)}\n{args.output / 'eval.json'}, {args.output / 'eval.md'}")
+        table["rows"] += evaluate_rows(
+            name, model, evaluation, [steps], processes, progress=processes.is_main, **options
+        )
+        if processes.is_main:
+            _write(args.output, table, evaluation)
+    if processes.is_main:
+        print(f"{_to_text(table, evaluation)}\n{args.output / 'eval.json'}, {args.output / 'eval.md'}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -96,57 +98,61 @@ def _name(args: argparse.Namespace) -> str:
     return " + ".join([base, *loras])
 
 
-def _exam(args: argparse.Namespace, model: Model, team: Processes) -> Exam:
+def _evaluation(args: argparse.Namespace, model: Model, processes: Processes) -> Evaluation:
     from functools import partial
 
     from trainer.data.sources import read_source
     from trainer.evaluate.pretrained import load_clip, load_inception
-    from trainer.evaluate.scores import benchmark_exam, folder_exam, read_pictures
+    from trainer.evaluate.scores import benchmark_evaluation, folder_evaluation, read_pictures
     from trainer.recipes.emoji.benchmark import load_benchmark
     from trainer.recipes.emoji.features import extract
 
-    caption_score = None if args.clip is None else load_clip(args.clip, team.device)
+    caption_score = None if args.clip is None else load_clip(args.clip, processes.device)
     benchmark = load_benchmark(args.samples)
-    benchmark.features.to(team.device)
+    benchmark.features.to(processes.device)
     if args.data is None:
-        return benchmark_exam(benchmark, caption_score)
+        return benchmark_evaluation(benchmark, caption_score)
     features = (
-        partial(extract, benchmark.features) if args.inception is None else load_inception(args.inception, team.device)
+        partial(extract, benchmark.features)
+        if args.inception is None
+        else load_inception(args.inception, processes.device)
     )
     source = read_source(args.data)
-    pictures = read_pictures(source.items, (model.resolution, model.resolution), features, team)
+    pictures = read_pictures(source.items, (model.resolution, model.resolution), features, processes)
     skipped = [*source.skipped, *pictures.skipped]
-    for name, reason in skipped if team.is_main else ():
+    for name, reason in skipped if processes.is_main else ():
         note(f"skipped {name}: {reason}")
     about = {"data": str(args.data), "skipped": [list(entry) for entry in skipped]}
-    return folder_exam(pictures, args.samples, features, args.inception is not None, caption_score, about)
+    return folder_evaluation(pictures, args.samples, features, args.inception is not None, caption_score, about)
 
 
-def _open_table(path: Path, exam: Exam, name: str, about: dict[str, Any]) -> dict[str, Any]:
-    """What earlier runs measured with this exam, with this model among those that have rows.
+def _open_table(path: Path, evaluation: Evaluation, name: str, about: dict[str, Any]) -> dict[str, Any]:
+    """What earlier runs measured with this evaluation, with this model among those that have rows.
 
     Raises:
-        InputError: they took another exam, or another model goes by this name.
+        InputError: they took another evaluation, or another model goes by this name.
     """
     from lcm_core.files.safetensors import read_json
 
-    table: dict[str, Any] = read_json(path) if path.exists() else {"exam": exam.note, "models": {}, "rows": []}
-    if table.get("exam") != exam.note:
+    table: dict[str, Any] = (
+        read_json(path) if path.exists() else {"evaluation": evaluation.note, "models": {}, "rows": []}
+    )
+    if table.get("evaluation") != evaluation.note:
         raise InputError(f"{path} was measured with other pictures or features; choose another --output")
     if table["models"].setdefault(name, about) != about:
         raise InputError(f"{path} has another model called {name}; tell them apart with --name")
     return table
 
 
-def _write(folder: Path, table: dict[str, Any], exam: Exam) -> None:
+def _write(folder: Path, table: dict[str, Any], evaluation: Evaluation) -> None:
     from lcm_core.files.safetensors import write_json
     from lcm_core.pipeline.image import write_bytes
 
     write_json(folder / "eval.json", table)
-    write_bytes(folder / "eval.md", _to_text(table, exam).encode())
+    write_bytes(folder / "eval.md", _to_text(table, evaluation).encode())
 
 
-def _to_text(table: dict[str, Any], exam: Exam) -> str:
+def _to_text(table: dict[str, Any], evaluation: Evaluation) -> str:
     from trainer.report.tables import remark, to_markdown
 
-    return f"{to_markdown(table['rows'])}\n{remark(exam.note, exam.distance)}\n"
+    return f"{to_markdown(table['rows'])}\n{remark(evaluation.note, evaluation.distance)}\n"

@@ -56,7 +56,7 @@ class CachePlan:
         """A hash of all that the text embeddings depend on."""
         return _hash_contents(self.texts)
 
-    def fill(self, device: torch.device, team: Processes) -> LatentCache:
+    def fill(self, device: torch.device, processes: Processes) -> LatentCache:
         """Compute what is missing or damaged, then open the cache.
 
         VAE, text encoders and, for an image-free run, the teacher's U-Net are loaded only where something of theirs is
@@ -65,23 +65,23 @@ class CachePlan:
         Raises:
             InputError: data or teacher that cannot be used, a folder that cannot be written, a full disk.
         """
-        if team.is_main:
+        if processes.is_main:
             self.latents.begin()
             self.texts.begin()
-            team.wait()
-        fill(self.latents, lambda: self.data.load(device), team, "pictures")
-        fill(self.texts, lambda: text_maker(self.captions, self.teacher, device), team, "captions")
-        team.wait()
+            processes.wait()
+        fill(self.latents, lambda: self.data.load(device), processes, "pictures")
+        fill(self.texts, lambda: text_maker(self.captions, self.teacher, device), processes, "captions")
+        processes.wait()
         self.latents.check()
         self.texts.check()
         cache = LatentCache(self)
-        if team.is_main:
+        if processes.is_main:
             write_skipped(self.latents.folder / "skipped.json", cache.skipped)
         return cache
 
 
 def plan_cache(
-    config: DataConfig, teacher: Teacher, folder: Path, team: Processes, prediction_type: str = ""
+    config: DataConfig, teacher: Teacher, folder: Path, processes: Processes, prediction_type: str = ""
 ) -> CachePlan:
     """Find out what a cache is made of. The data's files are read for their hashes, if that was not done before.
 
@@ -89,15 +89,15 @@ def plan_cache(
         config: the data.
         teacher: whose VAE and text encoders are used.
         folder: of the cache; of several processes, all must see the same.
-        team: the processes that share the work.
+        processes: the processes that share the work.
         prediction_type: of the teacher, where its own files say it wrongly; for image-free runs.
 
     Raises:
         InputError: data or teacher that cannot be used.
     """
     data = open_data(config, teacher, FileHashes(folder / "files.json"), prediction_type)
-    if not team.is_main:
-        team.wait()  # until the first process has hashed the files, which then need not be read again
+    if not processes.is_main:
+        processes.wait()  # until the first process has hashed the files, which then need not be read again
     identity = {"latents": data.identity(), "format": FORMAT}
     captions = list(dict.fromkeys(["", *data.captions]))
     text_identity = {"captions": hash_json(captions), "text": teacher.hash_text(), "format": FORMAT}
@@ -131,9 +131,9 @@ def prepare(
         InputError: as those two.
     """
     config.check()
-    team = processes or Processes()
-    plan = plan_cache(config, Teacher(teacher, tokenizer or None), folder, team, prediction_type)
-    return plan.fill(choose_device(device), team)
+    processes = processes or Processes()
+    plan = plan_cache(config, Teacher(teacher, tokenizer or None), folder, processes, prediction_type)
+    return plan.fill(choose_device(device), processes)
 
 
 def open_data(config: DataConfig, teacher: Teacher, hashes: FileHashes, prediction_type: str) -> Data:

@@ -112,19 +112,21 @@ class Shards:
         return True
 
 
-def fill(shards: Shards, load: Callable[[], Maker], team: Processes, what: str) -> None:
+def fill(shards: Shards, load: Callable[[], Maker], processes: Processes, what: str) -> None:
     """Make this process's share of the shards that are missing or damaged; the networks are loaded only if there is
     one. What a thing took is kept in `speed.json`, for estimates."""
-    mine = range(team.rank, len(shards), team.size)
-    checked = tqdm(mine, desc=f"checking cached {what}", unit="file", delay=2, leave=False, disable=not team.is_main)
+    mine = range(processes.rank, len(shards), processes.size)
+    checked = tqdm(
+        mine, desc=f"checking cached {what}", unit="file", delay=2, leave=False, disable=not processes.is_main
+    )
     missing = [index for index in checked if not shards.is_whole(index)]
     if not missing:
         return
     make, started = load(), time.monotonic()
     total = sum(len(shards.numbers(index)) for index in missing)
-    with tqdm(total=total, desc=f"caching {what}", unit=what[:-1], disable=not team.is_main) as bar:
+    with tqdm(total=total, desc=f"caching {what}", unit=what[:-1], disable=not processes.is_main) as bar:
         for index in missing:
             write_safetensors(shards.path(index), make(shards.numbers(index)))
             bar.update(len(shards.numbers(index)))
-    if team.is_main:
-        write_json(shards.speed, {"seconds": (time.monotonic() - started) / (total * team.size)})
+    if processes.is_main:
+        write_json(shards.speed, {"seconds": (time.monotonic() - started) / (total * processes.size)})

@@ -31,35 +31,35 @@ from trainer.recipes.emoji.features import extract
 BATCH_SIZE = 32
 
 
-def gather(team: Processes, thing: Any) -> list[Any]:
+def gather(processes: Processes, thing: Any) -> list[Any]:
     """Every process's thing, in their order."""
-    if team.size == 1:
+    if processes.size == 1:
         return [thing]
-    things: list[Any] = [None] * team.size
+    things: list[Any] = [None] * processes.size
     torch.distributed.all_gather_object(things, thing)
     return things
 
 
-def from_main(team: Processes, make: Callable[[], Any]) -> Any:
+def from_main(processes: Processes, make: Callable[[], Any]) -> Any:
     """What `make` returns in the main process, in all of them."""
-    return gather(team, make() if team.is_main else None)[0]
+    return gather(processes, make() if processes.is_main else None)[0]
 
 
-def share(team: Processes, total: int) -> range:
+def share(processes: Processes, total: int) -> range:
     """This process's numbers of `total` things: every `size`-th, from `rank` on."""
-    return range(team.rank, total, team.size)
+    return range(processes.rank, total, processes.size)
 
 
-def collect(team: Processes, part: Tensor, total: int) -> Tensor:
+def collect(processes: Processes, part: Tensor, total: int) -> Tensor:
     """All processes' rows in order; each gives those of its `share`, (B, ...)."""
     whole = part.new_empty(total, *part.shape[1:])
-    for rank, rows in enumerate(gather(team, part)):
-        whole[rank :: team.size] = rows
+    for rank, rows in enumerate(gather(processes, part)):
+        whole[rank :: processes.size] = rows
     return whole
 
 
 @dataclass(frozen=True)
-class Exam:
+class Evaluation:
     """What a model has to paint, and what its pictures are measured by.
 
     Attributes:
@@ -69,7 +69,7 @@ class Exam:
         distance: name of the Frechet distance in the table; only Inception's may be called "fid".
         alignment: more scores from the pictures' features, (M, D).
         caption_score: how well each picture fits its caption.
-        note: which exam this is, to tell tables of different ones apart.
+        note: which evaluation this is, to tell tables of different ones apart.
         change_noise: puts other noise in the place of the first, (B, C, h, w), to see what a model makes of it.
     """
 
@@ -83,7 +83,7 @@ class Exam:
     change_noise: Callable[[Tensor], Tensor] | None = None
 
 
-def benchmark_exam(benchmark: Benchmark, caption_score: CaptionScore | None = None) -> Exam:
+def benchmark_evaluation(benchmark: Benchmark, caption_score: CaptionScore | None = None) -> Evaluation:
     """The emoji benchmark: captions of real drawings, alignment by retrieval."""
     wanted = benchmark.codes[benchmark.chosen]
     groups = {
@@ -99,7 +99,7 @@ def benchmark_exam(benchmark: Benchmark, caption_score: CaptionScore | None = No
             if bool(group.any())
         }
 
-    return Exam(
+    return Evaluation(
         captions=[benchmark.entries[i].plain_caption for i in benchmark.chosen.tolist()],
         features=partial(extract, benchmark.features),
         real=benchmark.real,
@@ -118,27 +118,29 @@ class RealPictures:
     skipped: list[tuple[str, str]]
 
 
-def read_pictures(items: Sequence[Any], size: tuple[int, int], features: Features, team: Processes) -> RealPictures:
+def read_pictures(
+    items: Sequence[Any], size: tuple[int, int], features: Features, processes: Processes
+) -> RealPictures:
     """Features of real pictures, each process reading its share.
 
     Args:
         items: `trainer.data.sources.Item`s.
         size: (width, height) that all pictures are scaled to cover and cropped to, as large as the painted ones.
         features: the network.
-        team: the processes that share the work.
+        processes: the processes that share the work.
 
     Raises:
         InputError: not one picture can be read.
     """
     rows, skipped = [], []
-    for index in share(team, len(items)):
+    for index in share(processes, len(items)):
         try:
             pixels = load_image(items[index].open(), size)
         except InputError as error:
             skipped.append((index, items[index].key, str(error)))
             continue
         rows.append((index, features(((pixels + 1) * 127.5).round().byte())))
-    gathered = gather(team, (rows, skipped))
+    gathered = gather(processes, (rows, skipped))
     read = sorted((row for part, _ in gathered for row in part), key=lambda row: row[0])
     if not read:
         raise InputError(f"none of {plural(len(items), 'picture')} can be read; give a folder of PNG, JPEG or WebP")
@@ -147,19 +149,19 @@ def read_pictures(items: Sequence[Any], size: tuple[int, int], features: Feature
     return RealPictures(torch.cat([row for _, row in read]), captions, [(key, why) for _, key, why in lost])
 
 
-def folder_exam(
+def folder_evaluation(
     pictures: RealPictures,
     samples: int,
     features: Features,
     is_inception: bool,
     caption_score: CaptionScore | None = None,
     note: dict[str, Any] | None = None,
-) -> Exam:
+) -> Evaluation:
     """The user's own pictures: as many of their captions, in a fixed shuffled order, as `samples` says."""
     generator = torch.Generator().manual_seed(1234)
     rounds = -(-samples // len(pictures.captions))
     order = [i for _ in range(rounds) for i in torch.randperm(len(pictures.captions), generator=generator).tolist()]
-    return Exam(
+    return Evaluation(
         captions=[pictures.captions[i] for i in order[:samples]],
         features=features,
         real=pictures.features,
@@ -177,7 +179,7 @@ def folder_exam(
 def evaluate_rows(
     name: str,
     model: Model,
-    exam: Exam,
+    evaluation: Evaluation,
     steps: Sequence[int],
     processes: Processes | None = None,
     progress: bool = False,
@@ -188,7 +190,7 @@ def evaluate_rows(
     Args:
         name: of the model, for the table.
         model: what paints.
-        exam: what is painted and measured.
+        evaluation: what is painted and measured.
         steps: numbers of steps.
         processes: those that share the pictures; None for this one alone.
         progress: show a bar.
@@ -197,54 +199,65 @@ def evaluate_rows(
     Raises:
         InputError: a setting that this model cannot use, or broken pictures.
     """
-    return [_score(name, model, exam, number, processes or Processes(), progress, options) for number in steps]
+    return [_score(name, model, evaluation, number, processes or Processes(), progress, options) for number in steps]
 
 
 def _score(
-    name: str, model: Model, exam: Exam, steps: int, team: Processes, progress: bool, options: dict[str, Any]
+    name: str,
+    model: Model,
+    evaluation: Evaluation,
+    steps: int,
+    processes: Processes,
+    progress: bool,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     settings = Pipeline(model).resolve(PictureOptions(num_inference_steps=steps, **options))
     start = time.monotonic()
-    features, fits = _paint(model, exam, team, settings, f"{name}, {plural(steps, 'step')}", progress)
+    features, fits = _paint(model, evaluation, processes, settings, f"{name}, {plural(steps, 'step')}", progress)
     seconds = time.monotonic() - start
     row: dict[str, Any] = {
         "model": name,
         "sampler": settings.sampler,
         "steps": steps,
         "guidance_scale": settings.guidance_scale,
-        **grade(exam, features),
+        **grade(evaluation, features),
     }
-    if exam.caption_score is not None:
+    if evaluation.caption_score is not None:
         row["clip_score"] = float(fits.mean())
     return {**row, "images_per_second": len(features) / seconds}
 
 
-def grade(exam: Exam, features: Tensor) -> dict[str, float]:
-    """What an exam says of pictures, one for each caption, by their features (M, D)."""
-    scores = {exam.distance: frechet_distance(exam.real, features), "recall": recall(exam.real, features)}
-    return scores if exam.alignment is None else scores | exam.alignment(features)
+def grade(evaluation: Evaluation, features: Tensor) -> dict[str, float]:
+    """What an evaluation says of pictures, one for each caption, by their features (M, D)."""
+    scores = {
+        evaluation.distance: frechet_distance(evaluation.real, features),
+        "recall": recall(evaluation.real, features),
+    }
+    return scores if evaluation.alignment is None else scores | evaluation.alignment(features)
 
 
 def _paint(
-    model: Model, exam: Exam, team: Processes, settings: Settings, label: str, progress: bool
+    model: Model, evaluation: Evaluation, processes: Processes, settings: Settings, label: str, progress: bool
 ) -> tuple[Tensor, Tensor]:
     """Features (M, D) and caption scores (M,) of all pictures; the latter are zeros where nobody asked."""
     from tqdm import tqdm
 
-    seeds = share(team, len(exam.captions))
+    seeds = share(processes, len(evaluation.captions))
     features, fits = [], []
     with tqdm(total=len(seeds), desc=label, unit="picture", disable=not progress) as bar:
         for start in range(0, len(seeds), BATCH_SIZE):
             part = list(seeds[start : start + BATCH_SIZE])
-            captions = [exam.captions[seed] for seed in part]
-            pictures = paint_captions(model, captions, part, settings, exam.change_noise)
-            features.append(exam.features(pictures))
+            captions = [evaluation.captions[seed] for seed in part]
+            pictures = paint_captions(model, captions, part, settings, evaluation.change_noise)
+            features.append(evaluation.features(pictures))
             fits.append(
-                torch.zeros(len(part)) if exam.caption_score is None else exam.caption_score(pictures, captions)
+                torch.zeros(len(part))
+                if evaluation.caption_score is None
+                else evaluation.caption_score(pictures, captions)
             )
             bar.update(len(part))
-    total = len(exam.captions)
-    return collect(team, torch.cat(features), total), collect(team, torch.cat(fits), total)
+    total = len(evaluation.captions)
+    return collect(processes, torch.cat(features), total), collect(processes, torch.cat(fits), total)
 
 
 def paint_captions(
@@ -270,12 +283,12 @@ def paint_captions(
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
-def check_samples(samples: int, team: Processes) -> None:
+def check_samples(samples: int, processes: Processes) -> None:
     """Refuse fewer pictures than the scores, or the processes, need.
 
     Raises:
         InputError: it names how many.
     """
-    least = max(8, team.size)
+    least = max(8, processes.size)
     if samples < least:
         raise InputError(f"--samples {samples} is too few; use at least {least}, and 2048 for numbers to compare")

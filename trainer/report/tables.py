@@ -31,7 +31,7 @@ def remark(note: Mapping[str, Any], distance: str) -> str:
     """What scores were measured on, and what they can be compared with.
 
     Args:
-        note: of the exam, see `trainer.evaluate.scores.Exam`.
+        note: of the evaluation, see `trainer.evaluate.scores.Evaluation`.
         distance: name of the Frechet distance in the table.
     """
     words = (

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from trainer.recipes.emoji.data import GROUPS, Drawings
 from trainer.recipes.emoji.icons import SETS
-from trainer.recipes.emoji.ledger import Row
+from trainer.recipes.emoji.score_table import Row
 from trainer.report.tables import to_markdown
 
 KNOWN_FAULTS = (

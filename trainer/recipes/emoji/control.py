@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcm_core.files.safetensors import write_safetensors
-from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.sources import MODELS
@@ -54,7 +54,7 @@ class Examples:
         model = pipe.model
         names = [" ".join(name.split()) for name in THINGS.split(",")]
         prompts = [f"{name}, {style} style" for name in names for style in STYLES] * seeds
-        settings = pipe.resolve()
+        settings = pipe.resolve(PictureOptions())
         self.latents, self.edges, self.context = [], [], []
         for start in range(0, len(prompts), batch):
             words = prompts[start : start + batch]

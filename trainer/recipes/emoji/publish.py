@@ -21,7 +21,7 @@ from trainer.recipes.emoji.card import model_card
 from trainer.recipes.emoji.data import SHIPPED, save_shipped
 from trainer.recipes.emoji.features import extract, save_features
 from trainer.recipes.emoji.latents import CaptionedLatents
-from trainer.recipes.emoji.ledger import Ledger, Row
+from trainer.recipes.emoji.score_table import Row, ScoreTable
 from trainer.recipes.emoji.stages import DISTILLATION, LORA_DISTILLATION, LORA_FILE, STAGES, Recipe, get_features
 from trainer.recipes.emoji.teacher import PREDICTION_TYPE
 
@@ -60,26 +60,26 @@ def get_table(recipe: Recipe, folder: Path, models: dict[str, Model]) -> list[Ro
     """Every line of the table, from the finished model's files; each is measured once and kept in the work folder."""
     work, size = recipe.options.work, recipe.options.size
     shipped, samples = folder / SHIPPED.name, recipe.options.samples
-    trial = Ledger(work / f"guidance-{size}.json", load_benchmark(min(GUIDANCE_SAMPLES, samples), shipped), models)
+    trial = ScoreTable(work / f"guidance-{size}.json", load_benchmark(min(GUIDANCE_SAMPLES, samples), shipped), models)
     guidance = min(TEACHER_GUIDANCE, key=lambda g: trial.row("teacher", "dpmpp_2m", 25, g).fd)
     student_guidance = min(STUDENT_GUIDANCE, key=lambda g: trial.row("LCM", "lcm", 4, g).fd)
-    ledger = Ledger(work / f"table-{size}.json", load_benchmark(samples, shipped), models)
+    table = ScoreTable(work / f"table-{size}.json", load_benchmark(samples, shipped), models)
     for steps in (4, 1, 2, 8):
-        ledger.row("LCM", "lcm", steps, student_guidance)
-        ledger.row("teacher", "dpmpp_2m", steps, guidance)
-        ledger.row("LCM-LoRA", "lcm", steps, 1.0)
-    ledger.row("teacher", "dpmpp_2m", 25, guidance)
+        table.row("LCM", "lcm", steps, student_guidance)
+        table.row("teacher", "dpmpp_2m", steps, guidance)
+        table.row("LCM-LoRA", "lcm", steps, 1.0)
+    table.row("teacher", "dpmpp_2m", 25, guidance)
     for steps in (1, 2, 4, 8):
-        ledger.row("teacher", "euler", steps, guidance)
-    return sorted(ledger.rows, key=lambda row: (row.model, row.sampler, row.steps))
+        table.row("teacher", "euler", steps, guidance)
+    return sorted(table.rows, key=lambda row: (row.model, row.sampler, row.steps))
 
 
 def get_first_table(recipe: Recipe, folder: Path, models: dict[str, Model], rows: list[Row]) -> list[Row]:
     """The lines of the teacher with most steps and of the LCM, measured as the first benchmark did."""
     benchmark = load_benchmark(recipe.options.samples, folder / SHIPPED.name, first=True)
-    ledger = Ledger(recipe.options.work / f"first-table-{recipe.options.size}.json", benchmark, models)
+    table = ScoreTable(recipe.options.work / f"first-table-{recipe.options.size}.json", benchmark, models)
     wanted = (row for row in rows if (row.model, row.steps) in (("teacher", 25), ("LCM", 4)))
-    return [ledger.row(row.model, row.sampler, row.steps, row.guidance_scale) for row in wanted]
+    return [table.row(row.model, row.sampler, row.steps, row.guidance_scale) for row in wanted]
 
 
 def assemble(

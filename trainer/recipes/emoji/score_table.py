@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lcm_core.files.atomic import atomic_write
 from lcm_core.pipeline.model import Model
-from trainer.evaluate.scores import benchmark_exam, evaluate_rows
+from trainer.evaluate.scores import benchmark_evaluation, evaluate_rows
 from trainer.recipes.emoji.benchmark import Benchmark
 
 
@@ -29,7 +29,7 @@ class Row:
 
 
 @dataclass
-class Ledger:
+class ScoreTable:
     """The table's lines in a file: each is measured once, and an interrupted table goes on where it stopped."""
 
     path: Path
@@ -46,9 +46,9 @@ class Ledger:
         for row in rows:
             if (row.model, row.sampler, row.steps, row.guidance_scale) == (model, sampler, steps, guidance_scale):
                 return row
-        exam = benchmark_exam(self.benchmark)
+        evaluation = benchmark_evaluation(self.benchmark)
         (scores,) = evaluate_rows(
-            model, self.models[model], exam, [steps], sampler=sampler, guidance_scale=guidance_scale
+            model, self.models[model], evaluation, [steps], sampler=sampler, guidance_scale=guidance_scale
         )
         measured = Row(**scores)
         with atomic_write(self.path) as temporary:
