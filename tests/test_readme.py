@@ -19,7 +19,7 @@ TEXT = README.read_text(encoding="utf-8")
 MOST_LINES = 150
 SET_UP = (
     'pip install -c constraints.txt . && python -m lcm_core generate "a slice of pizza, noto style" --steps 4 '
-    "--out pizza.png",
+    "--output pizza.png",
     'pip install -c constraints.txt -e ".[test]" && pytest',
 )
 """The only set-up. A README in which these drift is the one mistake that every new user meets."""
@@ -110,7 +110,7 @@ def test_link_leads_somewhere(target: str) -> None:
 
 
 def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom in one empty folder, as a reader would; each --out must be there afterwards."""
+    """From top to bottom in one empty folder, as a reader would; each --output must be there afterwards."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
     for snippet in SNIPPETS:
@@ -131,7 +131,7 @@ def run_command(command: str, line: int, folder: Path) -> None:
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"README.md:{line}: {part}\n{done.stdout}{done.stderr}"
         for flag, value in pairwise(words):
-            if flag in ("--out", "--path"):
+            if flag in ("--output", "--path"):
                 assert (folder / value).exists(), f"README.md:{line}: {part}\nwrote no {value}"
 
 
@@ -151,4 +151,4 @@ def test_failing_command_is_seen(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"README\.md:7: python -m lcm_core nonsense"):
         run_command("python -m lcm_core nonsense", 7, tmp_path)
     with pytest.raises(AssertionError, match=r"wrote no a\.png"):
-        run_command("python -m this --out a.png", 1, tmp_path)
+        run_command("python -m this --output a.png", 1, tmp_path)

@@ -32,11 +32,11 @@ def add_to(commands: Any) -> None:
         commands,
         "compare",
         "Paint one grid: the teacher at 25 and 4 steps beside the LCM at 1, 2, 4 and 8.",
-        'compare "a slice of pizza, noto style" "a red apple, noto style" --out grid.png',
+        'compare "a slice of pizza, noto style" "a red apple, noto style" --output grid.png',
     )
     parser.set_defaults(run=run)
     parser.add_argument("prompts", nargs="+", metavar="prompt", help="one row for each prompt")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="picture to write (default compare.png)")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="picture (default compare.png)")
     parser.add_argument("--seed", type=int, default=0, help="of every picture (default 0)")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="of every picture (default: the model's)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="of the LCM (default 1 2 4 8)")
@@ -53,21 +53,21 @@ def run(args: argparse.Namespace) -> None:
     """Paint all pictures of the teacher, then all of the LCM (one model in memory at a time), and lay them out."""
     from lcm_core.pipeline.image import IMAGE_SUFFIXES, check_storable, labelled_grid, save_image
 
-    if args.out.suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)}")
-    check_output(args.out)
+    if args.output.suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"--output {args.output}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)}")
+    check_output(args.output)
     lcm = read_options(args)
     for prompt in args.prompts:
         check_text("prompt", prompt)
     columns = [f"teacher, {plural(steps, 'step')}" for steps in args.teacher_steps]
     columns += [f"LCM, {plural(steps, 'step')}" for steps in args.steps]
     settings = {"command": "compare", "prompts": args.prompts, "seed": args.seed, "columns": columns}
-    check_storable(args.out, settings)
+    check_storable(args.output, settings)
     teacher_columns = _columns(args, _teacher(args, lcm), "teacher", args.teacher_steps, args.teacher_guidance)
     lcm_columns = _columns(args, lcm, "LCM", args.steps, args.guidance)
     rows = list(zip(*teacher_columns, *lcm_columns, strict=True))
-    save_image(labelled_grid(rows, columns, args.prompts), args.out, settings)
-    print(f"{args.out}: {len(rows)} x {len(columns)} pictures, seed {args.seed}")
+    save_image(labelled_grid(rows, columns, args.prompts), args.output, settings)
+    print(f"{args.output}: {len(rows)} x {len(columns)} pictures, seed {args.seed}")
 
 
 def _teacher(args: argparse.Namespace, lcm: PictureOptions) -> PictureOptions:

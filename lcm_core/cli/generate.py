@@ -35,7 +35,7 @@ _MOST_PICTURES = 10_000
 def add_to(commands: Any) -> None:
     """Declare the command."""
     parser = add_command(
-        commands, "generate", "Paint pictures.", 'generate "a slice of pizza, noto style" --steps 4 --out pizza.png'
+        commands, "generate", "Paint pictures.", 'generate "a slice of pizza, noto style" --steps 4 --output pizza.png'
     )
     parser.set_defaults(run=run)
     parser.add_argument("prompt", nargs="?", help="what to paint, in quotes")
@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="first seed (default 0)")
     parser.add_argument("--count", type=int, default=1, help="pictures, with rising seeds (default 1)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once: quicker on a GPU, other last bits")
-    parser.add_argument("--out", type=Path, help="file (.png, .jpg, .webp) or folder (default: named by the prompt)")
+    parser.add_argument("--output", type=Path, help="file (.png, .jpg, .webp) or folder (default: named by the prompt)")
     parser.add_argument("--image", metavar="PATH", help="start from this picture")
     parser.add_argument("--mask", metavar="PATH", help="repaint only where this picture is white")
     parser.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help="take all settings from a picture")
@@ -126,11 +126,11 @@ def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> lis
 
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode("utf-8", "ignore")[:120].decode("utf-8", "ignore")
     slug = slug or "picture"
-    out = args.out
+    out = args.output
     if out is not None:
         check_name(out)
         if out.name.lower() in IMAGE_SUFFIXES:
-            raise InputError(f"--out {out} has no name before {out.name}; write e.g. picture{out.name}")
+            raise InputError(f"--output {out} has no name before {out.name}; write e.g. picture{out.name}")
     if out is None:
         out = args.source.with_name(f"{args.source.stem}-again{args.source.suffix}") if args.source else None
     if out is None or out.is_dir() or not out.suffix:
@@ -140,7 +140,7 @@ def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> lis
     else:
         paths = [out.with_name(f"{out.stem}-{seed}{out.suffix}") for seed in seeds]
     if paths[0].suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"--out {args.out}: unknown kind of picture; use {', '.join(IMAGE_SUFFIXES)} or a folder")
+        raise InputError(f"--output {args.output}: no kind of picture; use {', '.join(IMAGE_SUFFIXES)} or a folder")
     for path in paths:
         check_output(path)
     return paths

@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
         commands,
         "interpolate",
         "Paint an animation that travels between prompts and seeds.",
-        'interpolate --from "a red apple, noto style" --to "a green pear, noto style" --loop --out fruit.gif',
+        'interpolate --from "a red apple, noto style" --to "a green pear, noto style" --loop --output fruit.gif',
     )
     parser.set_defaults(run=run)
     parser.add_argument("--from", dest="start", metavar="PROMPT", help="prompt of the first frame")
@@ -55,7 +55,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--ease", default="linear", help="linear, smooth, sine, cubic, in or out (default linear)")
     parser.add_argument("--mode", default="slerp", help="slerp (default) or lerp")
     parser.add_argument(
-        "--out",
+        "--output",
         type=Path,
         default=Path("travel.gif"),
         help=".gif, .webp, .mp4, or a new folder for the frames (default travel.gif)",
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
     from lcm_core.diffusion.interpolation import ease, plan_frames
     from lcm_core.pipeline.animation import check_animation, save_animation
 
-    check_animation(args.out, args.fps)
-    check_output(args.out, folder=not args.out.suffix)
+    check_animation(args.output, args.fps)
+    check_output(args.output, folder=not args.output.suffix)
     options = replace(read_options(args), seed=None, image=None)  # each keyframe's own
     plan_frames(2, args.frames)  # refuses what cannot be before the model is loaded
     ease(0, args.ease)
@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
     with Progress(steps * args.frames, "painting") as progress:
         travel = pipe.interpolate(keyframes, args.frames, args.mode, args.ease, args.loop, progress.step, options)
         frames = list(travel)
-    save_animation(frames, args.out, args.fps)
+    save_animation(frames, args.output, args.fps)
     print(
-        f"{args.out}: {plural(len(frames), 'frame')}, model {pipe.model.title}, {plural(steps, 'step')} each; "
+        f"{args.output}: {plural(len(frames), 'frame')}, model {pipe.model.title}, {plural(steps, 'step')} each; "
         f"loaded in {load_seconds:.1f} s, painted in {progress.seconds:.2f} s"
     )
 

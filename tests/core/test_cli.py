@@ -66,7 +66,7 @@ print({name for name in ("torch", "numpy", "PIL", "diffusers", "transformers") i
 
 def test_generate_info_and_the_same_bytes_again(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
     # No --dtype: what was chosen for each network must be found in the file.
-    argv = ["generate", "a slice of pizza", "--model", emoji, "--out", "pizza.png", "--seed", "7", "--device", "cpu"]
+    argv = ["generate", "a slice of pizza", "--model", emoji, "--output", "pizza.png", "--seed", "7", "--device", "cpu"]
     assert main(argv) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"pizza.png: model {emoji} (lcm), 4 steps, guidance 4, seed 7; loaded in ")
@@ -77,7 +77,7 @@ def test_generate_info_and_the_same_bytes_again(emoji: str, capsys: pytest.Captu
     assert main(["generate", "--from", "pizza.png"]) == 0
     assert files() == ["pizza-again.png", "pizza.png"]
     assert Path("pizza-again.png").read_bytes() == Path("pizza.png").read_bytes()
-    assert main(["generate", "--from", "pizza.png", "--seed", "8", "--out", "other.png"]) == 0
+    assert main(["generate", "--from", "pizza.png", "--seed", "8", "--output", "other.png"]) == 0
     assert Image.open("other.png").tobytes() != Image.open("pizza.png").tobytes()
 
 
@@ -88,26 +88,26 @@ def test_every_setting_survives_the_way_through_the_file(emoji: str) -> None:
     options += ["--size", "128x64", "--strength", "0.8"]
     lora = ["--unet", "teacher", "--lora", "lcm_lora:0.7", "--negative", "dull", "--vae-dtype", "bfloat16"]
     argv = ["generate", "a cat, 猫", "--model", emoji, "--image", "in.png", *options, *lora, *CPU]
-    assert main([*argv, "--out", "a.png"]) == 0
-    assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
+    assert main([*argv, "--output", "a.png"]) == 0
+    assert main(["generate", "--from", "a.png", "--output", "b.png"]) == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert main(["generate", "--from", "a.png", "--out", "b.png"]) == 0
+        assert main(["generate", "--from", "a.png", "--output", "b.png"]) == 0
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(threads)
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
-    assert main([*argv, "--out", "c.png", "--lora", "lcm_lora:0.1"]) == 0
+    assert main([*argv, "--output", "c.png", "--lora", "lcm_lora:0.1"]) == 0
     assert Image.open("c.png").tobytes() != Image.open("a.png").tobytes()
 
 
 def test_many_pictures_are_each_their_own_seeds(emoji: str) -> None:
     argv = ["generate", "A cat!", "--model", emoji, "--steps", "1", *CPU]
-    assert main([*argv, "--seed", "3", "--count", "2", "--out", "cats"]) == 0
+    assert main([*argv, "--seed", "3", "--count", "2", "--output", "cats"]) == 0
     assert sorted(path.name for path in Path("cats").iterdir()) == ["a-cat-3.png", "a-cat-4.png"]
-    assert main([*argv, "--seed", "4", "--out", "one.png"]) == 0
+    assert main([*argv, "--seed", "4", "--output", "one.png"]) == 0
     assert Path("one.png").read_bytes() == Path("cats/a-cat-4.png").read_bytes()
 
 
@@ -115,24 +115,24 @@ def test_inpainting_and_upscaling_from_the_command_line(emoji: str) -> None:
     Image.new("RGB", (64, 64), "red").save("in.png")
     Image.new("L", (64, 64), 0).save("nothing.png")
     argv = ["generate", "a cat", "--model", emoji, "--steps", "1", *CPU]
-    assert main([*argv, "--image", "in.png", "--mask", "nothing.png", "--out", "kept.png"]) == 0
+    assert main([*argv, "--image", "in.png", "--mask", "nothing.png", "--output", "kept.png"]) == 0
     assert Image.open("kept.png").tobytes() == Image.open("in.png").tobytes()
     argv = ["generate", "a cat", "--model", emoji, "--timesteps", "999,499", *CPU]
-    assert main([*argv, "--upscale", "2", "--out", "big.jpg"]) == 0
+    assert main([*argv, "--upscale", "2", "--output", "big.jpg"]) == 0
     assert Image.open("big.jpg").size == (128, 128)
 
 
 def test_compare_paints_teacher_and_student_in_one_grid(emoji: str) -> None:
     argv = ["compare", "a cat", "a dog", "--model", emoji, "--teacher-steps", "2", "1", "--steps", "1", "2", *CPU]
-    assert main([*argv, "--out", "grid.png"]) == 0
+    assert main([*argv, "--output", "grid.png"]) == 0
     grid = Image.open("grid.png")
     assert grid.width == 4 * 72 + 8
     assert grid.height > 2 * 64 + 40
     with Image.open("grid.png") as image:
         columns = [image.crop((8 + 72 * i, image.height - 72, 72 + 72 * i, image.height - 8)) for i in range(4)]
-    assert main(["generate", "a dog", "--model", emoji, "--steps", "2", "--out", "lcm.png", *CPU]) == 0
+    assert main(["generate", "a dog", "--model", emoji, "--steps", "2", "--output", "lcm.png", *CPU]) == 0
     assert columns[3].tobytes() == Image.open("lcm.png").tobytes()
-    teacher = ["--unet", "teacher", "--steps", "2", "--out", "teacher.png"]
+    teacher = ["--unet", "teacher", "--steps", "2", "--output", "teacher.png"]
     assert main(["generate", "a dog", "--model", emoji, *teacher, *CPU]) == 0
     assert columns[0].tobytes() == Image.open("teacher.png").tobytes()
 
@@ -140,14 +140,14 @@ def test_compare_paints_teacher_and_student_in_one_grid(emoji: str) -> None:
 def test_interpolate_writes_frames_whose_ends_are_the_single_pictures(emoji: str) -> None:
     common = ["--model", emoji, "--steps", "2", *CPU]
     travel = ["--from", "a cat", "--to", "a dog", "--seed", "1", "--to-seed", "2", "--frames", "3", "--ease", "sine"]
-    assert main(["interpolate", *travel, *common, "--out", "frames"]) == 0
+    assert main(["interpolate", *travel, *common, "--output", "frames"]) == 0
     names = sorted(path.name for path in Path("frames").iterdir())
     assert names == ["frame_0000.png", "frame_0001.png", "frame_0002.png"]
     for prompt, seed, name in (("a cat", "1", names[0]), ("a dog", "2", names[2])):
-        assert main(["generate", prompt, "--seed", seed, *common, "--out", "single.png"]) == 0
+        assert main(["generate", prompt, "--seed", seed, *common, "--output", "single.png"]) == 0
         assert Image.open("single.png").tobytes() == Image.open(Path("frames") / name).tobytes()
     keyframes = ["--keyframe", "a cat@1", "--keyframe", "a dog@2", "--loop", "--frames", "4"]
-    assert main(["interpolate", *keyframes, *common, "--out", "loop.gif"]) == 0
+    assert main(["interpolate", *keyframes, *common, "--output", "loop.gif"]) == 0
     with Image.open("loop.gif") as animation:
         assert animation.n_frames == 4
 
@@ -158,8 +158,8 @@ def test_an_exported_model_paints_the_same_picture(emoji: str, layout: str) -> N
     lora = ["--unet", "teacher", "--lora", "lcm_lora:0.5"]
     assert main(["export", "--model", emoji, *lora, "--to", layout, "--path", target]) == 0
     common = ["a cat", "--steps", "2", "--sampler", "lcm", "--guidance", "1", "--size", "64", *CPU]
-    assert main(["generate", *common, "--model", emoji, *lora, "--out", "a.png"]) == 0
-    assert main(["generate", *common, "--model", target, "--out", "b.png"]) == 0
+    assert main(["generate", *common, "--model", emoji, *lora, "--output", "a.png"]) == 0
+    assert main(["generate", *common, "--model", target, "--output", "b.png"]) == 0
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
 
 
@@ -197,7 +197,7 @@ def _fails(argv: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--out", "a.png"], ("no prompt", "--from")),
+        (["--output", "a.png"], ("no prompt", "--from")),
         (["a", "cat"], ("unrecognized arguments: cat", "quotes")),
         (["a", "--size", "big"], ("--size", "WIDTHxHEIGHT")),
         (["a", "--size", "100x64"], ("100x64", "multiples of 64", "128x64")),
@@ -211,7 +211,7 @@ def _fails(argv: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixtur
         (["a", "--count", "0"], ("--count 0",)),
         (["a", "--sampler", "heun"], ("heun", "dpmpp_2m")),
         (["a", "--image", "absent.png"], ("absent.png", "does not exist")),
-        (["a", "--out", "a.tiff"], ("a.tiff", ".png")),
+        (["a", "--output", "a.tiff"], ("a.tiff", ".png")),
         (["a", "--device", "abacus"], ("abacus", "cpu")),
         (["a", "--dtype", "int3"], ("int3", "float32")),
         (["--from", "absent.png"], ("absent.png", "does not exist")),
@@ -250,7 +250,7 @@ def test_broken_model_files(emoji: str, capsys: pytest.CaptureFixture[str]) -> N
         "strange.safetensors": ("unknown architecture",),
         "nan.safetensors": ("NaN", "conv_out.weight"),
     }.items():
-        _fails(["generate", "a", "--model", name, "--out", "a.png"], (name, *words), capsys)
+        _fails(["generate", "a", "--model", name, "--output", "a.png"], (name, *words), capsys)
         if name != "nan.safetensors":
             _fails(["info", name], (name, *words), capsys)
 
@@ -258,7 +258,7 @@ def test_broken_model_files(emoji: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_loras_that_do_not_fit(emoji: str, wide_lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x": torch.zeros(3)}, "strange.safetensors")
     for name in (str(wide_lora), "strange.safetensors"):
-        argv = ["generate", "a", "--model", emoji, "--unet", "teacher", "--lora", name, "--out", "a.png"]
+        argv = ["generate", "a", "--model", emoji, "--unet", "teacher", "--lora", name, "--output", "a.png"]
         _fails(argv, (name,), capsys)
 
 
@@ -270,9 +270,11 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     Path("full").mkdir()
     Path("full/old.png").write_text("")
     # A model that does not exist would be found first if the output were checked after loading.
-    _fails(["generate", "a", "--model", "none", "--out", "file/a.png"], ("file/a.png", "another output path"), capsys)
-    _fails(["compare", "a", "--model", "none", "--out", "folder.png"], ("folder.png", "folder"), capsys)
-    travel = ["interpolate", "--from", "a", "--to", "b", "--model", "none", "--out"]
+    _fails(
+        ["generate", "a", "--model", "none", "--output", "file/a.png"], ("file/a.png", "another output path"), capsys
+    )
+    _fails(["compare", "a", "--model", "none", "--output", "folder.png"], ("folder.png", "folder"), capsys)
+    travel = ["interpolate", "--from", "a", "--to", "b", "--model", "none", "--output"]
     _fails([*travel, "full"], ("full", "exists already"), capsys)
     _fails([*travel, "a.avi"], (".avi", ".mp4"), capsys)
     _fails([*travel, "a.gif", "--frames", "0"], ("0 frames",), capsys)
@@ -303,7 +305,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(emoji: str) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
-    argv = ["generate", "a", "--model", emoji, "--steps", "1", "--out", "a.png", *CPU]
+    argv = ["generate", "a", "--model", emoji, "--steps", "1", "--output", "a.png", *CPU]
     process = shell("-m", "lcm_core", *argv, preexec_fn=limit)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
@@ -313,7 +315,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(emoji: str) -> None:
 
 
 def test_ctrl_c_ends_with_one_line_and_leaves_nothing(emoji: str) -> None:
-    argv = ["generate", "a", "--model", emoji, "--steps", "50", "--count", "50", "--out", "many", *CPU]
+    argv = ["generate", "a", "--model", emoji, "--steps", "50", "--count", "50", "--output", "many", *CPU]
     # A test run in the background hands down SIGINT as ignored; at a user's prompt it is not.
     process = shell("-m", "lcm_core", *argv, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stderr is not None
@@ -334,7 +336,7 @@ def test_ctrl_c_ends_with_one_line_and_leaves_nothing(emoji: str) -> None:
 
 
 def test_a_prompt_too_long_is_a_note_not_a_failure(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["generate", "a cat with a hat " * 10, "--model", emoji, "--steps", "1", "--out", "a.png", *CPU]
+    argv = ["generate", "a cat with a hat " * 10, "--model", emoji, "--steps", "1", "--output", "a.png", *CPU]
     assert main(argv) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
@@ -342,7 +344,7 @@ def test_a_prompt_too_long_is_a_note_not_a_failure(emoji: str, capsys: pytest.Ca
 
 
 def test_a_plain_model_asked_for_few_steps_gets_advice(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["generate", "a cat", "--model", str(Path(emoji).parent / "plain"), "--out", "a.png", *CPU]
+    argv = ["generate", "a cat", "--model", str(Path(emoji).parent / "plain"), "--output", "a.png", *CPU]
     assert main(argv) == 0
     assert "need an LCM-LoRA" in capsys.readouterr().err
     assert main([*argv, "--lora", f"{emoji}/lora/lcm_lora.safetensors"]) == 0

@@ -32,7 +32,7 @@ def export(to: str, model: str, root: Path, *options: str) -> Path:
 
 
 def paint(model: str, out: Path, *options: str) -> bytes:
-    argv = ["generate", "a slice of pizza", "--model", model, "--out", str(out), "--seed", "3", "--device", "cpu"]
+    argv = ["generate", "a slice of pizza", "--model", model, "--output", str(out), "--seed", "3", "--device", "cpu"]
     assert main([*argv, *options]) == 0
     return Image.open(out).tobytes()
 

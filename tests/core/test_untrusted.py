@@ -453,7 +453,7 @@ def test_missing_size_is_another_model_s(models: Path, tmp_path: Path, capsys: p
     model = str(models / "emoji")
     argv = ["generate", "--from", picture(tmp_path / "a.png", prompt="a", model=model, threads=10**6)]
     before = torch.get_num_threads()
-    assert main([*argv, "--out", str(tmp_path / "b.png")]) == 0
+    assert main([*argv, "--output", str(tmp_path / "b.png")]) == 0
     assert Image.open(tmp_path / "b.png").size == (64, 64)
     assert torch.get_num_threads() == before
     errors = capsys.readouterr().err
@@ -465,7 +465,7 @@ def test_missing_size_is_another_model_s(models: Path, tmp_path: Path, capsys: p
 def test_picture_makes_us_read_a_device(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model", "vae", "image", "tokenizer"):
         file = picture(tmp_path / "a.png", prompt="a", **{"model": str(models / "emoji"), name: "/dev/zero"})
-        assert main(["generate", "--from", file, "--out", str(tmp_path / "b.png")]) == 2
+        assert main(["generate", "--from", file, "--output", str(tmp_path / "b.png")]) == 2
         assert "/dev/zero" in capsys.readouterr().err
     assert not (tmp_path / "b.png").exists()
 
@@ -519,7 +519,7 @@ def test_what_no_file_can_hold_is_found_after_painting(
 ) -> None:
     monkeypatch.setattr("lcm_core.pipeline.pipeline.paint", lambda *_: pytest.fail("painted in vain"))
     monkeypatch.chdir(tmp_path)
-    argv = ["generate", "--model", str(models / "emoji"), "--out"]
+    argv = ["generate", "--model", str(models / "emoji"), "--output"]
     cases = (
         ([*argv, "a.jpg", "a" * 66_000], "too long to be stored in a.jpg"),
         ([*argv, "a.png", "a" * 2**20], "too long to be stored in a.png"),
@@ -543,7 +543,7 @@ def test_picture_of_too_many_pixels_fills_the_memory(tmp_path: Path) -> None:
 
 
 def test_numbers_that_end_in_an_error_later(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["generate", "a", "--model", str(models / "emoji"), "--out", "never.png"]
+    argv = ["generate", "a", "--model", str(models / "emoji"), "--output", "never.png"]
     for options in (["--count", "1000000000"], ["--seed", str(2**64 - 1), "--count", "2"], ["--seed", "9" * 30]):
         assert main([*argv, *options]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
@@ -570,7 +570,7 @@ def test_abbreviation_is_taken_for_another_option(capsys: pytest.CaptureFixture[
 def test_size_far_from_the_model_s_is_not_noted(
     options: list[str], noted: bool, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["generate", "a", "--model", str(models / "emoji"), "--steps", "1", "--out", str(tmp_path / "a.png")]
+    argv = ["generate", "a", "--model", str(models / "emoji"), "--steps", "1", "--output", str(tmp_path / "a.png")]
     assert main([*argv, *options]) == 0
     assert ("was trained at 64x64 pixels" in capsys.readouterr().err) == noted
 

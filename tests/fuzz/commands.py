@@ -80,5 +80,5 @@ def command_case(draw: st.DrawFn, models: Path) -> Case:
     options = {**_OPTIONS, **_MORE[command]}
     for name in draw(st.lists(st.sampled_from(sorted(options)), max_size=2, unique=True)):
         argv += [name, draw(st.sampled_from(options[name]))]
-    argv += ["--out", draw(_OUTPUTS)] if draw(st.booleans()) else []
+    argv += ["--output", draw(_OUTPUTS)] if draw(st.booleans()) else []
     return Case(tuple(argv), _FILES, encoding=draw(st.sampled_from(["utf-8", "cp1252", "ascii"])))

@@ -69,6 +69,6 @@ def picture_case(draw: st.DrawFn, models: Path) -> Case:
         content, more = draw(damaged(content, within=2000))
         about = f"{about}; {more}"
     name = {"JPEG": "a.jpg", "WEBP": "a.webp"}.get(kind, "a.png")
-    generate = ("generate", "--from", f"INPUTS/{name}", "--out", "a.png")
+    generate = ("generate", "--from", f"INPUTS/{name}", "--output", "a.png")
     argv = draw(st.sampled_from([("info", f"INPUTS/{name}"), generate, (*generate, "--size", "64", "--steps", "1")]))
     return Case(argv, {name: content}, f"{kind}: {about}", encoding=draw(st.sampled_from(["utf-8", "cp1252", "ascii"])))

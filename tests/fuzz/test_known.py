@@ -47,13 +47,13 @@ CONFIGS: dict[str, tuple[str, Changes]] = {
 COMMANDS = {
     "half a character": ("generate", LONE),
     "a null byte": ("generate", "\0"),
-    "a device": ("generate", "a cat", "--out", "/dev/null"),
-    "a suffix of 300 letters": ("generate", "a cat", "--out", "a." + "x" * 300),
-    "a name of 300 bytes": ("generate", "a cat", "--out", "é" * 150 + ".png"),
-    "a name with half a character": ("generate", "a cat", "--out", f"{LONE}.png"),
-    "a name of 300 letters": ("generate", "a cat", "--out", "x" * 300 + ".png"),
-    "a name with a null byte": ("generate", "a cat", "--out", "\0.png"),
-    "a long prompt in EXIF": ("generate", "word " * 20_000, "--out", "a.jpg"),
+    "a device": ("generate", "a cat", "--output", "/dev/null"),
+    "a suffix of 300 letters": ("generate", "a cat", "--output", "a." + "x" * 300),
+    "a name of 300 bytes": ("generate", "a cat", "--output", "é" * 150 + ".png"),
+    "a name with half a character": ("generate", "a cat", "--output", f"{LONE}.png"),
+    "a name of 300 letters": ("generate", "a cat", "--output", "x" * 300 + ".png"),
+    "a name with a null byte": ("generate", "a cat", "--output", "\0.png"),
+    "a long prompt in EXIF": ("generate", "word " * 20_000, "--output", "a.jpg"),
 }
 
 
@@ -61,7 +61,9 @@ COMMANDS = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_settings_in_a_picture(worker: Worker, tiny_models: Path, name: str, command: str) -> None:
     content = png(dump({**settings_of(tiny_models), **PICTURES[name]}))
-    argv = ("info", "INPUTS/a.png") if command == "info" else ("generate", "--from", "INPUTS/a.png", "--out", "b.png")
+    argv = (
+        ("info", "INPUTS/a.png") if command == "info" else ("generate", "--from", "INPUTS/a.png", "--output", "b.png")
+    )
     assert worker.faults(Case(argv, {"a.png": content})) == []
 
 
@@ -153,7 +155,9 @@ def test_pipe_among_training_data(worker: Worker, tiny_models: Path, name: str) 
 def test_terminal_without_the_prompts_letters(worker: Worker, tiny_models: Path, command: str, encoding: str) -> None:
     content = png(dump({**settings_of(tiny_models), "prompt": "漢字 🍕"}), b"iTXt")
     argv = (
-        ("info", "INPUTS/a.png") if command == "info" else ("generate", "--from", "INPUTS/a.png", "--out", "漢字.png")
+        ("info", "INPUTS/a.png")
+        if command == "info"
+        else ("generate", "--from", "INPUTS/a.png", "--output", "漢字.png")
     )
     assert worker.faults(Case(argv, {"a.png": content}, encoding=encoding)) == []
 

@@ -17,7 +17,7 @@ from tests.fuzz.mutations import NUMBERS, TEXTS, damaged, dump, json_like, odd, 
 _PACKED = ("lcm_suite.config", "lcm_suite.tokenizer", "lcm_suite.recommended")
 _SAID = st.dictionaries(st.sampled_from(["steps", "original_steps", "gamma", "sampler"]), odd | st.just("tcd"))
 _RECOMMENDED = _SAID.map(lambda said: dump(said).decode())
-QUICK = ("--size", "64", "--steps", "1", "--out", "a.png")
+QUICK = ("--size", "64", "--steps", "1", "--output", "a.png")
 """A picture as small and quick as the tiny models allow."""
 MODULE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KEYS = [

@@ -153,7 +153,7 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
     assert len(configs) == 5
     assert not any(str(tmp_path) in text for text in configs)  # nobody's folders in a published model
     command = [sys.executable, "-m", "lcm_core", "generate", "red disc", "--model", str(tmp_path / "model")]
-    subprocess.run([*command, "--steps", "1", "--out", str(tmp_path / "disc.png")], check=True)
+    subprocess.run([*command, "--steps", "1", "--output", str(tmp_path / "disc.png")], check=True)
     assert (tmp_path / "disc.png").read_bytes().startswith(b"\x89PNG")
 
 
