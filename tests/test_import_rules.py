@@ -27,6 +27,8 @@ TORCH_ONLY = ("lcm_core.diffusion", "lcm_core.errors")
 """Rooms and files that need torch alone: A1111 loads them without anything else."""
 SAFETENSORS_ONLY = ("lcm_core.files",)
 """Those that need torch and safetensors alone."""
+OF_DIFFUSERS = ("lcm_core.pipeline.scheduler",)
+"""Files that only make sense inside diffusers, and extend its classes."""
 LAYERS = (
     ("lcm_core.diffusion", "lcm_core.files", "lcm_core.errors"),
     ("lcm_core.networks",),
@@ -217,7 +219,7 @@ def no_circles(tree: Tree) -> list[str]:
 
 def importing_stays_light(tree: Tree) -> list[str]:
     """Importing any of lcm_core loads torch and safetensors at most; the command lines not even those, for --help."""
-    library = {module for module in tree if module.partition(".")[0] == "lcm_core"}
+    library = {module for module in tree if module.partition(".")[0] == "lcm_core" and module not in OF_DIFFUSERS}
     found = foreign(tree, library, {"torch", "safetensors"}, {"import"})
     commands = closure(tree, ["lcm_core.__main__", "trainer.__main__"], {"import"})
     return found + foreign(tree, commands, set(), {"import", "optional"})
