@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from modules import sd_models, sd_samplers, sd_samplers_common, shared
 from torch import nn
@@ -145,7 +146,7 @@ def file_link(file: Path) -> str:
     from modules import ui_tempdir
 
     ui_tempdir.register_tmp_file(shared.demo, str(file))
-    return f"file={file}"
+    return f"file={quote(str(file))}"
 
 
 def say() -> Say:

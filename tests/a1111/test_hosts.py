@@ -137,6 +137,20 @@ def test_a_lora_that_has_just_been_written_is_found(fake_host: Any, monkeypatch:
     assert host.lora_file("none") is None
 
 
+def test_a_report_is_registered_with_the_host_and_its_link_survives_odd_names(
+    fake_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[str] = []
+    served: Any = ModuleType("modules.ui_tempdir")
+    served.register_tmp_file = lambda demo, file: registered.append(file)
+    monkeypatch.setitem(sys.modules, "modules.ui_tempdir", served)
+    sys.modules["modules"].ui_tempdir = served  # type: ignore[attr-defined]
+    fake_host.shared.demo = object()
+    link = fake_host.load("extension_a1111.host").file_link(Path("/runs/50% #1/report.html"))
+    assert registered == ["/runs/50% #1/report.html"]
+    assert link == "file=/runs/50%25%20%231/report.html"
+
+
 def test_folders_of_every_form_of_option(tmp_path: Path) -> None:
     """A1111: one folder, or None; Neo: lists, and the option of the others is not there."""
     one, two = tmp_path / "one", tmp_path / "two"
