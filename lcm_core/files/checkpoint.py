@@ -114,6 +114,18 @@ def _component_folder(root: Path, name: str) -> Path:
     raise InputError(f"{root} has no {name} folder (it has: {held}); give a diffusers folder or a single file")
 
 
+def info_from_configs(unet: Mapping[str, Any], scheduler: Mapping[str, Any], source: PathLike) -> ModelInfo:
+    """What the configurations of a U-Net and of a scheduler say of a model.
+
+    Args:
+        source: named in errors.
+
+    Raises:
+        InputError: a value that no schedule can have.
+    """
+    return _info(_family_of_config(unet), scheduler, Path(source))
+
+
 def _family_of_config(unet: Mapping[str, Any]) -> Family:
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl"

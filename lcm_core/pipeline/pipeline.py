@@ -75,6 +75,17 @@ class Pipeline:
         return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype))
 
     @classmethod
+    def from_diffusers(cls, pipe: Any) -> Pipeline:
+        """Share the networks of a diffusers pipeline; see `lcm_core.pipeline.shared.share_model`."""
+        from lcm_core.pipeline.shared import share_model
+
+        return cls(share_model(pipe))
+
+    def __repr__(self) -> str:
+        model = self.model
+        return f"Pipeline({model.title}, {model.resolution} pixels, {model.unet.dtype} on {model.device})"
+
+    @classmethod
     def open(cls, options: PictureOptions) -> Pipeline:
         """Load the model that is asked for."""
         names = ("device", "dtype", "vae", "unet", "tokenizer", "vae_dtype")

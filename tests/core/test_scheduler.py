@@ -74,6 +74,23 @@ def test_the_same_picture_as_from_this_suites_pipeline(emoji):
     assert np.abs(given - np.asarray(expected)).max() <= 1
 
 
+def test_a_pipeline_shares_the_networks_of_diffusers_own(emoji):
+    """The same picture, bit for bit, and no second copy of the weights."""
+    ours, theirs = emoji
+    shared = Pipeline.from_diffusers(theirs)
+    assert shared.model.unet.model is theirs.unet
+    settings = {"seed": 5, "num_inference_steps": 2, "guidance_scale": 2.0, "width": 64, "height": 64}
+    given, expected = (pipe(PROMPT, **settings).images[0] for pipe in (shared, ours))
+    assert given.tobytes() == expected.tobytes()
+    assert "64 pixels" in repr(shared)
+
+
+def test_other_pipelines_cannot_be_shared():
+    pipe = StableDiffusion3Pipeline(None, FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, None, None)
+    with pytest.raises(InputError, match="StableDiffusion3Pipeline has no unet"):
+        Pipeline.from_diffusers(pipe)
+
+
 def test_image_to_image_begins_at_its_strength(emoji):
     pipe = StableDiffusionImg2ImgPipeline(**emoji[1].components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
