@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcm_core.files.checkpoint import Component, list_components, read_component
+from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device
 from lcm_core.pipeline.sources import Source
@@ -24,6 +24,7 @@ from trainer.config import DistillConfig
 from trainer.data.cache import open_data, plan_cache
 from trainer.data.hashing import FileHashes
 from trainer.data.teacher import Teacher
+from trainer.disk import TOKENS, cache_size, count_weights, encoders, result_size, state_size, trained_networks
 from trainer.distributed import Processes
 from trainer.inputs import check_inputs
 from trainer.memory import rehearsal
@@ -39,7 +40,6 @@ from trainer.validation import is_scored
 
 LIBRARIES = 450_000_000
 """Bytes of main memory that Python and its libraries take before a model is loaded; matters on a CPU only."""
-TOKENS = 77
 
 
 @dataclass
@@ -90,7 +90,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     memory, trained = _training_memory(config, processes, unet, side)
     return Plan(
         facts={
-            "teacher": f"{config.teacher} ({teacher.source.info.family}), {_count(unet):,} weights in the U-Net",
+            "teacher": f"{config.teacher} ({teacher.source.info.family}), {count_weights(unet):,} weights in the U-Net",
             "student": f"{config.student.kind}, {trained:,} trainable parameters, on {processes.device}",
             "data": f"{pictures:,} pictures of about {side * teacher.scale} x {side * teacher.scale} pixels",
             "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
@@ -98,9 +98,9 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
         memory=memory,
         caching_memory=_caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
         disk={
-            "cache": _cache_size(teacher, pictures, captions, side),
-            "state": _state_size(config, trained),
-            "result": _result_size(config, teacher.source, unet, trained),
+            "cache": cache_size(teacher, pictures, captions, side),
+            "state": state_size(config, trained),
+            "result": result_size(config, teacher.source, unet, trained),
         },
         seconds={
             "caching": caching_left(config, pictures, captions),
@@ -133,7 +133,7 @@ def _training_memory(
 ) -> tuple[dict[str, int], int]:
     """Bytes by what they are for, and the number of trainable parameters."""
     student, training, device = config.student, config.training, processes.device
-    precision = choose_precision(device, student.precision, _count(unet))
+    precision = choose_precision(device, student.precision, count_weights(unet))
     part = max(rows.stop - rows.start for rows in processes.rows(training.batch_size, training.accumulation))
     with rehearsal(device, precision) as memory:
         fixed, trained, step = _build(config, unet, precision, (side, side))
@@ -141,7 +141,7 @@ def _training_memory(
         step(part)
         transient = memory.peak - before
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
-    trainable = trained * _trained_networks(config)
+    trainable = trained * trained_networks(config)
     table = {
         "frozen weights": fixed,
         "trainable parameters": 4 * trainable,
@@ -214,43 +214,12 @@ def _caching_memory(source: Source, device: torch.device, side: int, batch: int)
     """Text encoders, then the VAE, which are loaded one after the other."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    text = sum(4 * _count(read_component(source.text, name)) for name in _encoders(source))
+    text = sum(4 * count_weights(read_component(source.text, name)) for name in encoders(source))
     config = read_component(source.vae, "vae").config
     kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
     with rehearsal(device) as memory, torch.no_grad():
         kind.from_config(config).encode(torch.empty(batch, 3, side, side))
     return max(text, memory.peak) + (LIBRARIES if device.type == "cpu" else 0)
-
-
-def _cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> int:
-    """Latents in float32, text embeddings in float16 with one for the empty prompt."""
-    width = teacher_width = 0
-    for name in _encoders(teacher.source):
-        config = read_component(teacher.source.text, name).config
-        width += config["hidden_size"]
-        teacher_width = config["projection_dim"] if name.endswith("_2") else 0
-    return pictures * teacher.latent_channels * side**2 * 4 + (captions + 1) * (TOKENS * width + teacher_width) * 2
-
-
-def _state_size(config: DistillConfig, trained: int) -> int:
-    """Weights, their average, two moments, and five numbers for each step; twice, for the state before is kept too."""
-    average = 4 * trained if config.training.ema_decay > 0 else 0
-    moments = 2 if config.training.optimizer == "adamw8bit" else 8
-    return 2 * (trained * _trained_networks(config) * (4 + moments) + average + config.training.steps * 5 * 8)
-
-
-def _trained_networks(config: DistillConfig) -> int:
-    """How many networks of the student's size are trained: it, and its critic where the method has one."""
-    return 2 if get_method(config.method).needs_critic else 1
-
-
-def _result_size(config: DistillConfig, source: Source, unet: Component, trained: int) -> int:
-    """A LoRA in float16; or the whole model, twice: as a folder and as one file."""
-    if config.student.kind == "lora":
-        return 2 * trained
-    others = [read_component(source.vae, "vae"), *(read_component(source.text, name) for name in _encoders(source))]
-    stored = sum(tensor.nbytes for part in others for tensor in part.tensors.values())
-    return 2 * (2 * trained + stored)
 
 
 def caching_left(config: DistillConfig, pictures: int, captions: int) -> float | None:
@@ -297,15 +266,6 @@ def _step_seconds(config: DistillConfig) -> list[float]:
 
 def _cache(config: DistillConfig) -> Path:
     return Path(config.data.cache or Path(config.output, "cache"))
-
-
-def _encoders(source: Source) -> list[str]:
-    names = [name for name in list_components(source.text) if name.startswith("text_encoder")]
-    return names or ["text_encoder"]
-
-
-def _count(component: Component) -> int:
-    return sum(tensor.numel() for tensor in component.tensors.values())
 
 
 def _bytes(network: nn.Module) -> int:

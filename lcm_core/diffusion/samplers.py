@@ -16,10 +16,25 @@ import torch
 from torch import Tensor
 
 from lcm_core.diffusion.guidance import Model
+from lcm_core.diffusion.noise import NoiseSampler, initial_latents, initial_noise, seeded_noise_sampler
 from lcm_core.diffusion.process import Process, VariancePreserving
 from lcm_core.errors import InputError
 
-NoiseSampler = Callable[[Tensor, Tensor], Tensor]
+__all__ = [
+    "Callback",
+    "NoiseSampler",
+    "Step",
+    "initial_latents",
+    "initial_noise",
+    "inpaint",
+    "sample_dpm_2m",
+    "sample_dpmpp_2m",
+    "sample_euler",
+    "sample_lcm",
+    "sample_tcd",
+    "seeded_noise_sampler",
+]
+
 Callback = Callable[[dict[str, Any]], object]
 
 
@@ -160,62 +175,6 @@ def sample_dpm_2m(
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
-def initial_latents(
-    noise: Tensor, sigma: Tensor | float, x0: Tensor | None = None, process: Process | None = None
-) -> Tensor:
-    """The x that a sampler starts from at noise level `sigma` (= sigmas[0]), like noise.
-
-    From nothing: noise * sqrt(1 + sigma^2), the unit-variance start of variance-preserving samplers such as diffusers';
-    sigma * noise on a flow. From an image's latents: a x0 + b noise, at the sampler's scale.
-    """
-    process, level = process or VariancePreserving(), torch.as_tensor(sigma, dtype=torch.float64)
-    if x0 is None:
-        return noise * float(process.initial_scale(level))
-    a, b = process.scales(level)
-    return float(a) * x0 + float(b) * noise
-
-
-def initial_noise(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Standard normal noise, (len(seeds), *shape): each image's own, from its own seed, whatever batch it is in.
-
-    Drawn on the CPU in float32, so that it is the same for every device and dtype; equal to diffusers' with
-    `torch.Generator().manual_seed(seed)`.
-
-    Raises:
-        InputError: a seed that does not fit 64 bits.
-    """
-    return _draw([_generator(seed) for seed in seeds], shape, torch.device(device), dtype)
-
-
-def seeded_noise_sampler(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> NoiseSampler:
-    """A `noise_sampler` that continues each seed's stream behind `initial_noise`, (len(seeds), *shape) per call.
-
-    Draw 0 of every stream is `initial_noise` and is skipped here: to re-noise with the noise that the image began with
-    would not be fresh noise. Make a new one for every picture: it remembers how far it is.
-
-    Raises:
-        InputError: a seed that does not fit 64 bits.
-    """
-    generators = [_generator(seed) for seed in seeds]
-    target = torch.device(device)
-    _draw(generators, shape, target, dtype)
-
-    def noise_sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        return _draw(generators, shape, target, dtype)
-
-    return noise_sampler
-
-
 def inpaint(model: Model, x0_latents: Tensor, mask: Tensor, noise: Tensor, process: Process | None = None) -> Model:
     """Wrap a model so that any sampler repaints where `mask` is 1 and keeps `x0_latents` where it is 0.
 
@@ -333,17 +292,3 @@ def _progress(count: int, disable: bool | None) -> Iterable[int]:
     except ImportError:
         return range(count)
     return trange(count, disable=disable)
-
-
-def _generator(seed: int) -> torch.Generator:
-    if not -(2**63) <= seed < 2**64:
-        raise InputError(f"seed {seed} does not fit 64 bits; use 0 to {2**64 - 1}")
-    return torch.Generator().manual_seed(seed)
-
-
-def _draw(
-    generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    noise = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
-    # A blocking copy to the GPU would wait for all work queued there.
-    return noise.to(device, dtype, non_blocking=device.type == "cuda")
