@@ -32,6 +32,7 @@ OF_DIFFUSERS = ("lcm_core.pipeline.scheduler",)
 LAYERS = (
     ("lcm_core.diffusion", "lcm_core.files", "lcm_core.errors"),
     ("lcm_core.networks",),
+    ("lcm_core.families",),
     ("lcm_core.pipeline",),
     ("lcm_core.cli", "lcm_core.export", "lcm_core.__main__"),
 )
@@ -190,7 +191,7 @@ def safetensors_is_enough(tree: Tree) -> list[str]:
 
 
 def imports_go_one_way(tree: Tree) -> list[str]:
-    """diffusion, files <- networks <- pipeline <- command line and export."""
+    """diffusion, files <- networks <- families <- pipeline <- command line and export."""
 
     def layer(module: str) -> int:
         return next((number for number, rooms in enumerate(LAYERS) if within(module, rooms)), -1)

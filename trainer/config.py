@@ -96,6 +96,9 @@ class DistillConfig:
     """Name of the files that come out; the output folder's where empty."""
     prediction_type: str = ""
     """epsilon, v_prediction or sample, where the teacher's own files say it wrongly."""
+    shift: float = 0.0
+    """Of a flow model's noise levels, where the distillation looks and the student is sampled; 0 takes what the
+    teacher states for the resolution."""
     tokenizer: str = ""
     """Folder with vocab.json and merges.txt, for a single file with other words than CLIP's and none beside it."""
     device: str = ""

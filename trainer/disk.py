@@ -15,11 +15,14 @@ TOKENS = 77
 def cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> int:
     """Latents in float32, text embeddings in float16 with one for the empty prompt."""
     width = teacher_width = 0
+    latents = pictures * teacher.latent_channels * side**2 * 4
+    if teacher.source.family is not None:  # how long texts are is known to their encoders alone
+        return latents
     for name in encoders(teacher.source):
         config = read_component(teacher.source.text, name).config
         width += config["hidden_size"]
         teacher_width = config["projection_dim"] if name.endswith("_2") else 0
-    return pictures * teacher.latent_channels * side**2 * 4 + (captions + 1) * (TOKENS * width + teacher_width) * 2
+    return latents + (captions + 1) * (TOKENS * width + teacher_width) * 2
 
 
 def state_size(config: DistillConfig, trained: int) -> int:

@@ -109,6 +109,8 @@ def distill(
     def loss_fn(step: int, generator: torch.Generator) -> Iterator[Tensor]:
         picks = data.draw(loop.batch_size, generator, caption_dropout)
         batch = data.read(picks[mine])
+        if student.reads_guidance:
+            batch = replace(batch, null_conditioning=None)
         sample = make_sample(batch, method, diffusion, generator, loop.batch_size, mine.start, step)
         for part in parts:
             rows = sample.part(slice(part.start - mine.start, part.stop - mine.start)).to(device)

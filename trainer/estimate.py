@@ -26,6 +26,7 @@ from trainer.data.hashing import FileHashes
 from trainer.data.teacher import Teacher
 from trainer.disk import TOKENS, cache_size, count_weights, encoders, result_size, state_size, trained_networks
 from trainer.distributed import Processes
+from trainer.estimate_flow import flow_memory
 from trainer.inputs import check_inputs
 from trainer.memory import rehearsal
 from trainer.methods.method import Method, get_method
@@ -87,16 +88,22 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)
     captions = len(set(data.captions))
     pictures = len(data.captions) * (1 if config.data.is_image_free else config.data.variant_count)
-    memory, trained = _training_memory(config, processes, unet, side)
+    is_flow = teacher.source.family is not None
+    if is_flow:
+        memory, trained = flow_memory(config, processes, teacher, trained_networks(config))
+    else:
+        memory, trained = _training_memory(config, processes, unet, side)
     return Plan(
         facts={
-            "teacher": f"{config.teacher} ({teacher.source.info.family}), {count_weights(unet):,} weights in the U-Net",
+            "teacher": f"{config.teacher} ({teacher.source.info.family}), {count_weights(unet):,} weights",
             "student": f"{config.student.kind}, {trained:,} trainable parameters, on {processes.device}",
             "data": f"{pictures:,} pictures of about {side * teacher.scale} x {side * teacher.scale} pixels",
             "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
         },
         memory=memory,
-        caching_memory=_caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
+        caching_memory=0
+        if is_flow
+        else _caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
         disk={
             "cache": cache_size(teacher, pictures, captions, side),
             "state": state_size(config, trained),
@@ -116,7 +123,8 @@ def to_text(plan: Plan) -> str:
     lines = [f"{name:<12}{value}" for name, value in plan.facts.items()]
     lines.append(f"{'memory':<12}{size(max(memory, plan.caching_memory))} at the peak")
     lines += [f"  {size(value):>10}  {name}" for name, value in plan.memory.items()]
-    lines.append(f"  {size(plan.caching_memory):>10}  before that, while the cache is made")
+    if plan.caching_memory:
+        lines.append(f"  {size(plan.caching_memory):>10}  before that, while the cache is made")
     lines.append(f"{'disk':<12}{size(disk)}")
     lines += [f"  {size(value):>10}  {name}" for name, value in plan.disk.items()]
     known = [seconds for seconds in plan.seconds.values() if seconds is not None]

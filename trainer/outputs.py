@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from lcm_core.files.checkpoint import (
 )
 from lcm_core.files.lora import save_lora
 from lcm_core.files.recommended import SCHEDULERS, Recommended
-from lcm_core.files.safetensors import write_json
-from lcm_core.networks.lora_layers import lora_state_dict
+from lcm_core.files.safetensors import write_json, write_safetensors
+from lcm_core.networks.lora_layers import lora_state_dict, transformer_lora_state_dict
 from lcm_core.pipeline.sources import CARD, MODELS, Source
 from trainer.config import DistillConfig
 from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
@@ -49,17 +50,27 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
         InputError: the folder cannot be written, or the disk is full.
     """
     folder, name = Path(config.output), run_name(config)
-    recommended = sampling_of(config.method)
+    recommended = recommended_of(config, info)
     metadata = {**recommended.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:
         file = folder / f"{name}_lora.safetensors"
-        tensors = lora_state_dict(student.unet, ema=student.final == "ema", dtype=_STORED)
-        save_lora(file, tensors, info.family, metadata)
+        which: dict[str, Any] = {"ema": student.final == "ema", "dtype": _STORED}
+        if source.family is None:
+            save_lora(file, lora_state_dict(student.unet, **which), info.family, metadata)
+        else:
+            tensors = transformer_lora_state_dict(student.unet, source.family.lora_names, **which)
+            write_safetensors(file, tensors, metadata)
         return [file]
     components = read_parts(source) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
     _write_folder(folder / "diffusers", components, info, source, recommended)
     return [folder / f"{name}.safetensors", folder / "diffusers"]
+
+
+def recommended_of(config: DistillConfig, info: ModelInfo) -> Recommended:
+    """How a student wants to be sampled; of a flow model with its shift."""
+    said = sampling_of(config.method)
+    return replace(said, shift=info.shift) if info.prediction_type == "flow" else said
 
 
 def read_parts(source: Source) -> dict[str, Component]:
@@ -189,7 +200,25 @@ def _learnt_by(method: MethodConfig) -> str:
     return f", loss {method.loss}" if isinstance(method, ConsistencyConfig) else ", without the paper's GAN loss"
 
 
+def _flow_usage(config: DistillConfig, info: ModelInfo, name: str) -> str:
+    """Of a LoRA for a flow model. The jumps of trajectory methods are Euler's, which need no fresh noise."""
+    said, file = recommended_of(config, info), f"{name}_lora.safetensors"
+    scheduler = "FlowMatchLCMScheduler" if said.sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
+    return (
+        f'```\npython -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}\n```\n\n'
+        f"```python\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
+        f"pipe.scheduler = {scheduler}(shift={info.shift:g})\n"
+        f'pipe.load_lora_weights("{file}")\n'
+        f'pipe("a lighthouse", num_inference_steps={said.steps}, guidance_scale=1)\n```\n\n'
+        f"ComfyUI: the file in `models/loras`, sampler `{'lcm' if said.sampler == 'lcm' else 'euler'}`, scheduler "
+        f"`simple`, {said.steps} steps, CFG 1, and the model's sampling node with shift {info.shift:g}.\n"
+    )
+
+
 def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> str:
+    if info.prediction_type == "flow":
+        return _flow_usage(config, info, name)
     said = sampling_of(config.method)
     scheduler = SCHEDULERS[str(said.sampler)]
     how = f"num_inference_steps={said.steps}" + ("" if said.gamma is None else f", eta={said.gamma:g}")

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from lcm_core.families.network import Transformer
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.unet import exact_output, load_unet
-from lcm_core.pipeline.sources import find_source
-from trainer.config import DistillConfig
+from lcm_core.pipeline.parts import open_network
+from lcm_core.pipeline.sources import Source, find_source
+from trainer.config import DistillConfig, StudentConfig
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
 from trainer.distill import distill
 from trainer.inputs import check_inputs
@@ -29,7 +31,9 @@ from trainer.students import (
     choose_precision,
     full_student,
     lora_student,
+    prepare_network,
     prepare_unet,
+    to_network,
     trained_parameters,
     unet_network,
 )
@@ -92,13 +96,16 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     precision = choose_precision(device, config.student.precision, count)
     torch.manual_seed(config.training.seed)  # the first weights of what is added
     method = get_method(config.method)
-    options = {"with_average": config.training.ema_decay > 0, "with_critic": method.needs_critic}
+    options: dict[str, Any] = {"with_average": config.training.ema_decay > 0, "with_critic": method.needs_critic}
 
     def load_teacher() -> Any:
         unet = load_unet(component, device, precision, torch.contiguous_format)
         exact_output(unet)
         prepare_unet(unet, config.student, size)
         return unet
+
+    if setup.source.family is not None:
+        return transformer_student(setup.source, config.student, device, precision, **options)
 
     if config.student.kind == "lora":
         unet = load_teacher()
@@ -110,6 +117,18 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     for network in {student.trained, student.average, student.critic} - {None}:
         prepare_unet(network, config.student, size)
     return replace(student, teacher_unet=unet)
+
+
+def transformer_student(
+    source: Source, config: StudentConfig, device: torch.device, precision: torch.dtype, **options: Any
+) -> Student:
+    """A LoRA on the network of a flow model."""
+    call = open_network(source, device, precision)
+    assert isinstance(call, Transformer)
+    prepare_network(call.model, config)
+    targets = call.family.lora_targets
+    network = to_network(call, precision)
+    return lora_student(call.model, network, config, **options, targets=targets, reads_guidance=call.reads_guidance)
 
 
 def read_start(config: DistillConfig) -> Component | None:
@@ -127,8 +146,9 @@ def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:
     config, info, folder = setup.config, setup.info, setup.folder
     written = write_weights(config, student, setup.source, info)
     scores = show_off(setup, student, prompts, written[0])
-    with painter(setup, student, "student") as model:
-        written.append(write_workflow(config, info, model.resolution))
+    if setup.source.family is None:
+        with painter(setup, student, "student") as model:
+            written.append(write_workflow(config, info, model.resolution))
     written += [write_card(config, info, scores.rows, scores.remark), write_report(folder)]
     if scores.rows:
         print(to_markdown(scores.rows))

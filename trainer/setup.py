@@ -79,6 +79,9 @@ def examine(config: DistillConfig) -> Setup:
     processes = join_processes(choose_device(config.device or None))
     source = find_teacher(config.teacher)
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
+    if source.family is not None:
+        check_flow(config, source)
+        info = replace(info, shift=config.shift or Teacher(config.teacher).shift(config.data.resolution))
     setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), processes)
     check_start(config, source)
     check_optimizer(config.training)
@@ -91,6 +94,24 @@ def examine(config: DistillConfig) -> Setup:
     if file.exists() and has_state(setup.folder / "run"):
         check_same_run(read_settings(file), to_dict(config), file)
     return setup
+
+
+def check_flow(config: DistillConfig, source: Source) -> None:
+    """Refuse what is for U-Nets alone.
+
+    Raises:
+        InputError: names it.
+    """
+    if config.student.kind == "full":
+        raise InputError(f"student full is for U-Nets; {source.root} is a transformer, give --student lora")
+    if config.prediction_type not in ("", "flow"):
+        raise InputError(
+            f"prediction_type {config.prediction_type} does not go with a flow process, and {source.root} is a flow "
+            "model; leave it out"
+        )
+    if config.student.start:
+        raise InputError(f"start is for U-Nets; {source.root} is a transformer, leave --start out")
+    check_ranges(config, {"shift": (0.0, 1000.0)})
 
 
 def begin(setup: Setup) -> None:

@@ -1,13 +1,13 @@
 """Students: a LoRA, whose teacher is the same U-Net without it, or a full U-Net that also reads guidance.
 
-Both work on any network behind `Network`, `(x_t, t, conditioning, w) -> model output`; `unet_network` makes one of a
-diffusers U-Net of Stable Diffusion 1.x, 2.x or XL, and a host can give its own.
+Both work on any network behind `Network`, `(x_t, t, conditioning, w) -> model output`; `to_network` makes one of a
+loaded U-Net or transformer, and a host can give its own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lcm_core.diffusion.guidance import guidance_embedding
 from lcm_core.errors import InputError
+from lcm_core.families.network import Transformer
 from lcm_core.files.checkpoint import Component
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.device import choose_dtype
@@ -53,6 +54,8 @@ class Student:
     """Where the teacher is a network of its own."""
     critic: nn.Module | None = None
     """Holds the parameters of a critic, which is trained beside the student; None for methods without one."""
+    reads_guidance: bool = False
+    """Whether the networks take w as an input of their own, the teacher too, which then needs no negative pass."""
 
     @property
     def final(self) -> Which:
@@ -75,13 +78,19 @@ def choose_precision(device: torch.device, wanted: str, parameters: int) -> torc
 
 
 def unet_network(unet: Any, precision: torch.dtype = torch.float32) -> Network:
-    """A diffusers U-Net as `Network`. One without a guidance input was made for one w and is not told."""
-    call = UNet(unet)
+    """A diffusers U-Net as `Network`."""
+    return to_network(UNet(unet), precision)
+
+
+def to_network(call: UNet | Transformer, precision: torch.dtype = torch.float32) -> Network:
+    """A loaded network as `Network`. One without a guidance input was made for one w and is not told."""
 
     def run(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
         extra: dict[str, Any] = {}
         if w is not None and call.guidance_embedding_dim is not None:
             extra["timestep_cond"] = guidance_embedding(w, call.guidance_embedding_dim)
+        if w is not None and call.reads_guidance:
+            extra["guidance"] = 1 + w
         with torch.autocast(call.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             return call(x, t, **conditioning, **extra)
 
@@ -95,6 +104,8 @@ def lora_student(
     with_average: bool = True,
     with_critic: bool = False,
     start: Mapping[str, Tensor] | None = None,
+    targets: Sequence[str] = TARGET_MODULES,
+    reads_guidance: bool = False,
 ) -> Student:
     """LoRA on one network, which plays all parts (arXiv 2311.05556): the teacher is it with the adapters off, the
     online student with them on, the target with their average, the critic with adapters of its own.
@@ -106,11 +117,13 @@ def lora_student(
         with_average: whether the target is an average; else it is the online student.
         with_critic: whether there is a critic.
         start: the LoRA to start from, in kohya's layout; None for one that changes nothing yet.
+        targets: ends of the names of the layers that get a LoRA, where the settings name none.
+        reads_guidance: see `Student`.
 
     Raises:
         InputError: a rank below 1, no such layers, or a start of another shape.
     """
-    adapters = add_lora(unet, config.rank, config.alpha or None, config.target_modules or TARGET_MODULES)
+    adapters = add_lora(unet, config.rank, config.alpha or None, config.target_modules or targets)
     if start is not None:
         load_lora_state_dict(unet, start)
     if with_average:
@@ -129,7 +142,7 @@ def lora_student(
     networks = Networks(using("online"), using(target), using("off"), using("critic"))
     average = _halves(adapters, "ema") if with_average else None
     critic = _halves(adapters, "critic") if with_critic else None
-    return Student(networks, _halves(adapters, "online"), average, unet, adapters, critic=critic)
+    return Student(networks, _halves(adapters, "online"), average, unet, adapters, None, critic, reads_guidance)
 
 
 def check_lora_start(start: Path, teacher: Component, config: StudentConfig) -> None:
@@ -229,14 +242,18 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> None:
     """Set a U-Net up for training on latents of this (height, width): layout, attention, checkpointing, compilation."""
-    device = next(unet.parameters()).device
-    on_cpu = device.type == "cpu"
+    on_cpu = next(unet.parameters()).device.type == "cpu"
     unet.to(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
     set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
+    prepare_network(unet, config)
+
+
+def prepare_network(unet: Any, config: StudentConfig) -> None:
+    """What U-Nets and transformers are set up with alike: checkpointing, compilation."""
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing(checkpoint)
     if config.compile:
-        check_compile(config, device)
+        check_compile(config, next(unet.parameters()).device)
         unet.compile()
 
 

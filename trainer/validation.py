@@ -13,18 +13,15 @@ import torch
 
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.lora_layers import Which
-from lcm_core.networks.text_encoder import load_text
-from lcm_core.networks.unet import UNet
-from lcm_core.networks.vae import load_vae
 from lcm_core.pipeline.model import Model
+from lcm_core.pipeline.parts import as_network, open_text, open_vae
 from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
 from trainer.data.hashing import hash_tensors
 from trainer.distributed import Processes
 from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, read_pictures
-from trainer.methods.method import sampling_of
-from trainer.outputs import run_name
+from trainer.outputs import recommended_of, run_name
 from trainer.report.preview import preview_grid, save_samples
 from trainer.scores import Scores, shown_steps
 from trainer.students import Student
@@ -39,23 +36,25 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
     adapters, device, source = student.adapters, setup.processes.device, setup.source
     own = student.unet if adapters is not None or student.average is None else student.average
     network: Any = student.teacher_unet or own if role == "teacher" else own
-    vae = load_vae(source.vae, device)
-    text = load_text(source.text, device, None, setup.config.tokenizer or None)
+    call = as_network(source, network)
+    vae = open_vae(source, device)
+    text = open_text(source, device, None, setup.config.tokenizer or None)
     said = source.recommended
     if role == "teacher":
         recommended = replace(said, sampler="euler")
     else:
         method = setup.config.method
-        # a LoRA has its guidance inside, a full student is asked for the middle of what it was trained with
-        guidance = 1.0 if adapters is not None else 1 + (method.w_min + method.w_max) / 2
-        recommended = replace(sampling_of(method), guidance_scale=guidance)
+        # a LoRA has its guidance inside; a student that reads it is asked for the middle of what it was trained with
+        inside = adapters is not None and not call.reads_guidance
+        guidance = 1.0 if inside else 1 + (method.w_min + method.w_max) / 2
+        recommended = replace(recommended_of(setup.config, setup.info), guidance_scale=guidance)
     model = Model(
         name=role,
-        unet=UNet(network),
+        unet=call,
         vae=vae,
         text=text,
         diffusion=setup.diffusion,
-        resolution=said.resolution or network.config.sample_size * vae.scale,
+        resolution=said.resolution or (call.sample_size or 0) * vae.scale,
         recommended=recommended,
     )
     which: Which = "off" if role == "teacher" else student.final

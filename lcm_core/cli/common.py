@@ -60,6 +60,7 @@ def add_settings_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--original-steps", type=int, metavar="N", help="timesteps of the distillation (default 50)")
     group.add_argument("--timesteps", type=parse_timesteps, metavar="T,T,...", help="your own, falling, e.g. 999,749")
     group.add_argument("--gamma", type=float, help="tcd only: share of fresh noise per step (default 0.3)")
+    group.add_argument("--shift", type=float, help="flow models only: of their noise levels (default: the model's)")
     group.add_argument("--strength", type=float, help="with an input image: how much to change, 0 to 1 (default 0.6)")
     group.add_argument("--upscale", type=float, metavar="FACTOR", help="second pass at FACTOR times the size")
     group.add_argument("--upscale-strength", type=float, metavar="S", help="strength of the second pass (default 0.5)")

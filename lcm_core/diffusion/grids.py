@@ -81,11 +81,14 @@ def get_sigmas_lcm(
     return _sigmas_at(process, grid, strength)
 
 
-def get_sigmas_trailing(process: Process, num_inference_steps: int, strength: float = 1.0) -> Tensor:
+def get_sigmas_trailing(
+    process: Process, num_inference_steps: int, strength: float = 1.0, terminal: float | None = None
+) -> Tensor:
     """diffusers' "trailing" spacing: T - 1, then down in even strides of T / N; (N + 1,) float32, ending in 0.
 
     The best grid for few steps (arXiv 2305.08891 Table 2). `strength` < 1 keeps the last `int(N * strength)` steps.
-    For a flow it is T, then down in even strides, all shifted.
+    For a flow it is T, then down in even strides, all shifted. With `terminal` they are then stretched away from pure
+    noise, so that the last step begins at sigma `terminal` (diffusers' `shift_terminal`).
 
     Raises:
         InputError: N outside 1..T, strength outside (0, 1] or so low that no step is left.
@@ -93,7 +96,11 @@ def get_sigmas_trailing(process: Process, num_inference_steps: int, strength: fl
     total = process.num_train_timesteps
     _check_steps(num_inference_steps, total)
     if isinstance(process, RectifiedFlow):
-        return _sigmas_at(process, get_timesteps_lcm(num_inference_steps, process=process), strength)
+        timesteps = get_timesteps_lcm(num_inference_steps, process=process)
+        if terminal is not None and num_inference_steps > 1:
+            left = 1 - timesteps / total
+            timesteps = total * (1 - left * (1 - terminal) / left[-1])
+        return _sigmas_at(process, timesteps, strength)
     stride = total / num_inference_steps
     return _sigmas_at(process, [round(total - i * stride) - 1 for i in range(num_inference_steps)], strength)
 

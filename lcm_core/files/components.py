@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lcm_core.files.architecture import Family
-
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -16,7 +14,8 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 class ModelInfo:
     """What a model is and how its noise was scheduled."""
 
-    family: Family
+    family: str
+    """sd1, sd2 or sdxl; of a flow model the name of its family."""
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     beta_schedule: str = "scaled_linear"
@@ -25,6 +24,8 @@ class ModelInfo:
     num_train_timesteps: int = 1000
     trained_betas: tuple[float, ...] | None = None
     """The variances themselves, in place of the named schedule."""
+    shift: float = 1.0
+    """Of a flow model's noise levels; what a model itself states may depend on the picture's size."""
 
 
 @dataclass

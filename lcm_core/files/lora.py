@@ -121,7 +121,11 @@ def save_lora(
 
 
 def merge(
-    model: nn.Module, loras: Sequence[tuple[Lora, float]], part: Part = "unet", keep_originals: bool = True
+    model: nn.Module,
+    loras: Sequence[tuple[Lora, float]],
+    part: Part = "unet",
+    keep_originals: bool = True,
+    other_names: Mapping[str, str] | None = None,
 ) -> None:
     """Merge LoRAs, all together and each with its strength, into a network's weights, in place of any merged before.
 
@@ -133,6 +137,7 @@ def merge(
         loras: from `read_lora`, with strengths; 1 is as trained.
         part: which layers of the LoRAs to use.
         keep_originals: False saves their memory where nothing will be unmerged.
+        other_names: see `lora_keys.flat_names`.
 
     Warns:
         when a few modules of a LoRA are not in the network; they are named and left out.
@@ -142,7 +147,7 @@ def merge(
     """
     unmerge(model)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    names = lora_keys.flat_names(modules, part)
+    names = lora_keys.flat_names(modules, part, other_names)
     wanted: dict[str, list[tuple[LoraLayer, float]]] = {}
     for lora, strength in loras:
         for flat, layer in _fitting(lora, part, names, modules).items():

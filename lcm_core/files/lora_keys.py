@@ -9,7 +9,7 @@ undone without the network at hand.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from lcm_core.errors import InputError
@@ -31,6 +31,8 @@ _PREFIXES: dict[str, Part] = {  # of two that begin alike, the longer comes firs
     "lycoris_text_model_": "text_encoder",
     "lycoris_": "unet",
     "unet.": "unet",
+    "transformer.": "unet",
+    "lora_transformer_": "unet",
     "model.diffusion_model.": "unet",
     "diffusion_model.": "unet",
     "text_encoder_2.": "text_encoder_2",
@@ -114,14 +116,16 @@ def name_architecture(flat: str) -> str | None:
     return next((name for mark, name in _ARCHITECTURES.items() if re.search(mark, flat)), None)
 
 
-def flat_names(paths: Collection[str], part: Part) -> dict[str, str]:
+def flat_names(paths: Collection[str], part: Part, others: Mapping[str, str] | None = None) -> dict[str, str]:
     """From every flat name that a LoRA may use for a module to the module's path in this network.
 
     Args:
         paths: of the network's modules.
         part: a U-Net's modules also go by their ldm names, a text encoder's with and without `text_model`.
+        others: ends of paths -> of further names of them.
     """
     names = {path.replace(".", "_"): path for path in paths}
+    names |= {renamed(path, others or {}).replace(".", "_"): path for path in paths}
     if part == "unet":
         ldm = inverted(unet_map(UNetTopology.from_diffusers(f"{path}." for path in paths)))
         aliases: Iterable[tuple[str | None, str]] = ((rename(path, ldm), path) for path in paths)
@@ -129,6 +133,12 @@ def flat_names(paths: Collection[str], part: Part) -> dict[str, str]:
         aliases = ((path.removeprefix("text_model."), path) for path in paths)
         names |= {f"text_model_{flat}": path for flat, path in names.items()}
     return {alias.replace(".", "_"): path for alias, path in aliases if alias} | names
+
+
+def renamed(path: str, ends: Mapping[str, str]) -> str:
+    """A path with its end changed to what `ends` has for it, if it has something."""
+    end = next((end for end in ends if path.endswith(f".{end}")), None)
+    return path if end is None else path.removesuffix(end) + ends[end]
 
 
 def _modern(path: str) -> str:

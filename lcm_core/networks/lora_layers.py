@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lcm_core.errors import InputError
+from lcm_core.files.lora_keys import renamed
 
 Which = Literal["online", "ema", "critic", "off"]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -208,6 +209,29 @@ def lora_state_dict(model: nn.Module, ema: bool = False, dtype: torch.dtype | No
             for half, module in zip(("down", "up"), layer.halves("ema" if ema else "online"), strict=True):
                 state[f"{name}.lora_{half}.weight"] = module.weight.detach().to(dtype or module.weight.dtype)
             state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    return state
+
+
+def transformer_lora_state_dict(
+    model: nn.Module, names: Mapping[str, str], ema: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The adapters of a transformer as diffusers and ComfyUI both read them: `<path>.lora_A.weight`, `.lora_B.weight`,
+    with alpha / rank inside the second.
+
+    Args:
+        model: what `add_lora` was given.
+        names: ends of paths -> of those that ComfyUI has, for families that it knows by other names than diffusers.
+        ema: the averaged adapters instead of the online ones.
+        dtype: None keeps the adapters' own.
+    """
+    state: dict[str, Tensor] = {}
+    prefix = "diffusion_model" if names else "transformer"
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraModule):
+            down, up = (half.weight.detach() for half in layer.halves("ema" if ema else "online"))
+            name = f"{prefix}.{renamed(path, names)}"
+            state[f"{name}.lora_A.weight"] = down.to(dtype or down.dtype)
+            state[f"{name}.lora_B.weight"] = (up * (layer.alpha / layer.rank)).to(dtype or up.dtype)
     return state
 
 

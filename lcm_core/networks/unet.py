@@ -30,12 +30,26 @@ class UNet:
         guidance_embedding_dim: width of the guidance embedding that a full LCM takes as `timestep_cond`; else None.
     """
 
+    reads_guidance = False
+    """Whether guidance is an input as it is; see `families.network.Transformer`."""
+
     def __init__(self, model: Any) -> None:
         parameter = next(model.parameters())
         self.model = model
         self.device, self.dtype = parameter.device, parameter.dtype
         self.guidance_embedding_dim: int | None = model.config.time_cond_proj_dim
         self.in_channels: int = model.config.in_channels
+
+    @property
+    def multiple(self) -> int:
+        """Latent pixels that the sides of its input must be multiples of."""
+        return int(2 ** (len(self.model.config.block_out_channels) - 1))
+
+    @property
+    def sample_size(self) -> int | None:
+        """Latent pixels along each side that it was trained at; a configuration may give two sides, or none."""
+        size: Any = self.model.config.sample_size
+        return size if size is None or isinstance(size, int) else max(size)
 
     def __call__(
         self,

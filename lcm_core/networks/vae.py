@@ -29,13 +29,19 @@ class VAE:
         latent_channels: channels of the latents.
     """
 
-    def __init__(self, model: Any, scaling_factor: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        scaling_factor: float | None = None,
+        scale: int | None = None,
+        latent_channels: int | None = None,
+    ) -> None:
         parameter, config = next(model.parameters()), model.config
-        channels = config.get("block_out_channels") or config.encoder_block_out_channels
+        channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
         self.model = model
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.scale: int = 2 ** (len(channels) - 1)
-        self.latent_channels: int = config.latent_channels
+        self.scale: int = scale or 2 ** (len(channels) - 1)
+        self.latent_channels: int = latent_channels or config.latent_channels
         self.scaling_factor: float = scaling_factor or config.scaling_factor
         self.shift_factor: float = config.get("shift_factor") or 0.0
 
@@ -55,10 +61,7 @@ class VAE:
         Raises:
             InputError: a side that is no multiple of `scale`.
         """
-        height, width = image.shape[-2:]
-        if height % self.scale or width % self.scale:
-            near = "x".join(str(max(round(side / self.scale), 1) * self.scale) for side in (width, height))
-            raise InputError(f"size {width}x{height} does not fit this VAE; use multiples of {self.scale}, e.g. {near}")
+        height, width = self.check_size(image)
         size = (height // self.scale, width // self.scale)
         moments = _tiled(self._moments, image, size, self.scale, 1, _tile_side(size, tile))
         latents = moments
@@ -67,7 +70,7 @@ class VAE:
             if generator is not None:
                 noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents.device)
                 latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-        return (latents - self.shift_factor) * self.scaling_factor
+        return self._to_latents(latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
@@ -81,9 +84,26 @@ class VAE:
         Returns:
             (B, 3, scale * h, scale * w) float32 in [-1, 1], on the latents' device.
         """
-        raw = latents / self.scaling_factor + self.shift_factor
         size = (latents.shape[-2], latents.shape[-1])
-        return _tiled(self._pixels, raw, size, 1, self.scale, _tile_side(size, tile)).clamp(-1, 1)
+        return _tiled(self._pixels, self._to_raw(latents), size, 1, self.scale, _tile_side(size, tile)).clamp(-1, 1)
+
+    def check_size(self, image: Tensor) -> tuple[int, int]:
+        """(height, width) of a picture.
+
+        Raises:
+            InputError: a side that is no multiple of `scale`.
+        """
+        height, width = image.shape[-2:]
+        if height % self.scale or width % self.scale:
+            near = "x".join(str(max(round(side / self.scale), 1) * self.scale) for side in (width, height))
+            raise InputError(f"size {width}x{height} does not fit this VAE; use multiples of {self.scale}, e.g. {near}")
+        return height, width
+
+    def _to_latents(self, raw: Tensor) -> Tensor:
+        return (raw - self.shift_factor) * self.scaling_factor
+
+    def _to_raw(self, latents: Tensor) -> Tensor:
+        return latents / self.scaling_factor + self.shift_factor
 
     def _moments(self, image: Tensor) -> Tensor:
         encoded = self.model.encode(image.to(self.device, self.dtype))
@@ -175,7 +195,7 @@ def _tiled(
     for top in _starts(size[0], tile):
         for left in _starts(size[1], tile):
             part = function(x[_window(top, left, shape, grain_in)]).to(x.device, torch.float32)
-            total = part.new_zeros(*part.shape[:2], *weights.shape) if total is None else total
+            total = part.new_zeros(*part.shape[:-2], *weights.shape) if total is None else total
             window = _window(top, left, shape, grain_out)
             total[window] += part * weight
             weights[window] += weight

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
 from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
-from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.interpolation import interpolate, travel_noise_sampler
+from lcm_core.diffusion.process import Process
 from lcm_core.diffusion.samplers import (
     NoiseSampler,
     initial_latents,
@@ -60,7 +60,8 @@ class Inputs:
 class Pass(NamedTuple):
     """One run of the sampler."""
 
-    shape: tuple[int, int, int]  # of the latents: C, h, w
+    shape: tuple[int, ...]  # of the latents: C, h, w, or C, frames, h, w
+    process: Process
     sigmas: Tensor  # (N + 1,)
 
 
@@ -78,16 +79,17 @@ def plan_passes(model: Model, settings: Settings) -> list[Pass]:
     passes = []
     for width, height, strength in sizes:
         check_size(width, height, multiple)
-        shape = (model.vae.latent_channels, height // model.vae.scale, width // model.vae.scale)
-        passes.append(Pass(shape, _sigmas(model, settings, strength)))
+        shape = model.latent_shape(width, height)
+        process = model.process_for(shape, settings.num_inference_steps, settings.shift)
+        passes.append(Pass(shape, process, _sigmas(model, process, settings, strength)))
     return passes
 
 
-def _sigmas(model: Model, settings: Settings, strength: float) -> Tensor:
-    process, steps = model.diffusion.process, settings.num_inference_steps
+def _sigmas(model: Model, process: Process, settings: Settings, strength: float) -> Tensor:
+    steps = settings.num_inference_steps
     if settings.timesteps is not None or settings.sampler in FEW_STEP_SAMPLERS:
         return get_sigmas_lcm(process, steps, settings.original_steps, strength, settings.timesteps)
-    return get_sigmas_trailing(process, steps, strength)
+    return get_sigmas_trailing(process, steps, strength, model.terminal)
 
 
 def noise_source(seeds: Sequence[int], device: torch.device) -> NoiseSource:
@@ -138,7 +140,7 @@ def paint(model: Model, inputs: Inputs, settings: Settings, callback: Callback |
     noise, later_noise = inputs.noise(first.shape)
     latents = _sample(model, inputs, settings, first, noise, later_noise, inputs.x0, callback)
     for run in second:
-        x0 = functional.interpolate(latents, size=run.shape[1:], mode="bicubic")
+        x0 = _resized(latents, run.shape, "bicubic")
         _, later_noise = inputs.noise(run.shape)
         # The first draw is the first pass's noise in another shape; the next one is fresh.
         noise = later_noise(run.sigmas[:1], run.sigmas[:1])
@@ -150,6 +152,12 @@ def paint(model: Model, inputs: Inputs, settings: Settings, callback: Callback |
         # Coding and decoding blurs; what was to be kept is taken from the original.
         images = torch.lerp(inputs.pixels, images, inputs.mask)
     return images
+
+
+def _resized(latents: Tensor, shape: Sequence[int], mode: str) -> Tensor:
+    """Latents (B, C, h, w), or of one frame (B, C, 1, h, w), at another size."""
+    flat = functional.interpolate(latents.flatten(1, -3), size=tuple(shape[-2:]), mode=mode)
+    return flat.view(len(latents), *shape)
 
 
 def _check_finite(values: Tensor, model: Model) -> None:
@@ -170,11 +178,11 @@ def _sample(
 ) -> Tensor:
     """One run of the sampler: latents (B, C, h, w)."""
     kind = ConsistencyDenoiser if settings.sampler == "lcm" else Denoiser
-    process = model.diffusion.process
+    process = run.process
     denoiser = kind(model.unet, model.diffusion)
-    guided = guide(denoiser, inputs.cond, inputs.uncond, settings.guidance_scale, model.guidance_embedding_dim)
+    guided = model.guided(denoiser, inputs.cond, inputs.uncond, settings.guidance_scale)
     if inputs.mask is not None and x0 is not None:
-        mask = functional.interpolate(inputs.mask, size=run.shape[1:], mode="area")
+        mask = functional.interpolate(inputs.mask, size=run.shape[-2:], mode="area")
         guided = inpaint(guided, x0, mask, noise, process)
 
     def report(info: dict[str, Any]) -> None:

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lcm_core.diffusion.diffusion import Diffusion
-from lcm_core.diffusion.process import VariancePreserving
+from lcm_core.diffusion.guidance import Model as Denoise
+from lcm_core.diffusion.guidance import guide
+from lcm_core.diffusion.process import Process, RectifiedFlow, VariancePreserving
 from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_terminal_snr
 from lcm_core.errors import InputError
+from lcm_core.families.network import Transformer
 from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo
 from lcm_core.files.lora import Lora, check_parts, merge, read_lora
 from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
+from lcm_core.networks.conditioning import flatten, pad_alike
 from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
 from lcm_core.networks.device import choose_device
-from lcm_core.networks.text_encoder import TextEncoder, load_text
-from lcm_core.networks.unet import UNet, load_unet
-from lcm_core.networks.vae import VAE, load_vae
+from lcm_core.networks.unet import UNet
+from lcm_core.networks.vae import VAE
 from lcm_core.pipeline.options import PictureOptions
+from lcm_core.pipeline.parts import Network, Text, check_has_vae, open_network, open_text, open_vae
 from lcm_core.pipeline.settings import Settings
-from lcm_core.pipeline.sources import Source, find_lora, find_source, recommended_for
+from lcm_core.pipeline.sources import find_lora, find_source, recommended_for
 
 Loras = Sequence[tuple[PathLike, float]]
 
 _SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
-_SDXL_SCALING_FACTOR = 0.13025
 _TEACHER_USUAL = (25, 7.5)  # steps and guidance scale of the samplers for plain models
 
 
@@ -42,9 +45,9 @@ class Model:
 
     name: str
     """As the user gave it."""
-    unet: UNet
+    unet: Network
     vae: VAE
-    text: TextEncoder
+    text: Text
     diffusion: Diffusion
     resolution: int
     """Pixels, along each side, that the model was trained at."""
@@ -65,8 +68,41 @@ class Model:
 
     @property
     def size_multiple(self) -> int:
-        """Pixels that the sides of a picture must be multiples of, so that each level of the U-Net halves evenly."""
-        return self.vae.scale * 2 ** (len(self.unet.model.config.block_out_channels) - 1)
+        """Pixels that the sides of a picture must be multiples of: each level of a U-Net halves evenly, a transformer
+        takes whole patches."""
+        return self.vae.scale * self.unet.multiple
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """(C, h, w) of a picture's latents; of a video model (C, 1, h, w)."""
+        frames = (1,) if isinstance(self.unet, Transformer) and self.unet.family.is_video else ()
+        return (self.vae.latent_channels, *frames, height // self.vae.scale, width // self.vae.scale)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether noise levels have a shift."""
+        return isinstance(self.diffusion.process, RectifiedFlow)
+
+    @property
+    def terminal(self) -> float | None:
+        """Of the plain samplers' grid, see `get_sigmas_trailing`."""
+        return self.unet.terminal if isinstance(self.unet, Transformer) else None
+
+    def process_for(self, shape: Sequence[int], steps: int, shift: float | None = None) -> Process:
+        """The noise process, of a flow with `shift`, the model's, or what suits latents of this shape and the steps."""
+        process = self.diffusion.process
+        if not isinstance(process, RectifiedFlow) or not isinstance(self.unet, Transformer):
+            return process
+        return replace(process, shift=shift or self.recommended.shift or self.unet.shift(shape, steps))
+
+    def guided(self, denoiser: Denoise, cond: dict[str, Any], uncond: dict[str, Any] | None, scale: float) -> Denoise:
+        """A denoiser with its conditioning and guidance, in the way that the network wants it: as an input of its own,
+        or by a negative pass."""
+        if isinstance(self.unet, Transformer) and self.unet.reads_guidance:
+            batch = len(next(iter(flatten(cond).values())))
+            return guide(denoiser, {**cond, "guidance": torch.full((batch,), scale, device=self.device)}, None)
+        if uncond is not None and self.guidance_embedding_dim is None:
+            cond, uncond = pad_alike(cond, uncond)
+        return guide(denoiser, cond, uncond, scale, self.guidance_embedding_dim)
 
     @property
     def title(self) -> str:
@@ -142,16 +178,15 @@ def load_model(
     place = choose_device(device)
     files = [(find_lora(path, source.root), strength) for path, strength in lora]
     loras = [(read_lora(path), strength) for path, strength in files]
-    opened = source.opened
-    if vae is None and opened is not None and "vae" not in opened.names:
-        raise InputError(f"{source.vae} has no VAE; give one with --vae PATH (vae=), e.g. that of the model it is from")
+    check_has_vae(source, vae)
     # what is often missing or unfit comes first, before seconds of loading
-    text = load_text(opened or source.text, place, None if place.type == "cpu" else dtype, tokenizer)
-    loaded_vae = _load_vae(vae, source, place, vae_dtype or dtype, memory_format)
-    network = UNet(load_unet(opened or source.unet, place, dtype, memory_format))
+    text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer)
+    loaded_vae = open_vae(source, place, vae_dtype or dtype, memory_format, vae)
+    network = open_network(source, place, dtype, memory_format)
     _check_channels(source.root, network, loaded_vae)
     merge_loras(network, text, loras)
-    if network.dtype == torch.bfloat16:  # large networks; small ones run in float32, where packing gains nothing
+    # large networks; small ones run in float32, where packing gains nothing
+    if isinstance(network, UNet) and network.dtype == torch.bfloat16:
         optimise_unet(network.model)
         optimise_vae(loaded_vae.model)
     said = recommended_for(source, network.guidance_embedding_dim is not None, [path for path, _ in files])
@@ -162,7 +197,7 @@ def load_model(
         vae=loaded_vae,
         text=text,
         diffusion=diffusion_of(source.info),
-        resolution=said.resolution or _own_size(network, source.info) * loaded_vae.scale,
+        resolution=said.resolution or (network.sample_size or SAMPLE_SIZES[source.info.family]) * loaded_vae.scale,
         recommended=said,
         origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
     )
@@ -171,7 +206,7 @@ def load_model(
     return model
 
 
-def merge_loras(unet: UNet, text: TextEncoder, loras: Sequence[tuple[Lora, float]]) -> None:
+def merge_loras(unet: Network, text: Text, loras: Sequence[tuple[Lora, float]]) -> None:
     """Merge LoRAs into the U-Net and the text encoders, for good.
 
     Raises:
@@ -182,35 +217,15 @@ def merge_loras(unet: UNet, text: TextEncoder, loras: Sequence[tuple[Lora, float
     parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
     for lora, _ in loras:
         check_parts(lora, ("unet", *parts[: len(text.encoders)]))
-    merge(unet.model, loras, keep_originals=False)
+    other_names = unet.family.lora_names if isinstance(unet, Transformer) else None
+    merge(unet.model, loras, keep_originals=False, other_names=other_names)
     for part, encoder in zip(parts, text.encoders, strict=False):
         merge(encoder.model, loras, part, keep_originals=False)
     text.clear_cache()
 
 
-def _load_vae(
-    given: PathLike | None,
-    source: Source,
-    device: torch.device,
-    dtype: str | torch.dtype | None,
-    memory_format: torch.memory_format | None,
-) -> VAE:
-    vae = load_vae(given or source.opened or source.vae, device, dtype, memory_format)
-    if given is None or source.info.family != "sdxl":
-        return vae
-    if Path(given).is_file() and "block_out_channels" in vae.model.config:
-        vae.scaling_factor = _SDXL_SCALING_FACTOR  # a bare file cannot say it, and looks like one of SD 1.x
-    return vae
-
-
-def _own_size(unet: UNet, info: ModelInfo) -> int:
-    """Latent pixels along each side that a U-Net was trained at; a configuration may give two sides, or none."""
-    size = unet.model.config.sample_size or SAMPLE_SIZES[info.family]
-    return size if isinstance(size, int) else max(size)
-
-
-def _check_channels(root: Path, unet: UNet, vae: VAE) -> None:
-    if unet.in_channels != vae.latent_channels:
+def _check_channels(root: Path, unet: Network, vae: VAE) -> None:
+    if isinstance(unet, UNet) and unet.in_channels != vae.latent_channels:
         raise InputError(
             f"the U-Net of {root} takes {unet.in_channels} channels but the VAE gives {vae.latent_channels}; "
             "give a text-to-image model (not an inpainting one) and a VAE of its family"
@@ -219,6 +234,8 @@ def _check_channels(root: Path, unet: UNet, vae: VAE) -> None:
 
 def diffusion_of(info: ModelInfo) -> Diffusion:
     """The noise process that a model was trained with, and what it predicts."""
+    if info.prediction_type == "flow":
+        return Diffusion(RectifiedFlow(info.shift, info.num_train_timesteps), "flow")
     if info.trained_betas is not None:
         abar = torch.cumprod(1 - torch.tensor(info.trained_betas, dtype=torch.float64), dim=0)
         abar = rescale_zero_terminal_snr(abar) if info.zero_terminal_snr else abar

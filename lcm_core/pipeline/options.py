@@ -16,6 +16,7 @@ _EXAMPLES: dict[str, Any] = {
     **asdict(Settings()),
     **dict.fromkeys((*_PATHS, "unet", "device", "dtype", "vae_dtype"), "a text"),
     "timesteps": [999, 749],
+    "shift": 3.0,
     "lora": [["style.safetensors", 0.8]],
     "threads": 4,
 }
@@ -40,6 +41,7 @@ class PictureOptions:
     original_steps: int | None = None
     timesteps: Sequence[int] | None = None
     gamma: float | None = None
+    shift: float | None = None
     strength: float | None = None
     upscale: float | None = None
     upscale_strength: float | None = None

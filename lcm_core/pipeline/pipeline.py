@@ -110,6 +110,7 @@ class Pipeline:
         upscale: float | None = None,
         upscale_strength: float | None = None,
         gamma: float | None = None,
+        shift: float | None = None,
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Result:
@@ -139,6 +140,7 @@ class Pipeline:
             upscale=upscale,
             upscale_strength=upscale_strength,
             gamma=gamma,
+            shift=shift,
         )
         base = self.resolve(options, image)
         pictures = [replace(base, prompt=words, seed=number) for words, number in _pairs(prompt, seed)]
@@ -155,6 +157,8 @@ class Pipeline:
         Raises:
             InputError: a setting that this model cannot use.
         """
+        if options.shift is not None and not self.model.is_flow:
+            raise InputError(f"shift was given, but {self.model.name} is no flow model; leave it out")
         usual = self.model.settings(options.sampler)
         if options.timesteps:
             usual = replace(usual, num_inference_steps=len(options.timesteps))

@@ -39,6 +39,8 @@ class Settings:
     """Your own timesteps, falling, instead of the sampler's grid."""
     gamma: float = 0.3
     """Share of fresh noise in each step (tcd)."""
+    shift: float | None = None
+    """Of a flow model's noise levels: above 1 more steps at the noisy end. None is the model's own."""
     strength: float = 1.0
     """Share of the way that an input image is noised, in (0, 1]; 1 keeps nothing of it."""
     upscale: float = 1.0
@@ -54,6 +56,8 @@ class Settings:
             except OverflowError:  # a whole number of hundreds of digits
                 number = math.inf
             object.__setattr__(self, name, number)
+        if self.shift is not None:
+            object.__setattr__(self, "shift", float(self.shift))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(int(t) for t in self.timesteps))
 
@@ -74,6 +78,8 @@ class Settings:
                 )
         if not 1 <= self.upscale <= 4:
             raise InputError(f"upscale {self.upscale} is out of range; use 1 (off) to 4")
+        if self.shift is not None and not 0.01 <= self.shift <= 100:
+            raise InputError(f"shift {self.shift} is out of range; 1 shifts nothing, 3 is usual")
         if not 0 <= self.gamma <= 1:
             raise InputError(f"gamma {self.gamma} is outside [0, 1]; 0 adds no fresh noise, 1 the most")
         if not (math.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 100):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
+from lcm_core.families.family import FlowFamily, Scheduler
+from lcm_core.families.known import find_family
 from lcm_core.files.architecture import check_scheduler
 from lcm_core.files.checkpoint import Checkpoint, ModelInfo, read_info
 from lcm_core.files.lora import find_lora_file
@@ -45,6 +47,10 @@ class Source:
     """How its own files say that it wants to be sampled."""
     opened: Checkpoint | None = field(default=None, compare=False, repr=False)
     """A single file, so that loading all of it opens it once."""
+    family: FlowFamily | None = None
+    """Of a flow model; None for Stable Diffusion 1.x, 2.x, XL."""
+    scheduler: Scheduler = field(default_factory=dict)
+    """What a flow model's folder states of noise levels."""
 
     @property
     def is_shipped(self) -> bool:
@@ -73,6 +79,8 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     if not (root / CARD).is_file():
         if unet is not None:
             raise InputError(f"{name} has one U-Net only; leave out unet '{unet}', which is for shipped models")
+        if (family := find_family(root)) is not None:
+            return _flow_source(root, family)
         if root.is_dir():
             return Source(root, root, root, root, read_info(root), recommended=read_recommended(root))
         opened = Checkpoint(root)
@@ -92,6 +100,16 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     names = {item.name for item in fields(ModelInfo)}
     info = replace(read_info(folder), **{name: value for name, value in stated.items() if name in names})
     return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, _of_card(card, chosen, root / CARD))
+
+
+def _flow_source(root: Path, family: FlowFamily) -> Source:
+    file = root / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(file) if file.is_file() else {}
+    info = ModelInfo(family.name, "flow", num_train_timesteps=scheduler.get("num_train_timesteps", 1000))
+    said = Recommended("euler", teacher_steps=family.steps, teacher_guidance_scale=family.guidance_scale)
+    said |= read_recommended(root)
+    network, vae = root / "transformer", root / "vae"
+    return Source(root, network, vae, root, info, recommended=said, family=family, scheduler=scheduler)
 
 
 def find_model(name: PathLike) -> Path:
@@ -159,7 +177,7 @@ def recommended_for(source: Source, guidance_embedding: bool, loras: Sequence[Pa
     if guidance_embedding:
         guidance = FULL_LCM_GUIDANCE if said.guidance_scale is None else said.guidance_scale
         said = Recommended(sampler="lcm", guidance_scale=guidance, teacher_guidance_scale=guidance) | said
-    elif loras and not said.is_distilled:
+    elif loras and not said.is_distilled and source.family is None:
         said = replace(said, sampler="lcm")
     for path in loras:
         said |= read_recommended(path)

@@ -415,7 +415,7 @@ def test_two_real_processes_share_the_work(photos, made, tmp_path):
 def test_shards_are_mapped_not_read(made):
     """Memory must not grow with the data."""
     shard = next(made[0].glob("text-*/*.safetensors"))
-    tensor = read_safetensors(shard)[0]["hidden"]
+    tensor = read_safetensors(shard)[0]["encoder_hidden_states"]
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(shard) in maps.read_text()

@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -290,7 +290,7 @@ def test_a_flow_draws_its_whole_shifted_line(method):
         torch.testing.assert_close(points.end, torch.zeros_like(points.end))
 
 
-@pytest.mark.parametrize("method", ["lcd", "tcd", "segmented", "dmd2", "finetune"])
+@pytest.mark.parametrize("method", ["lcd", "tcd", "segmented", "dmd2", "tdm", "finetune"])
 def test_video_latents_do_not_go_through(method):
     """(B, C, T, h, w): every method is of elements, whatever their shape."""
     config = _config(method, noise_offset=0.1)
@@ -352,9 +352,78 @@ def test_distribution_matching_moves_the_pictures_against_g():
     sample = _sample(config)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     asked = NETWORKS.given(sample)
-    losses = matching_loss(asked.teacher, asked.critic, x, sample, _diffusion(config))
+    d, s = _diffusion(config), sample.points.score_t
+    losses = matching_loss(asked.teacher, asked.critic, x, d.noise(x.detach(), sample.points.score_noise, s), s, d)
     losses.sum().backward()
     torch.testing.assert_close((x.grad * x[0].numel()).square().flatten(1).mean(1) / 2, losses.detach())
+
+
+def _tdm(networks, sample, kind, scales):
+    """TDM from its paper: plain jumps of the student, noise back up into the part that was jumped over, and there the
+    critic's guess of the student's clean picture, and teacher against critic. `scales(t)` is (a, b)."""
+
+    def seen(output, x, t):
+        a, b = scales(t)
+        x0 = {
+            "epsilon": (x - b * output) / a if a else None,
+            "v_prediction": a * x - b * output,
+            "flow": x - b * output,
+        }
+        noise = {"epsilon": output, "v_prediction": b * x + a * output, "flow": x + a * output}
+        return x0[kind], noise[kind]
+
+    losses, points = [], sample.points
+    for i in range(len(sample.x0)):
+        cond, null, w = _row(sample.conditioning, i), _row(sample.null_conditioning, i), sample.w[i : i + 1]
+        asked = lambda network, x, t, c=cond: network(x, torch.tensor([t]), c, w)  # noqa: E731, B023
+        visited = points.path[i].tolist()
+        x = scales(visited[0])[1] * sample.eps[i : i + 1]
+        for number, t in enumerate(visited):
+            x0, noise = seen(asked(networks.online, x, t), x, t)
+            after = visited[number + 1] if number < len(visited) - 1 else points.end[i].item()
+            x = scales(after)[0] * x0 + scales(after)[1] * noise
+        end, tau = points.end[i].item(), points.score_t[i].item()
+        assert end < tau <= visited[-1]
+        (a_s, b_s), (a, b) = scales(end), scales(tau)
+        x_tau = a / a_s * x + math.sqrt(max(b**2 - (a / a_s * b_s) ** 2, 0)) * points.score_noise[i : i + 1]
+        mixed = (x_tau - a * x0) / b
+        aim = {"epsilon": mixed, "v_prediction": a * mixed - b * x0, "flow": mixed - x0}[kind]
+        output = asked(networks.critic, x_tau, tau)
+        loss = float(((output - aim) ** 2).mean())
+        if sample.student_turn:
+            halves = [networks.teacher(x_tau, torch.tensor([tau]), c, None) for c in (cond, null)]
+            real = seen((1 + w) * halves[0] - w * halves[1], x_tau, tau)[0]
+            g = (seen(output, x_tau, tau)[0] - real) / (x0 - real).abs().mean()
+            loss += 0.5 * float((g**2).mean())
+        losses.append(loss)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_trajectory_distribution_matching_equals_the_paper(kind, step):
+    config = _config("tdm", phases=4, critic_updates=2)
+    scales = (
+        (lambda t: (1 - t / 1000, t / 1000)) if kind == "flow" else lambda t: (_abar(t) ** 0.5, (1 - _abar(t)) ** 0.5)
+    )
+    for seed in range(8):
+        sample = _sample(config, seed, step, kind)
+        expected = _tdm(NETWORKS, sample, kind, scales)
+        torch.testing.assert_close(_loss(config, sample, kind), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dmd2", "tdm"])
+def test_the_diversity_guard_is_the_stated_share_of_lcd(method):
+    """In the student's turn alone, and with the consistency loss as `lcd` itself computes it."""
+    plain, guarded = (_config(method, critic_updates=5, consistency_share=share) for share in (0.0, 0.25))
+    for step in (0, 1):
+        sample = _sample(plain, 3, step)
+        critic = _loss(plain, replace(sample, student_turn=False))
+        expected = critic + 0.75 * (_loss(plain, sample) - critic)
+        if step == 0:
+            lcd = _config("lcd", huber_c=0.001)
+            expected = expected + 0.25 * _loss(lcd, replace(sample, points=sample.points.pair))
+        torch.testing.assert_close(_loss(guarded, sample), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_distribution_matching_prepares_for_fewer_steps_too():
@@ -467,7 +536,7 @@ def test_each_process_draws_its_rows_of_what_one_would_draw(method):
     expected = whole.part(slice(5, 7))
     for name in ("x0", "eps", "w"):
         torch.testing.assert_close(getattr(part, name), getattr(expected, name), rtol=0, atol=0)
-    torch.testing.assert_close(vars(part.points), vars(expected.points), rtol=0, atol=0)
+    torch.testing.assert_close(asdict(part.points), asdict(expected.points), rtol=0, atol=0)
 
 
 def test_snr_weights():
@@ -555,7 +624,7 @@ def test_the_solvers_that_settings_may_name_are_those_that_there_are():
 def test_a_method_reads_every_setting_that_its_class_has(kind, monkeypatch):
     """A setting that is accepted and ignored misleads; those of `make_sample`, the loss and the sampler all count."""
     read = set()
-    config = method_config(kind, **{"weighting": "min_snr"} if kind != "dmd2" else {})
+    config = method_config(kind, **{"weighting": "min_snr"} if kind not in ("dmd2", "tdm") else {})
 
     class Watched(type(config)):
         def __getattribute__(self, name):

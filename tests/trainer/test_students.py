@@ -85,7 +85,7 @@ def _student(kind, family="sd1", config=StudentConfig(rank=2), with_average=True
 
 
 def _loss(student, sample, kind="epsilon", method="lcd"):
-    options = {"dmd2": {"phases": 2}, "segmented": {"phases": 2, "loss": "l2"}}
+    options = {"dmd2": {"phases": 2}, "tdm": {"phases": 2}, "segmented": {"phases": 2, "loss": "l2"}}
     config = method_config(method, **options.get(method, {"loss": "l2"}))
     return get_method(config).loss(student.networks, sample, Diffusion(prediction_type=kind), config).mean()
 
@@ -101,7 +101,7 @@ def test_a_new_student_paints_like_its_teacher_at_any_guidance(kind, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented", "dmd2"])
+@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented", "dmd2", "tdm"])
 def test_every_kind_of_teacher_can_be_learnt_from(kind, family, method):
     """A step changes the online student alone: not the target, not the teacher, not the critic."""
     student, sample = _student(kind, family), _sample(family, method_config(method))

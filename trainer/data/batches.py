@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
-from trainer.data.encode import HIDDEN, LATENTS, NUMBERS, POOLED, SKIPPED, TIME_IDS
+from lcm_core.networks.conditioning import nest, pad_alike, stack_rows
+from trainer.data.encode import LATENTS, NUMBERS, SKIPPED, TIME_IDS, TIME_IDS_NAME
 from trainer.data.items import Skipped
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ class Batch:
 
     Attributes:
         latents: (B, C, h, w), scaled as the U-Net wants.
-        conditioning: as `Model.encode` gives it: `encoder_hidden_states` (B, L, D); for SDXL also
+        conditioning: as `Model.encode` gives it, of Stable Diffusion `encoder_hidden_states` (B, L, D); for SDXL also
             `added_cond_kwargs` with `text_embeds` (B, P) and `time_ids` (B, 6) of each picture's size and crop.
-        null_conditioning: the same for the empty prompt.
+        null_conditioning: the same for the empty prompt; None where nobody asks for it.
     """
 
     latents: Tensor
     conditioning: dict[str, Any]
-    null_conditioning: dict[str, Any]
+    null_conditioning: dict[str, Any] | None
 
 
 class Pick(NamedTuple):
@@ -113,10 +114,10 @@ class LatentCache:
         found = [self._row(pick) for pick in picks]
         time_ids = torch.stack([row[2] for row in found]).float()
         texts = [0 if pick.dropped else int(self._caption_of[row[1]]) for pick, row in zip(picks, found, strict=True)]
-        null = self._conditioning([0] * len(picks), time_ids)
+        cond, null = pad_alike(self._conditioning(texts, time_ids), self._conditioning([0] * len(picks), time_ids))
         return Batch(
             latents=torch.stack([row[0] for row in found]),
-            conditioning=self._conditioning(texts, time_ids),
+            conditioning=cond,
             null_conditioning=_zeros(null) if self._zero_null else null,
         )
 
@@ -149,20 +150,24 @@ class LatentCache:
 
     def _conditioning(self, texts: Sequence[int], time_ids: Tensor) -> dict[str, Any]:
         rows = [(self._open(self._texts.path(text // self._texts.each)), text % self._texts.each) for text in texts]
-        conditioning: dict[str, Any] = {"encoder_hidden_states": _stack(rows, HIDDEN)}
-        if POOLED in rows[0][0]:
-            conditioning["added_cond_kwargs"] = {"text_embeds": _stack(rows, POOLED), "time_ids": time_ids}
-        return conditioning
+        flat = stack_rows([{name: _wide(tensor[row]) for name, tensor in tensors.items()} for tensors, row in rows])
+        if "added_cond_kwargs.text_embeds" in flat:
+            flat[TIME_IDS_NAME] = time_ids
+        return nest(flat)
 
 
-def _stack(rows: Sequence[tuple[Mapping[str, Tensor], int]], name: str) -> Tensor:
-    return torch.stack([tensors[name][row] for tensors, row in rows]).float()
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _zeros(conditioning: Mapping[str, Any]) -> dict[str, Any]:
     """The same with text embeddings of zeros; what SDXL is told of the picture stays."""
     return {
-        name: _zeros(value) if isinstance(value, dict) else value if name == "time_ids" else torch.zeros_like(value)
+        name: _zeros(value)
+        if isinstance(value, dict)
+        else torch.zeros_like(value)
+        if value.is_floating_point() and name != "time_ids"
+        else value
         for name, value in conditioning.items()
     }
 

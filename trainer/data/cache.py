@@ -30,7 +30,7 @@ from trainer.distributed import Processes
 
 __all__ = ["Batch", "CachePlan", "LatentCache", "Pick", "open_data", "plan_cache", "prepare", "write_skipped"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every hash; to be raised when the contents of shards change their meaning."""
 EMOJI = "emoji"
 """`DataConfig.path` that stands for the shipped drawings."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.networks.text_encoder import load_text
-from lcm_core.networks.vae import load_vae
+from lcm_core.networks.conditioning import flatten
+from lcm_core.pipeline.parts import open_text, open_vae
 from trainer.data.augment import load_kornia, make_variant
 from trainer.data.buckets import Window, make_buckets
 from trainer.data.hashing import FileHashes, hash_json
@@ -34,8 +34,8 @@ LATENTS, NUMBERS, TIME_IDS = "latents ", "numbers ", "time_ids "
 """A shard's tensors of each bucket, whose name (`64x48`, latent height and width) follows."""
 SKIPPED = "skipped"
 """Tensor of a shard with the JSON list of [name, reason] of what could not be used; metadata has no fixed order."""
-HIDDEN, POOLED = "hidden", "pooled"
-"""Tensors of a shard of text."""
+TIME_IDS_NAME = "added_cond_kwargs.time_ids"
+"""Part of SDXL's conditioning that is a picture's, not its caption's."""
 _THREADS = 8
 _PIXELS = 1 << 20  # that the VAE encodes at once, at most: 4 pictures of 512 x 512; in float32 they take some GB
 In = TypeVar("In")
@@ -90,7 +90,7 @@ class Images:
 
     def load(self, device: torch.device) -> Maker:
         """Load the VAE."""
-        vae = load_vae(self.teacher.source.vae, device, torch.float32)
+        vae = open_vae(self.teacher.source, device, torch.float32)
 
         def make(numbers: range) -> dict[str, Tensor]:
             rows, skipped = Rows(), list[tuple[str, str]]()
@@ -157,11 +157,13 @@ class Rows:
 
 
 def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) -> Maker:
-    """Load the text encoders. Shards hold `hidden` (N, L, D) and, for SDXL, `pooled` (N, P), in float16.
+    """Load the text encoders. Shards hold conditioning (N, ...) by its dotted names, but for what depends on pictures.
 
-    Half precision halves the disk; it is finer than the bfloat16 that large U-Nets compute in.
+    In float16, which halves the disk and is finer than the bfloat16 that large networks compute in; in that itself
+    where a language model's states are too large for it.
     """
-    text = load_text(teacher.source.text, device, torch.float32, teacher.tokenizer)
+    precision = torch.float32 if teacher.source.family is None else None
+    text = open_text(teacher.source, device, precision, teacher.tokenizer)
     told = False
 
     def make(numbers: range) -> dict[str, Tensor]:
@@ -172,12 +174,16 @@ def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) 
         if cut and not told:  # once for all captions, not once for each
             warnings.warn(f"some captions are too long and lose their ends; the first: {cut[0].message}", stacklevel=2)
             told = True
-        found = {HIDDEN: cond["encoder_hidden_states"]}
-        if "added_cond_kwargs" in cond:
-            found[POOLED] = cond["added_cond_kwargs"]["text_embeds"]
-        return {name: value.half().cpu() for name, value in found.items()}
+        return {name: _small(value).cpu() for name, value in flatten(cond).items() if name != TIME_IDS_NAME}
 
     return make
+
+
+def _small(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    fits = float(value.abs().max()) < torch.finfo(torch.float16).max
+    return value.to(torch.float16 if fits else torch.bfloat16)
 
 
 def ahead(function: Callable[[In], Out], values: Iterable[In]) -> Iterator[Out]:

@@ -60,6 +60,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:_LENGTH]
 
 
+def hash_folder(folder: Path) -> str:
+    """A hash of the names and contents of a folder's own files."""
+    return hash_json([[file.name, _hash_file(file)] for file in sorted(folder.iterdir()) if file.is_file()])
+
+
 def _remember(known: dict[str, str], file: Path) -> str:
     try:
         state = file.stat()

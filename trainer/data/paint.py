@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lcm_core.diffusion.consistency import Denoiser
 from lcm_core.diffusion.grids import get_sigmas_trailing
-from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_dpmpp_2m
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
@@ -56,17 +55,18 @@ class Prompts:
         prediction_type = self.prediction_type or model.diffusion.prediction_type
         diffusion = replace(model.diffusion, prediction_type=prediction_type)
         usual = model.settings("dpmpp_2m")
-        denoiser, process = Denoiser(model.unet, diffusion), diffusion.process
-        sigmas = get_sigmas_trailing(process, config.teacher_steps or usual.num_inference_steps)
+        denoiser, steps = Denoiser(model.unet, diffusion), config.teacher_steps or usual.num_inference_steps
+        shape = model.latent_shape(self.side, self.side)
+        process = model.process_for(shape, steps)
+        sigmas = get_sigmas_trailing(process, steps, terminal=model.terminal)
         scale = config.teacher_guidance or usual.guidance_scale
-        shape = (model.vae.latent_channels, self.side // model.vae.scale, self.side // model.vae.scale)
         time_ids = (self.side, self.side, 0, 0, self.side, self.side)
 
         @torch.inference_mode()
         def paint(numbers: range) -> Tensor:
             captions = [self.captions[number] for number in numbers]
             cond, uncond = (model.encode(words, self.side, self.side) for words in (captions, [""] * len(captions)))
-            guided = guide(denoiser, cond, uncond, scale, model.guidance_embedding_dim)
+            guided = model.guided(denoiser, cond, uncond, scale)
             noise = initial_noise([config.teacher_seed + number for number in numbers], shape, model.device)
             x = initial_latents(noise, sigmas[0], process=process)
             return sample_dpmpp_2m(guided, x, sigmas, disable=True, process=process).cpu()

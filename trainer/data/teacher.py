@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from lcm_core.families.family import FlowFamily
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.tokenizer import find_tokenizer
 from lcm_core.pipeline.sources import CARD, Source, find_model, find_source
-from trainer.data.hashing import hash_json, hash_tensors
+from trainer.data.hashing import hash_folder, hash_json, hash_tensors
+
+_FEW_STEPS = 4
 
 
 def find_teacher(name: PathLike) -> Source:
@@ -20,6 +23,11 @@ def find_teacher(name: PathLike) -> Source:
         InputError: an unknown model.
     """
     return find_source(name, "teacher" if (find_model(name) / CARD).is_file() else None)
+
+
+def _folders(family: FlowFamily) -> list[str]:
+    """Text encoders and their tokenizers."""
+    return [part for name in family.text_encoders for part in (name, name.replace("text_encoder", "tokenizer"))]
 
 
 @dataclass(frozen=True)
@@ -38,23 +46,39 @@ class Teacher:
     def scale(self) -> int:
         """Pixels per latent pixel, along one side."""
         config = self._vae.config
+        if self.source.family is not None:
+            return self.source.family.latents(config)[1]
         channels = config.get("block_out_channels") or config["encoder_block_out_channels"]
         return int(2 ** (len(channels) - 1))
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
+        if self.source.family is not None:
+            return self.source.family.latents(self._vae.config)[0]
         return int(self._vae.config.get("latent_channels", 4))
 
     @property
     def multiple(self) -> int:
         """Pixels that the sides of a picture must be multiples of."""
+        if self.source.family is not None:
+            return self.scale * self.source.family.patch
         return self.scale * int(2 ** (len(self._unet.config["block_out_channels"]) - 1))
 
     @property
     def resolution(self) -> int:
         """Pixels, along each side, that it was trained at."""
-        return self.source.recommended.resolution or int(self._unet.config["sample_size"]) * self.scale
+        family, config = self.source.family, self._unet.config
+        side = config["sample_size"] if family is None else config.get("sample_size") or family.sample_size
+        return self.source.recommended.resolution or int(side) * self.scale
+
+    def shift(self, resolution: int = 0) -> float:
+        """Of a flow model's noise levels, at pictures of this side and the few steps of a student; 0 takes its own."""
+        family = self.source.family
+        if family is None:
+            return 1.0
+        tokens = ((resolution or self.resolution) // self.multiple) ** 2
+        return family.shift(self.source.scheduler, tokens, _FEW_STEPS)
 
     def hash_vae(self) -> str:
         """Its VAE: another one makes other latents."""
@@ -63,6 +87,10 @@ class Teacher:
 
     def hash_text(self) -> list[str]:
         """Its text encoders with their words."""
+        family = self.source.family
+        if family is not None:
+            folders = [self.source.root / name for name in _folders(family)]
+            return [hash_folder(folder) for folder in folders if folder.is_dir()]
         return [self._hash_encoder(name) for name in self._encoders()]
 
     def check_tokenizers(self) -> None:
@@ -71,6 +99,8 @@ class Teacher:
         Raises:
             InputError: says where they were looked for.
         """
+        if self.source.family is not None:
+            return  # a folder of transformers' own, read where it is loaded
         for name in self._encoders():
             self._tokenizer(name)
 

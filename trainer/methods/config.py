@@ -30,8 +30,8 @@ class MethodConfig:
 
     kind: str = field(default="", init=False)
     """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
-    segmented (each phase of the trajectory by itself) or dmd2 (distribution matching, without that paper's GAN loss;
-    begin with a student of lcd)."""
+    segmented (each phase of the trajectory by itself), dmd2 (distribution matching, without that paper's GAN loss;
+    begin with a student of lcd) or tdm (the same along a deterministic trajectory, for an Euler sampler)."""
     original_steps: int = 50
     """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps. Under tcd
     and segmented, fewer are better where the teacher itself paints well in as few steps."""
@@ -126,8 +126,8 @@ class SegmentedConfig(TeacherJumpConfig):
 
     kind: str = field(default="segmented", init=False)
     phases: int = 4
-    """Steps that the student will be sampled with: the phases that the trajectory is cut into, or under dmd2 the most
-    steps that it trains for."""
+    """Steps that the student will be sampled with: the phases that the trajectory is cut into, or under dmd2 and tdm
+    the most steps that it trains for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,23 +135,44 @@ class SegmentedConfig(TeacherJumpConfig):
 
 
 @dataclass(frozen=True)
-class Dmd2Config(MethodConfig):
-    """Distribution matching distillation, `trainer.methods.dmd2`."""
+class DistributionConfig(MethodConfig):
+    """What the methods read that compare distributions."""
 
-    kind: str = field(default="dmd2", init=False)
     phases: int = 4
     """The most steps that the student will be sampled with."""
     critic_updates: int = 5
     """Steps of the critic for each one of the student."""
+    consistency_share: float = 0.0
+    """Share of the student's loss that is lcd's, which keeps its pictures different from each other: 0 for none, 0.1 to
+    0.5 where seeds look alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_phases(self.phases, self.original_steps)
-        check_ranges(self, {"critic_updates": (1, 1000)})
+        check_ranges(self, {"critic_updates": (1, 1000), "consistency_share": (0, 1)})
+
+    def consistency(self) -> LcdConfig:
+        """The settings of the share that is lcd's."""
+        return LcdConfig(self.original_steps, self.w_min, self.w_max, self.noise_offset)
+
+
+@dataclass(frozen=True)
+class Dmd2Config(DistributionConfig):
+    """Distribution matching distillation, `trainer.methods.dmd2`."""
+
+    kind: str = field(default="dmd2", init=False)
+
+
+@dataclass(frozen=True)
+class TdmConfig(DistributionConfig):
+    """Trajectory distribution matching, `trainer.methods.tdm`."""
+
+    kind: str = field(default="tdm", init=False)
+    critic_updates: int = 1
 
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
-    kind.kind: kind for kind in (LcdConfig, FinetuneConfig, TcdConfig, SegmentedConfig, Dmd2Config)
+    kind.kind: kind for kind in (LcdConfig, FinetuneConfig, TcdConfig, SegmentedConfig, Dmd2Config, TdmConfig)
 }
 """Name of a method -> the class of its settings."""
 

@@ -12,15 +12,16 @@ Sec. 4.5 of DMD2). Each batch is one of `phases`, half as many, ..., one steps, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.grids import get_timesteps_lcm
-from trainer.methods.config import Dmd2Config
-from trainer.methods.shared import Asked, Networks, Sample
+from trainer.methods import lcd
+from trainer.methods.config import DistributionConfig, Dmd2Config
+from trainer.methods.shared import Asked, Networks, Pair, Sample, draw_pair
 
 _LEAST, _MOST = 0.02, 0.98
 """Shares of the timesteps between which the scores are compared: at the ends they say nothing."""
@@ -42,21 +43,32 @@ class Simulation:
     """Noise at `score_t`, (B, ...)."""
     critic_noise: Tensor
     """Noise at `critic_t`, (B, ...)."""
+    pair: Pair
+    """Two neighbours on the grid, for the share of consistency loss."""
 
 
 def draw(
     size: int, config: Dmd2Config, diffusion: Diffusion, generator: torch.Generator, shape: torch.Size
 ) -> Simulation:
     """A path of one of the numbers of steps that the student serves, cut off at one of them; `shape` is a sample's."""
-    process = diffusion.process
+    path, _ = draw_path(size, config, diffusion, generator)
+    score_t = diffusion.process.draw(size, generator, _LEAST, _MOST)
+    critic_t = diffusion.process.draw(size, generator)
+    noises = torch.randn(size, path.shape[1] + 1, *shape, generator=generator)
+    pair = draw_pair(size, config.consistency(), diffusion, generator)
+    return Simulation(path, score_t, critic_t, noises[:, :-2], noises[:, -2], noises[:, -1], pair)
+
+
+def draw_path(
+    size: int, config: DistributionConfig, diffusion: Diffusion, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The timesteps of a sampler of `phases`, half as many, ..., or one steps up to one of them, (size, N), and where
+    that step lands, (size,)."""
     steps = config.phases >> int(torch.randint(config.phases.bit_length(), (), generator=generator))
-    visited = get_timesteps_lcm(steps, diffusion.original_steps, process=process)
+    visited = get_timesteps_lcm(steps, diffusion.original_steps, process=diffusion.process)
     length = 1 + int(torch.randint(steps, (), generator=generator))
-    score_t = process.draw(size, generator, _LEAST, _MOST)
-    critic_t = process.draw(size, generator)
-    noises = torch.randn(size, length + 1, *shape, generator=generator)
-    path = visited[:length].expand(size, length)
-    return Simulation(path, score_t, critic_t, noises[:, : length - 1], noises[:, -2], noises[:, -1])
+    end = visited[length] if length < steps else torch.zeros_like(visited[0])
+    return visited[:length].expand(size, length), end.expand(size)
 
 
 def loss(networks: Networks, sample: Sample, d: Diffusion, config: Dmd2Config) -> Tensor:
@@ -66,7 +78,11 @@ def loss(networks: Networks, sample: Sample, d: Diffusion, config: Dmd2Config) -
     with torch.set_grad_enabled(sample.student_turn):
         x = d.f(online(x_t, t), x_t, t)
     total = critic_loss(critic, x.detach(), sample, d)
-    return total + matching_loss(teacher, critic, x, sample, d) if sample.student_turn else total
+    if not sample.student_turn:
+        return total
+    s = sample.points.score_t
+    matching = matching_loss(teacher, critic, x, d.noise(x.detach(), sample.points.score_noise, s), s, d)
+    return total + guard(matching, networks, sample, d, config)
 
 
 @torch.no_grad()
@@ -85,15 +101,26 @@ def critic_loss(critic: Asked, x: Tensor, sample: Sample, d: Diffusion) -> Tenso
     return (critic(d.noise(x, eps, t), t) - d.target(x, eps, t)).square().flatten(1).mean(1)
 
 
-def matching_loss(teacher: Asked, critic: Asked, x: Tensor, sample: Sample, d: Diffusion) -> Tensor:
+def matching_loss(teacher: Asked, critic: Asked, x: Tensor, x_s: Tensor, s: Tensor, d: Diffusion) -> Tensor:
     """|x - sg(x - g)|^2 / 2 of each sample, (B,), whose gradient in x is g / elements (Eqs. 7 and 8 of DMD).
 
-    g = (x0_critic(x_s) - x0_teacher(x_s)) / mean|x - x0_teacher(x_s)|, with x_s the pictures noised to s.
+    g = (x0_critic(x_s) - x0_teacher(x_s)) / mean|x - x0_teacher(x_s)|, with x_s the pictures x noised to s.
     """
-    s = sample.points.score_t
     with torch.no_grad():
-        x_s = d.noise(x, sample.points.score_noise, s)
         real, fake = (d.x0(network(x_s, s), x_s, s) for network in (teacher, critic))
         size = (x - real).abs().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
         aim = x - (fake - real) / size
     return (x - aim).square().flatten(1).mean(1) / 2
+
+
+def guard(matching: Tensor, networks: Networks, sample: Sample, d: Diffusion, config: DistributionConfig) -> Tensor:
+    """The student's loss of each sample, (B,), with `consistency_share` of it that of `lcd`.
+
+    Matching distributions alone may end in few pictures that are all good; consistency ties each noise to a picture of
+    its own.
+    """
+    share = config.consistency_share
+    if share == 0:
+        return matching
+    neighbours = replace(sample, points=sample.points.pair)
+    return (1 - share) * matching + share * lcd.loss(networks, neighbours, d, config.consistency())

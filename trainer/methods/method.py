@@ -11,8 +11,15 @@ from torch import Tensor
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.files.recommended import Recommended
 from trainer.data.cache import Batch
-from trainer.methods import dmd2, finetune, lcd, segmented, tcd
-from trainer.methods.config import ConsistencyConfig, Dmd2Config, MethodConfig, SegmentedConfig, config_class
+from trainer.methods import dmd2, finetune, lcd, segmented, tcd, tdm
+from trainer.methods.config import (
+    ConsistencyConfig,
+    DistributionConfig,
+    MethodConfig,
+    SegmentedConfig,
+    TdmConfig,
+    config_class,
+)
 from trainer.methods.shared import Networks, Sample, draw_guidance, draw_noise, each, pair_noise
 
 
@@ -20,8 +27,8 @@ class Method(NamedTuple):
     """What sets one method apart."""
 
     draw: Callable[..., Any]
-    """(B, the method's own config, diffusion, generator) -> the timesteps of a batch, a record of its own; dmd2 draws
-    noise too and is told a sample's shape."""
+    """(B, the method's own config, diffusion, generator) -> the timesteps of a batch, a record of its own; dmd2 and tdm
+    draw noise too and are told a sample's shape."""
     loss: Callable[[Networks, Sample, Diffusion, Any], Tensor]
     """(networks, sample, diffusion, config) -> (B,)."""
     needs_teacher: bool = True
@@ -29,13 +36,14 @@ class Method(NamedTuple):
     """Whether a second network is trained beside the student."""
 
 
-TRAJECTORY_METHODS = ("tcd", "segmented")
+TRAJECTORY_METHODS = ("tcd", "segmented", "tdm")
 METHODS = {
     "lcd": Method(lcd.draw, lcd.loss),
     "finetune": Method(lcd.draw, finetune.loss, needs_teacher=False),
     "tcd": Method(tcd.draw, tcd.loss),
     "segmented": Method(segmented.draw, tcd.loss),
     "dmd2": Method(dmd2.draw, dmd2.loss, needs_critic=True),
+    "tdm": Method(tdm.draw, tdm.loss, needs_critic=True),
 }
 
 
@@ -49,12 +57,12 @@ def get_method(config: MethodConfig) -> Method:
 
 
 def sampling_of(config: MethodConfig) -> Recommended:
-    """How a student wants to be sampled: one of phases from edge to edge, without fresh noise. The usual grid needs no
-    mention."""
+    """How a student wants to be sampled: one of phases, or of a deterministic path, without fresh noise. The usual grid
+    needs no mention."""
     grid = None if config.original_steps == MethodConfig.original_steps else config.original_steps
     if config.kind not in TRAJECTORY_METHODS:
         return Recommended("lcm", 4, original_steps=grid)
-    steps, gamma = (config.phases, 0.0) if isinstance(config, SegmentedConfig) else (4, 0.3)
+    steps, gamma = (config.phases, 0.0) if isinstance(config, (SegmentedConfig, TdmConfig)) else (4, 0.3)
     return Recommended("tcd", steps, gamma, grid)
 
 
@@ -83,8 +91,8 @@ def make_sample(
     """
     latents = batch.latents
     total, rows = batch_size or len(latents), slice(first, first + len(latents))
-    shape = {"shape": latents.shape[1:]} if isinstance(config, Dmd2Config) else {}
-    student_every = config.critic_updates if isinstance(config, Dmd2Config) else 1
+    shape = {"shape": latents.shape[1:]} if isinstance(config, DistributionConfig) else {}
+    student_every = config.critic_updates if isinstance(config, DistributionConfig) else 1
     points = get_method(config).draw(total, config, diffusion, generator, **shape)
     w = draw_guidance(total, config, generator)
     eps = draw_noise(torch.Size((total, *latents.shape[1:])), config, generator)

@@ -82,8 +82,8 @@ class Sample:
     """Guidance (B,)."""
     conditioning: Conditioning
     """What the networks are given, (B, ...) tensors and dicts of them."""
-    null_conditioning: Conditioning
-    """The same of the empty prompt."""
+    null_conditioning: Conditioning | None
+    """The same of the empty prompt; None where the teacher reads w as an input of its own."""
     student_turn: bool = True
     """Whether the student is updated in this step; where there is a critic, that one is updated in every step."""
 
@@ -150,8 +150,10 @@ def guided_teacher(teacher: Network, sample: Sample) -> Asked:
     """(1 + w) output(c) - w output(null) (Eq. 15), as a function of (x, t) and like x, at least float32.
 
     What a network predicts is linear in the noise that it sees, so that guiding the outputs guides the noise. Both
-    halves run in one batch of twice the size.
+    halves run in one batch of twice the size. A teacher that reads w itself needs none of this.
     """
+    if sample.null_conditioning is None:
+        return lambda x, t: teacher(x.to(sample.x0.dtype), t, sample.conditioning, sample.w).to(x.dtype)
 
     def output(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         return teacher(x.to(sample.x0.dtype), t, conditioning, None).to(x.dtype)

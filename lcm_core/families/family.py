@@ -1,0 +1,84 @@
+"""What sets one family of flow models apart from another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lcm_core.errors import InputError
+
+if TYPE_CHECKING:
+    from lcm_core.networks.vae import VAE
+
+Scheduler = Mapping[str, Any]
+"""Content of a model's scheduler_config.json."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Of blocks that attend to picture and text with weights of their own for each."""
+
+
+def scheduled_shift(scheduler: Scheduler, tokens: int, steps: int) -> float:
+    """The shift of noise levels that a scheduler states for pictures of so many tokens (`RectifiedFlow.shift`).
+
+    A dynamic one is e^mu, or mu, with mu on a straight line through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift) (arXiv 2403.03206 Sec. 5.3.2). `steps` counts for some families alone.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return _number(scheduler, "flow_shift", _number(scheduler, "shift", 1.0))
+    low, high = _number(scheduler, "base_image_seq_len", 256), _number(scheduler, "max_image_seq_len", 4096)
+    base, most = _number(scheduler, "base_shift", 0.5), _number(scheduler, "max_shift", 1.15)
+    mu = base + (most - base) * (tokens - low) / (high - low)
+    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _number(scheduler: Scheduler, name: str, default: float) -> float:
+    value = scheduler.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"the model's scheduler states {name} {value!r:.60}, which is no number; get the model again")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class FlowFamily:
+    """One family; each has a file of its own beside this one."""
+
+    name: str
+    """As `ModelInfo.family` and messages have it."""
+    pipeline: str
+    """diffusers' class, as model_index.json names it."""
+    transformer: str
+    """diffusers' class of the network."""
+    text_encoders: Mapping[str, str]
+    """Folder of each text encoder -> transformers' class; a tokenizer lies beside each."""
+    encode: Callable[[Any, list[str]], dict[str, Tensor]]
+    """(diffusers' pipeline with text encoders alone, prompts) -> conditioning, tensors (B, ...)."""
+    predict: Callable[..., Tensor]
+    """(network, x (B, C, ...), t (B,) in 0 .. 1000, **conditioning) -> the velocity eps - x0, like x."""
+    load_vae: Callable[[Path, torch.device, torch.dtype | None], VAE]
+    """(folder of the VAE, device, number format) -> a VAE whose latents are what `predict` takes."""
+    latents: Callable[[Mapping[str, Any]], tuple[int, int]]
+    """Configuration of the VAE -> (channels of the latents, pixels per latent pixel along one side)."""
+    lora_targets: tuple[str, ...]
+    """Ends of the names of the layers that get a LoRA."""
+    patch: int = 2
+    """Latent pixels along each side of what the network takes for one token."""
+    sample_size: int = 128
+    """Latent pixels along each side that it was trained at, where its configuration does not say."""
+    steps: int = 28
+    """Of its own sampler."""
+    guidance_scale: float = 4.0
+    """That a plain model is used with."""
+    is_video: bool = False
+    """Whether latents are (B, C, frames, h, w)."""
+    shift: Callable[[Scheduler, int, int], float] = scheduled_shift
+    """(scheduler, tokens of a picture, steps) -> the shift of noise levels."""
+    lora_names: Mapping[str, str] = field(default_factory=dict)
+    """Parts of diffusers' names -> of those that LoRA files and ComfyUI have; empty where they are the same."""

@@ -1,0 +1,116 @@
+"""A family's network and its text encoders, as the pipeline and the trainer call those of all models."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_core.families.family import FlowFamily, Scheduler
+from lcm_core.families.loading import load_network, load_text_pipeline
+from lcm_core.networks.conditioning import stack_rows
+from lcm_core.networks.text_encoder import CACHED_PROMPTS
+
+
+class Transformer:
+    """A diffusers transformer as `network(x, t, **conditioning) -> Tensor`; casts what goes in and what comes out.
+
+    Attributes:
+        model: the network.
+        family: how it is called.
+        scheduler: what its folder states of noise levels.
+        reads_guidance: whether guidance is an input of its own, `guidance` (B,), instead of a negative pass.
+    """
+
+    guidance_embedding_dim: int | None = None
+
+    def __init__(self, model: Any, family: FlowFamily, scheduler: Scheduler) -> None:
+        parameter = next(model.parameters())
+        self.model, self.family, self.scheduler = model, family, scheduler
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.reads_guidance = bool(model.config.get("guidance_embeds"))
+
+    @property
+    def multiple(self) -> int:
+        """Latent pixels that the sides of its input must be multiples of."""
+        return self.family.patch
+
+    @property
+    def sample_size(self) -> int:
+        """Latent pixels along each side that it was trained at."""
+        return int(self.model.config.get("sample_size") or self.family.sample_size)
+
+    @property
+    def terminal(self) -> float | None:
+        """Where its own sampler's last step begins, if it says so."""
+        stated = self.scheduler.get("shift_terminal")
+        return float(stated) if isinstance(stated, (int, float)) and 0 < stated < 1 else None
+
+    def shift(self, shape: Sequence[int], steps: int) -> float:
+        """The shift of noise levels for latents of this shape (C, ..., h, w), sampled in so many steps."""
+        tokens = torch.Size(shape[1:]).numel() // self.family.patch**2
+        return self.family.shift(self.scheduler, tokens, steps)
+
+    def __call__(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        """The velocity, (B, C, ...) in the dtype of `x`, at timesteps t (B,) in 0 .. 1000."""
+        cast = {name: self._cast(value) for name, value in conditioning.items()}
+        output = self.family.predict(self.model, self._cast(x), t.to(self.device), **cast)
+        return output.to(x.device, x.dtype)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+class TransformerText:
+    """A family's text encoders, loaded when the first prompt is asked for.
+
+    Attributes:
+        encoders: none that a LoRA could be merged into.
+    """
+
+    encoders: Sequence[Any] = ()
+
+    def __init__(self, family: FlowFamily, root: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.family, self.root, self.device, self.dtype = family, root, device, dtype
+        self._pipe: Any = None
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Conditioning of prompts, tensors (B, ...); `size` makes no difference to these families."""
+        return stack_rows([self._encode_cached(prompt) for prompt in prompts])
+
+    def clear_cache(self) -> None:
+        """Forget encoded prompts."""
+        self._cache.clear()
+
+    @torch.no_grad()
+    def _encode_cached(self, prompt: str) -> dict[str, Tensor]:
+        if self._pipe is None:
+            encoders = dict(self.family.text_encoders)
+            self._pipe = load_text_pipeline(self.family.pipeline, encoders, self.root, self.device, self.dtype)
+        if prompt not in self._cache:
+            batch = self.family.encode(self._pipe, [prompt])
+            self._cache[prompt] = {name: _wide(value[0]).to(self.device) for name, value in batch.items()}
+            if len(self._cache) > CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(prompt)
+        return self._cache[prompt]
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def load_transformer(
+    family: FlowFamily, root: Path, scheduler: Scheduler, device: torch.device, dtype: torch.dtype
+) -> Transformer:
+    """The network of a diffusers folder.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    return Transformer(load_network(family.transformer, root / "transformer", device, dtype), family, scheduler)

@@ -1,0 +1,96 @@
+"""Loading a model's networks, whichever family it is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_core.errors import InputError
+from lcm_core.families.network import Transformer, TransformerText, load_transformer
+from lcm_core.files.checkpoint import ModelInfo
+from lcm_core.files.safetensors import PathLike
+from lcm_core.networks.device import choose_dtype
+from lcm_core.networks.text_encoder import TextEncoder, load_text
+from lcm_core.networks.unet import UNet, load_unet
+from lcm_core.networks.vae import VAE, load_vae
+from lcm_core.pipeline.sources import Source
+
+Dtype = str | torch.dtype | None
+Network = UNet | Transformer
+Text = TextEncoder | TransformerText
+
+_SDXL_SCALING_FACTOR = 0.13025
+
+
+def open_network(
+    source: Source, device: torch.device, dtype: Dtype = None, memory_format: torch.memory_format | None = None
+) -> Network:
+    """The network that predicts, frozen and in evaluation mode.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    if source.family is None:
+        return UNet(load_unet(source.opened or source.unet, device, dtype, memory_format))
+    return load_transformer(source.family, source.root, source.scheduler, device, choose_dtype(device, dtype))
+
+
+def as_network(source: Source, model: Any) -> Network:
+    """A network of this model that is loaded already, ready to be called."""
+    if source.family is None:
+        return UNet(model)
+    return Transformer(model, source.family, source.scheduler)
+
+
+def open_text(source: Source, device: torch.device, dtype: Dtype = None, tokenizer: PathLike | None = None) -> Text:
+    """The text encoders.
+
+    Args:
+        dtype: None chooses. Those of flow models have billions of weights, and run in bfloat16 where that is quick.
+        tokenizer: folder with CLIP's words, for single files that have none beside them.
+
+    Raises:
+        InputError: they are missing or broken.
+    """
+    if source.family is None:
+        return load_text(source.opened or source.text, device, dtype, tokenizer)
+    return TransformerText(source.family, source.root, device, choose_dtype(device, dtype))
+
+
+def open_vae(
+    source: Source,
+    device: torch.device,
+    dtype: Dtype = None,
+    memory_format: torch.memory_format | None = None,
+    path: PathLike | None = None,
+) -> VAE:
+    """The VAE, or another one at `path`.
+
+    Raises:
+        InputError: it is missing, broken, or of another kind.
+    """
+    if source.family is not None:
+        number = None if dtype is None else choose_dtype(device, dtype)
+        folder = source.root / "vae" if path is None else Path(path)
+        return source.family.load_vae(folder, device, number)
+    check_has_vae(source, path)
+    vae = load_vae(path or source.opened or source.vae, device, dtype, memory_format)
+    if path is not None and _is_bare_sdxl(source.info, Path(path)) and "block_out_channels" in vae.model.config:
+        vae.scaling_factor = _SDXL_SCALING_FACTOR  # a bare file cannot say it, and looks like one of SD 1.x
+    return vae
+
+
+def check_has_vae(source: Source, path: PathLike | None = None) -> None:
+    """Refuse a single file that has no VAE, where no other one is given.
+
+    Raises:
+        InputError: says how to give one.
+    """
+    if path is None and source.opened is not None and "vae" not in source.opened.names:
+        raise InputError(f"{source.vae} has no VAE; give one with --vae PATH (vae=), e.g. that of the model it is from")
+
+
+def _is_bare_sdxl(info: ModelInfo, path: Path) -> bool:
+    return info.family == "sdxl" and path.is_file()

@@ -1,0 +1,95 @@
+"""Every flow family is distilled by the one trainer, and its LoRA is read by diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcm_core.files.safetensors import read_safetensors
+from lcm_core.pipeline import Pipeline
+from tests.flow_models import MODELS
+from trainer.cli.main import main
+
+STEPS = 50
+OTHERS = sorted(MODELS.keys() - {"sd3", "wan"})
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    for number, word in enumerate(("apple", "a long green pear", "", "plum")):
+        pixels = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(number)) * 255
+        Image.fromarray(pixels.byte().numpy()).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(word)
+    return folder
+
+
+def distil(model, photos, folder, *words):
+    options = ["--resolution", 32, "--steps", STEPS, "--batch-size", 8, "--rank", 16, "--w-min", 3, "--w-max", 3]
+    options += ["--original-steps", 4, "--loss", "l2", "--learning-rate", 1e-2, "--warmup-steps", 1, "--cooldown", 0]
+    options += ["--samples", 0, "--preview-every", 0, "--no-tensorboard"]
+    command = ["distill", "--teacher", model, "--data", photos, "--output", folder, "--device", "cpu"]
+    return main([*map(str, command), *map(str, options), *map(str, words)])
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return read_safetensors(folder / "run" / "state.safetensors")[0]["log"][:, 1]
+
+
+@pytest.mark.parametrize("family", ["sd3", "wan", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_lcd_learns_and_its_lora_goes_into_diffusers(model_of, photos, tmp_path, family):
+    """The loss falls; diffusers' loader takes every tensor of the file; and what it then paints is what we paint."""
+    import diffusers
+
+    assert distil(model_of(family), photos, tmp_path) == 0
+    log = losses(tmp_path)
+    assert float(log[-10:].mean()) < 0.9 * float(log[:10].mean())
+    file = tmp_path / f"{tmp_path.name}_lora.safetensors"
+    tensors = read_safetensors(file)[0]
+    pipe = getattr(diffusers, MODELS[family][1]).from_pretrained(model_of(family), local_files_only=True)
+    pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
+    theirs = {
+        name.partition(".lora_")[0]: module for name, module in pipe.transformer.named_parameters() if ".lora_" in name
+    }
+    assert len(theirs) == len(tensors) / 2
+    ours = Pipeline.load(model_of(family), device="cpu", dtype="float32", lora=[(file, 1.0)]).model
+    pipe.fuse_lora()
+    merged = {name.replace(".base_layer", ""): value for name, value in pipe.transformer.state_dict().items()}
+    for name, value in ours.unet.model.state_dict().items():
+        torch.testing.assert_close(
+            value, merged[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert ours.settings().sampler == "lcm"
+
+
+def test_a_family_is_trained_at_the_shift_that_it_states(model_of, photos, tmp_path):
+    """SD3's 3; the file says so, and a sampler takes it from there."""
+    assert distil(model_of("sd3"), photos, tmp_path, "--steps", 1) == 0
+    metadata = read_safetensors(tmp_path / f"{tmp_path.name}_lora.safetensors")[1]
+    assert json.loads(metadata["lcm_suite.recommended"])["shift"] == 3.0
+    assert json.loads((tmp_path / "config.json").read_text())["shift"] == 0.0
+
+
+def test_the_plan_of_a_run_names_weights_and_data(model_of, photos, tmp_path, capsys):
+    assert distil(model_of("flux"), photos, tmp_path, "--dry-run") == 0
+    assert "frozen weights" in (plan := capsys.readouterr().out)
+    assert "4 pictures of about 32 x 32 pixels" in plan
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--student", "full"], "student full is for U-Nets"),
+        (["--prediction-type", "epsilon"], "does not go with a flow process"),
+        (["--shift", "-1"], "shift -1.0 is out of range"),
+    ],
+)
+def test_what_a_transformer_cannot_do_is_refused_at_once(model_of, photos, tmp_path, capsys, words, message):
+    assert distil(model_of("sd3"), photos, tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,56 @@
+"""What a run with a flow model's transformer will need, as far as its files say it without loading it.
+
+Activations are not among it: they depend on the length of the texts, which the text encoders alone know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lcm_core.files.checkpoint import read_component
+from lcm_core.networks.lora_layers import add_lora
+from trainer.config import DistillConfig
+from trainer.data.teacher import Teacher
+from trainer.distributed import Processes
+from trainer.memory import rehearsal
+from trainer.students import choose_precision
+
+
+def flow_memory(
+    config: DistillConfig, processes: Processes, teacher: Teacher, learners: int
+) -> tuple[dict[str, int], int]:
+    """Bytes by what they are for, and how many parameters are trainable.
+
+    Args:
+        config: the run's settings.
+        processes: those of the run.
+        teacher: the model.
+        learners: networks of the student's size that are trained.
+    """
+    weights = read_component(teacher.source.unet, "unet").tensors.values()
+    count = sum(tensor.numel() for tensor in weights)
+    precision = choose_precision(processes.device, config.student.precision, count)
+    trained = trained_weights(config, teacher)
+    per_weight = 2 if config.training.optimizer == "adamw8bit" else 8
+    table = {
+        "frozen weights": count * precision.itemsize,
+        "trainable parameters": 4 * trained * learners,
+        "their moving average": 4 * trained if config.training.ema_decay > 0 else 0,
+        "optimiser": per_weight * trained * learners,
+    }
+    return {name: value for name, value in table.items() if value}, trained
+
+
+def trained_weights(config: DistillConfig, teacher: Teacher) -> int:
+    """Numbers in the LoRA."""
+    import diffusers
+
+    source = teacher.source
+    assert source.family is not None
+    config_of_network = dict(read_component(source.unet, "unet").config)
+    with rehearsal(Processes().device):
+        kind: Any = getattr(diffusers, source.family.transformer)
+        network = kind.from_config(config_of_network)
+        targets = config.student.target_modules or source.family.lora_targets
+        adapters = add_lora(network, config.student.rank, config.student.alpha or None, targets)
+        return sum(half.numel() for half in adapters.parameters())
