@@ -17,7 +17,7 @@ from trainer.students import choose_precision
 
 
 def flow_memory(
-    config: DistillConfig, processes: Processes, teacher: Teacher, learners: int
+    config: DistillConfig, processes: Processes, teacher: Teacher, networks: int
 ) -> tuple[dict[str, int], int]:
     """Bytes by what they are for, and how many parameters are trainable.
 
@@ -25,7 +25,7 @@ def flow_memory(
         config: the run's settings.
         processes: those of the run.
         teacher: the model.
-        learners: networks of the student's size that are trained.
+        networks: networks of the student's size that are trained.
     """
     weights = read_component(teacher.source.unet, "unet").tensors.values()
     count = sum(tensor.numel() for tensor in weights)
@@ -34,9 +34,9 @@ def flow_memory(
     per_weight = 2 if config.training.optimizer == "adamw8bit" else 8
     table = {
         "frozen weights": count * precision.itemsize,
-        "trainable parameters": 4 * trained * learners,
+        "trainable parameters": 4 * trained * networks,
         "their moving average": 4 * trained if config.training.ema_decay > 0 else 0,
-        "optimiser": per_weight * trained * learners,
+        "optimiser": per_weight * trained * networks,
     }
     return {name: value for name, value in table.items() if value}, trained
 
