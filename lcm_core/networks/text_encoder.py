@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class TextEncoder:
     def __init__(self, encoders: Sequence[Encoder], clip_skip: int = 0) -> None:
         self.encoders = list(encoders)
         self.clip_skip = clip_skip
-        self._cache: OrderedDict[str, tuple[Tensor, Tensor | None]] = OrderedDict()
+        # a method of this object in its own cache would keep the networks in memory after their last use
+        self._encode = lru_cache(CACHED_PROMPTS)(partial(_encode, self.encoders, clip_skip))
 
     @property
     def is_sdxl(self) -> bool:
@@ -69,7 +70,7 @@ class TextEncoder:
             `encoder_hidden_states` (B, 77, D) float32; for SDXL also `added_cond_kwargs` with `text_embeds` (B, P) and
             `time_ids` (B, 6) = original size, crop, size.
         """
-        rows = [self._encode_cached(prompt) for prompt in prompts]
+        rows = [self._encode(prompt) for prompt in prompts]
         hidden = torch.cat([row[0] for row in rows])
         cond: dict[str, Any] = {"encoder_hidden_states": hidden}
         pooled = [row[1] for row in rows if row[1] is not None]
@@ -81,26 +82,20 @@ class TextEncoder:
 
     def clear_cache(self) -> None:
         """Forget encoded prompts; needed after a text encoder's weights have changed, e.g. by `lora.merge`."""
-        self._cache.clear()
+        self._encode.cache_clear()
 
-    def _encode_cached(self, prompt: str) -> tuple[Tensor, Tensor | None]:
-        if prompt not in self._cache:
-            self._cache[prompt] = self._encode(prompt)
-            if len(self._cache) > CACHED_PROMPTS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
 
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor | None]:
-        if not self.is_sdxl:
-            return _final_states(self.encoders[0], prompt, self.clip_skip), None
-        parts, pooled = [], None
-        for encoder in self.encoders:
-            output = _run(encoder, prompt)
-            # SDXL was trained on the last layer but one, without the final norm
-            parts.append(output.hidden_states[-2 - self.clip_skip].float())
-            pooled = getattr(output, "text_embeds", None)
-        return torch.cat(parts, dim=-1), None if pooled is None else pooled.float()
+def _encode(encoders: Sequence[Encoder], clip_skip: int, prompt: str) -> tuple[Tensor, Tensor | None]:
+    """A prompt's states (1, 77, D), and SDXL's pooled text (1, P)."""
+    if len(encoders) == 1:
+        return _final_states(encoders[0], prompt, clip_skip), None
+    parts, pooled = [], None
+    for encoder in encoders:
+        output = _run(encoder, prompt)
+        # SDXL was trained on the last layer but one, without the final norm
+        parts.append(output.hidden_states[-2 - clip_skip].float())
+        pooled = getattr(output, "text_embeds", None)
+    return torch.cat(parts, dim=-1), None if pooled is None else pooled.float()
 
 
 def load_text(
