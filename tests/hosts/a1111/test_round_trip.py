@@ -111,7 +111,10 @@ def paint_twice(webui: WebUI, number: int, lora: str) -> tuple[Painted, Painted]
     chance = random.Random(number)
     mode = MODES[chance.randrange(len(MODES))]
     tab = "img2img" if mode in ("img2img", "inpaint") else "txt2img"
-    first = webui.paint(tab, **random_settings(chance, mode, lora, webui.upscaler), **inputs(mode))
+    settings = random_settings(chance, mode, lora, webui.upscaler)
+    if webui.kind == "NEO":  # its own paste leaves these two out, whatever the sampler
+        settings["override_settings"] |= {"CLIP_stop_at_last_layers": 1, "s_min_uncond": 0}
+    first = webui.paint(tab, **settings, **inputs(mode))
     return first, webui.paint(tab, **pasted(webui, tab, first.infotext), **inputs(mode))
 
 

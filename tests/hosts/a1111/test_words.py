@@ -17,5 +17,5 @@ def test_no_key_translates_a_label_of_the_hosts_own(webui: WebUI) -> None:
     folders = [webui.checkout / name for name in ("modules", "scripts", "html", "javascript", "extensions-builtin")]
     files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".js", ".html")]
     source = "\n".join(Path(file).read_text(encoding="utf-8", errors="ignore") for file in files)
-    assert "Sampling method" in source
+    assert "Hires. fix" in source
     assert [key for key in keys if f'"{key}"' in source or f"'{key}'" in source or f">{key}<" in source] == []
