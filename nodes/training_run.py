@@ -35,9 +35,10 @@ from trainer.students import Student, lora_student
 from .frozen import weights_of
 from .lora import save_lora_file
 from .loss_plot import draw_loss
+from .memory import describe_memory
 from .model_patches import Facts, is_unet
 from .model_sampling import noise_scale_of
-from .network import HostNetwork
+from .network import PROMPT, HostNetwork
 from .student import copy_model, fingerprint, lora_of, name_layers, target_modules
 from .training_data import TrainingData
 
@@ -81,6 +82,8 @@ class Run:
     before: int = 0
     """Steps that earlier starts had done."""
     told: float = 0.0
+    memory: str = ""
+    """What the run will take of it."""
 
     def train(self, method: MethodConfig, loop: LoopConfig) -> dict[str, Tensor]:
         """Train to the last step; returns the LoRA in kohya's layout.
@@ -101,6 +104,9 @@ class Run:
         network = HostNetwork(base, self.model, diffusion, data.prompts, data.shape, device)
         student = lora_student(unet, network, config, loop.ema_decay > 0, with_critic=get_method(method).needs_critic)
         unet.to(device)  # the adapters, where the frozen weights are elsewhere
+        rows = data.latents.conditioning[PROMPT][:1].expand(loop.batch_size)
+        self.memory = describe_memory(student, {PROMPT: rows}, data.shape, device)
+        self.tell(self.memory)
         self.losses = self._logged()
         self.before = len(self.losses)
         bar = comfy.utils.ProgressBar(loop.steps)

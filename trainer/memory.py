@@ -39,6 +39,10 @@ class LiveBytes(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         return result
 
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not count a tensor that was there before, nor what is only a view of it."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
     def _count(self, storage: Any) -> None:
         # views share a storage, which is counted once and lives as long as the last of them
         if (address := storage._cdata) in self._known:

@@ -35,14 +35,15 @@ def main(names: list[str]) -> None:
 
 def make(server: Server, names: list[str]) -> None:
     """Make workflows with a running ComfyUI."""
-    with Browser(server.url) as page:
-        for name in names:
-            prompt = prompt_of(name)
+    prompts = {name: prompt_of(name) for name in names}
+    with Browser(server.url) as page:  # closed before anything is painted: it takes a processor of its own
+        for name, prompt in prompts.items():
             write_json(HERE / "api" / f"{name}.json", prompt)
             write_json(HERE / f"{name}.json", page.draw(prompt, name, note_of(name)))
-            pictures = pictures_of(server, server.run(prompt))
-            thumbnail(pictures).save(HERE / f"{name}.jpg", quality=90)
-            print(f"{name}: {len(prompt)} nodes, {len(pictures)} pictures", flush=True)
+    for name, prompt in prompts.items():
+        pictures = pictures_of(server, server.run(prompt))
+        thumbnail(pictures).save(HERE / f"{name}.jpg", quality=90)
+        print(f"{name}: {len(prompt)} nodes, {len(pictures)} pictures", flush=True)
 
 
 def pictures_of(server: Server, outputs: dict[str, Any]) -> list[Image.Image]:

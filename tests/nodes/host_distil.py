@@ -45,7 +45,12 @@ def inputs_of(family: str, name: str, **others: Any) -> dict[str, Any]:
     """A run of the distiller on random latents."""
     latents = torch.randn(empty(family, 8, 4).shape, generator=torch.Generator().manual_seed(2))
     options = {"batch_size": 4, "rank": 4, "learning_rate": 1e-2, "preview_every": STEPS, "w": 1.0, "seed": 1}
-    given = {"latents": {"samples": latents}, "positive": prompt(1), "negative": prompt(2, 5), "output_name": name}
+    given = {
+        "latents": {"samples": latents},
+        "positive": prompt(family, 1),
+        "negative": prompt(family, 2, 5),
+        "output_name": name,
+    }
     return {"model": tiny(family), "steps": STEPS, **given, **options, **others}
 
 
@@ -76,6 +81,8 @@ def distil(suite: Any, family: str) -> dict[str, Any]:
     inputs = inputs_of(family, name)
     paint(suite, family, inputs["model"])
     before = {key: value.clone() for key, value in inputs["model"].model.state_dict().items()}
+    told: list[str] = []
+    sys.modules["suite.nodes.distiller"].say = lambda node, text, log=True: told.append(text)
     distilled, state, *_ = suite.run("LCMDistiller", **inputs)
     losses, tenth = losses_of(name), STEPS // 4
     again = {**inputs, "output_name": f"again {family}"}
@@ -91,6 +98,7 @@ def distil(suite: Any, family: str) -> dict[str, Any]:
     unchanged = all(torch.equal(value, after[key]) for key, value in before.items())
     painted = [paint(suite, family, model) for model in (inputs["model"], stock, distilled)]
     return {
+        "told": told[0],
         "finite": all(map(math.isfinite, losses)),
         "falls": mean(losses[-tenth:]) / mean(losses[:tenth]),
         "half": half,
@@ -107,7 +115,7 @@ def distil(suite: Any, family: str) -> dict[str, Any]:
 
 def paint(suite: Any, family: str, model: Any) -> torch.Tensor:
     """What LCM KSampler makes of an empty latent."""
-    given = {"positive": prompt(1), "latent_image": {"samples": empty(family, 8)}, "seed": 3}
+    given = {"positive": prompt(family, 1), "latent_image": {"samples": empty(family, 8)}, "seed": 3}
     result: torch.Tensor = suite.run("LCMKSampler", model=model, **given)[0]["samples"]
     return result
 

@@ -128,11 +128,13 @@ def tiny(family: str, seed: int = 0) -> Any:
     return comfy.model_patcher.ModelPatcher(base, cpu, cpu, size=1)
 
 
-def prompt(seed: int, length: int = 8) -> Any:
-    """A random prompt with all that these families read."""
+def prompt(family: str, seed: int, length: int = 8) -> Any:
+    """A random prompt with all that a family reads."""
     generator = torch.Generator().manual_seed(seed)
-    pooled = torch.randn(1, 64, generator=generator)
-    return [[torch.randn(1, length, WIDTH, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]]
+    others: dict[str, Any] = {"pooled_output": torch.randn(1, 64, generator=generator), "guidance": 3.5}
+    if family == "Z-Image":  # whose length older hosts take from here
+        others["attention_mask"] = torch.ones(1, length)
+    return [[torch.randn(1, length, WIDTH, generator=generator), others]]
 
 
 def empty(family: str, side: int, batch: int = 1) -> Tensor:
@@ -177,7 +179,7 @@ def fed_to(suite: Any, family: str, model: Any) -> dict[str, Any]:
         inputs: list[tuple[float, Tensor]] = []
         oracle = with_oracle(model, lambda s, x, inputs=inputs: inputs.append((s, x)))
         settings = {"steps": case["steps"], "strength": case.get("strength", 1.0), "sampler": sampler, "seed": 5}
-        out = suite.run("LCMKSampler", model=oracle, positive=prompt(1), latent_image=latent, **settings)[0]
+        out = suite.run("LCMKSampler", model=oracle, positive=prompt(family, 1), latent_image=latent, **settings)[0]
         x0 = model.model.process_latent_in(out["samples"])
         wrong = []
         for i, (s, x) in enumerate(inputs):
@@ -204,7 +206,7 @@ def shifted(model: Any, u: float) -> float:
 
 def beside_the_stock_nodes(suite: Any, family: str, model: Any) -> dict[str, Any]:
     """The real network through LCM KSampler, and through all other ways."""
-    latent, conds = empty(family, 8), (prompt(1), prompt(2))
+    latent, conds = empty(family, 8), (prompt(family, 1), prompt(family, 2))
     noise = comfy.sample.prepare_noise(latent, 3)
     run = {"model": model, "positive": conds[0], "latent_image": {"samples": latent}, "seed": 3}
     painted = {name: suite.run("LCMKSampler", sampler=name, **run)[0]["samples"] for name in ("lcm", "tcd")}
@@ -231,12 +233,12 @@ def beside_the_stock_nodes(suite: Any, family: str, model: Any) -> dict[str, Any
         "LCMTravel",
         model=model,
         positive_1=conds[0],
-        positive_2=prompt(2, 5),
+        positive_2=prompt(family, 2, 5),
         latent_image={"samples": latent},
         seeds="3, 8",
         frames=3,
     )[0]["samples"]
-    last = suite.run("LCMKSampler", **run | {"positive": prompt(2, 5), "seed": 8})[0]["samples"]
+    last = suite.run("LCMKSampler", **run | {"positive": prompt(family, 2, 5), "seed": 8})[0]["samples"]
     _, images = suite.run("LCMStepsGrid", vae=Vae(), steps="1, 2", **run)
     between = suite.run("LCMLatentInterpolator", latent_1={"samples": frames}, frames=5)[0]["samples"]
     return {
@@ -269,13 +271,13 @@ def refused(suite: Any) -> dict[str, dict[str, str]]:
         "V_PREDICTION": (comfy.model_sampling.ModelSamplingContinuousV, comfy.model_sampling.V_PREDICTION),
     }
     latent = {"samples": empty("SD3", 8)}
-    of_prompt = {"positive": prompt(1), "latent_image": latent}
+    of_prompt = {"positive": prompt("SD3", 1), "latent_image": latent}
     inputs: dict[str, dict[str, Any]] = {
         "LCMApply": {},
         "LCMScheduler": {},
         "LCMKSampler": of_prompt,
         "LCMStepsGrid": {**of_prompt, "vae": None},
-        "LCMTravel": {"positive_1": prompt(1), "latent_image": latent},
+        "LCMTravel": {"positive_1": prompt("SD3", 1), "latent_image": latent},
         "LCMDistiller": {},
     }
     found = {}
@@ -284,7 +286,16 @@ def refused(suite: Any) -> dict[str, dict[str, str]]:
         model.add_object_patch("model_sampling", type("ModelSampling", bases, {})(None))
         said = {node: message_of(suite.run, node, model=model, **given) for node, given in inputs.items()}
         sampler, noise = suite.run("LCMSampler")[0], torch.randn(1, 16, 8, 8)
-        arguments = (model, noise, 1.0, sampler, torch.tensor([1.0, 0.0]), prompt(1), prompt(2), latent["samples"])
+        arguments = (
+            model,
+            noise,
+            1.0,
+            sampler,
+            torch.tensor([1.0, 0.0]),
+            prompt("SD3", 1),
+            prompt("SD3", 2),
+            latent["samples"],
+        )
         found[name] = said | {"LCMSampler": message_of(comfy.sample.sample_custom, *arguments, seed=3)}
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -323,9 +324,10 @@ def test_every_node_takes_a_flow_model(findings: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_flow_model_is_distilled(findings: Any, family: str) -> None:
-    """20 steps of lcd: the loss falls; an interrupted run that went on learnt the same; the stock loader finds a place
-    for every key, and the picture changes; the MODEL stays as it was."""
+    """20 steps of lcd: their memory is told before the first; the loss falls; an interrupted run that went on learnt
+    the same; the stock loader finds a place for every key, and the picture changes; the MODEL stays as it was."""
     found = findings["distil_families"][family]
+    assert re.fullmatch(r"about \d\.\d\d GB of memory at the peak: .* frozen .* LoRA .* activations", found["told"])
     assert found["finite"]
     assert found["falls"] < 1
     assert found["half"] == 10
