@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from lcm_core.export.comfyui import draw_pictures
+from lcm_core.export.comfyui import PICTURES, draw_pictures
 from lcm_core.pipeline.sources import MODELS
 
 _EMOJI = MODELS / "emoji"
@@ -14,7 +14,9 @@ _SIZE = 64  # pixels of the embedded model's pictures
 
 
 def register() -> None:
-    """List the shipped ControlNets, and put the pictures that the examples start from into the host's temporary folder,
-    which it empties by itself: no folder of the user's is written to."""
+    """List the shipped ControlNets, and put two small pictures to start from into the host's input folder, the
+    only one that its page lists."""
     folder_paths.add_model_folder_path("controlnet", str(_EMOJI / "control"))
-    draw_pictures(Path(folder_paths.get_temp_directory()), _SIZE)
+    folder = Path(folder_paths.get_input_directory())
+    if not all((folder / f"{name}.png").exists() for name in PICTURES):
+        draw_pictures(folder, _SIZE)

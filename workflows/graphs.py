@@ -15,8 +15,8 @@ SIZE = 64  # pixels that the embedded model was trained at
 FULL_LCM = "emoji (shipped with LCM Suite)"
 TEACHER = "emoji teacher (shipped with LCM Suite)"
 LCM_LORA = "emoji LCM-LoRA (shipped with LCM Suite)"
-SKETCH = "lcm_suite_sketch.png [temp]"
-HOLE = "lcm_suite_hole.png [temp]"
+SKETCH = "lcm_suite_sketch.png"
+HOLE = "lcm_suite_hole.png"
 CONTROL = "emoji_canny.safetensors"
 
 

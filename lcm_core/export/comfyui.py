@@ -18,6 +18,8 @@ CHECKPOINTS = Path("models", "checkpoints")
 LORAS = Path("models", "loras")
 CONTROLS = Path("models", "controlnet")
 INPUT = Path("input")
+PICTURES = ("lcm_suite_sketch", "lcm_suite_hole")
+"""Names of the pictures that the example workflows start from."""
 
 
 def check_host(folder: Path) -> None:
@@ -119,7 +121,7 @@ def draw_pictures(folder: Path, size: int) -> list[Path]:
     hole.putalpha(alpha)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, picture in (("lcm_suite_sketch", sketch), ("lcm_suite_hole", hole)):
+    for name, picture in zip(PICTURES, (sketch, hole), strict=True):
         written.append(folder / f"{name}.png")
         with atomic_write(written[-1]) as temporary:
             picture.save(temporary)

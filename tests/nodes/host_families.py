@@ -133,7 +133,7 @@ def prompt(family: str, seed: int, length: int = 8) -> Any:
     generator = torch.Generator().manual_seed(seed)
     others: dict[str, Any] = {"pooled_output": torch.randn(1, 64, generator=generator), "guidance": 3.5}
     if family == "Z-Image":  # whose length older hosts take from here
-        others["attention_mask"] = torch.ones(1, length)
+        others["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
     return [[torch.randn(1, length, WIDTH, generator=generator), others]]
 
 

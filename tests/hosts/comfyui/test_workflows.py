@@ -33,8 +33,8 @@ def _frames(server: Server, outputs: dict[str, Any]) -> list[Image.Image]:
 
 
 def _picture(server: Server, name: str) -> Path:
-    """An example picture that LCM Suite put into the host's temporary folder."""
-    return server.base / "temp" / name.removesuffix(" [temp]")
+    """An example picture that LCM Suite put into the host's input folder."""
+    return server.base / "input" / name
 
 
 def _api(name: str) -> dict[str, Any]:
