@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class GraphedLoss:
     def __init__(self, loss: TensorLoss, parameters: list[nn.Parameter], device: torch.device) -> None:
         self.loss, self.parameters, self.device = loss, parameters, device
         self._graphs: dict[tuple[torch.Size, ...], _Captured] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # where all graphs take their memory from
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         shapes = tuple(tensor.shape for tensor in tensors)

@@ -88,7 +88,7 @@ def _method_options(section: str) -> Iterator[Option]:
 
 
 @cache
-def field_docs(cls: type) -> Mapping[str, str]:
+def field_docs(cls: Any) -> Mapping[str, str]:
     """The docstring under each field of a dataclass and of those that it extends, in one line."""
     docs: dict[str, str] = {}
     for part in reversed([part for part in cls.__mro__ if is_dataclass(part)]):
