@@ -87,11 +87,17 @@ def _method_options(section: str) -> Iterator[Option]:
     yield from found.values()
 
 
-@cache
-def field_docs(cls: Any) -> Mapping[str, str]:
+def field_docs(cls: type) -> Mapping[str, str]:
     """The docstring under each field of a dataclass and of those that it extends, in one line."""
+    found: Any = cls  # a type checker does not see that classes can be keys of a cache
+    return _field_docs(found)
+
+
+@cache
+def _field_docs(cls: Any) -> Mapping[str, str]:
     docs: dict[str, str] = {}
-    for part in reversed([part for part in cls.__mro__ if is_dataclass(part)]):
+    parts: list[Any] = [part for part in cls.__mro__ if is_dataclass(part)]
+    for part in reversed(parts):
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, body.body[1:], strict=False):
