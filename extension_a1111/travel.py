@@ -52,12 +52,12 @@ def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> 
     points = [Point(prompt, seed)] if start_above else []
     for line in filter(None, map(str.strip, text.splitlines())):
         if found := _NETWORK.search(line):
-            raise InputError(f"the point {line!r} has {found[0]}; write it in the main prompt, for the whole journey")
+            raise InputError(f"the point {line!r} has {found[0]}; write it in the main prompt, for the whole travel")
         match = _SEED_AT_END.fullmatch(line)
         words, number = (match[1].strip(), _read_seed(match[2], line)) if match else (line, seed)
         points.append(Point(words + networks if words else prompt, number))
     if len(points) < 2:
-        raise InputError("a journey needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
+        raise InputError("travel needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
     return points
 
 

@@ -118,7 +118,11 @@ class Emoji(supported_models.SD15):
 
 
 def register() -> None:
-    """Add the embedded model to those that ComfyUI recognises. Once is enough; more does no harm."""
+    """Add the embedded model to those that ComfyUI recognises. Once is enough; more does no harm.
+
+    A model has a list to be added to. A VAE has none: its kind is decided inside `VAE.__init__`, where nothing can be
+    added, so that function is wrapped; for every other VAE it does what it did.
+    """
     if Emoji not in supported_models.models:
         supported_models.models.append(Emoji)
         comfy.sd.VAE.__init__ = _recognising(comfy.sd.VAE.__init__)

@@ -31,7 +31,7 @@ class LCMTravel(io.ComfyNode):
             node_id="LCMTravel",
             display_name="LCM Travel",
             aliases=["prompt travel", "seed travel", "morph", "animation", "interpolation"],
-            description="Frames of a journey through prompts and seeds. The noise of every step travels, so nothing "
+            description="Frames of a travel through prompts and seeds. The noise of every step travels, so nothing "
             "flickers, and each keyframe is the picture that LCM KSampler makes of its prompt and seed.",
             inputs=[
                 inputs.model(),

@@ -49,7 +49,7 @@ def test_an_at_sign_without_a_number_belongs_to_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(("text", "above"), [("", True), ("a pear", False), ("\n \n", True)])
-def test_one_point_is_no_journey(text: str, above: bool) -> None:
+def test_one_point_is_no_travel(text: str, above: bool) -> None:
     with pytest.raises(InputError, match="two points"):
         read_points(text, MAIN, 0, above)
 

@@ -291,7 +291,7 @@ def test_a_picture_whose_settings_were_tampered_with(emoji: str, capsys: pytest.
     _fails(["generate", "--from", "grid.png"], ("grid.png", "`generate`"), capsys)
 
 
-def test_a_journey_without_a_goal(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_travel_without_an_end(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
     _fails(["interpolate", "--model", emoji, "--from", "a"], ("--to",), capsys)
     _fails(["interpolate", "--model", emoji, "--keyframe", "a"], ("two or more",), capsys)
     _fails(["interpolate", "--model", emoji], ("--from",), capsys)

@@ -104,7 +104,7 @@ def test_an_animation_of_all_frames_comes_first(webui: WebUI) -> None:
 
 def test_a_mistake_is_told_and_the_web_ui_goes_on(webui: WebUI) -> None:
     webui.load("emoji_lcm")
-    for points, message in (("", "a journey needs two points"), ("x <lora:y:1>", "write it in the main prompt")):
+    for points, message in (("", "travel needs two points"), ("x <lora:y:1>", "write it in the main prompt")):
         with pytest.raises((HttpError, TypeError)):  # Forge's interface answers null; its page shows the message
             travel(webui, points)
         end = time.monotonic() + 30  # Forge's log is buffered

@@ -108,7 +108,7 @@ def test_the_second_pass_is_larger(server: Server, painted: dict[str, list[Image
     assert [frame.size for frame in _paint(server, painted, "LCM 05 Upscale in two passes")] == [(2 * SIZE, 2 * SIZE)]
 
 
-def test_the_journey_starts_at_the_single_picture(server: Server, painted: dict[str, list[Image.Image]]) -> None:
+def test_travel_starts_at_the_single_picture(server: Server, painted: dict[str, list[Image.Image]]) -> None:
     """Wrong when a keyframe of LCM Travel is not the picture that LCM KSampler paints."""
     g = Graph()
     model, clip, vae, *_ = g.full_lcm()
