@@ -34,6 +34,7 @@ LAYERS = (
     ("lcm_core.networks",),
     ("lcm_core.families",),
     ("lcm_core.pipeline",),
+    ("lcm_core.serve",),
     ("lcm_core.cli", "lcm_core.export", "lcm_core.__main__"),
 )
 """A room may import its own and those before it, none behind."""

@@ -1,4 +1,4 @@
-"""The command line: `python -m lcm_core generate | compare | interpolate | export | info`.
+"""The command line: `python -m lcm_core generate | compare | interpolate | serve | export | info`.
 
 Importing this loads neither torch nor any other library, so that `--help` answers at once.
 """
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lcm_core import __version__
-from lcm_core.cli import compare, export, generate, info, interpolate
+from lcm_core.cli import compare, export, generate, info, interpolate, serve
 from lcm_core.cli.common import note
-from lcm_core.errors import InputError
+from lcm_core.errors import InputError, is_out_of_memory
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lcm-suite {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, compare, interpolate, export, info):
+    for command in (generate, compare, interpolate, serve, export, info):
         command.add_to(commands)
     return parser
 
@@ -91,7 +91,7 @@ def run_command(args: argparse.Namespace, interrupted: str, out_of_memory: str) 
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, interrupted)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(USER_ERROR, f"error: out of memory; {out_of_memory}")
     return 0
@@ -107,9 +107,3 @@ def _accept_all_letters() -> None:
 def _fail(code: int, message: str) -> int:
     print(" ".join(message.split()), file=sys.stderr)
     return code
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch raises its own OutOfMemoryError on accelerators, and a plain RuntimeError on the CPU.
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in words or "not enough memory" in words

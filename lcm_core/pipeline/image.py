@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
@@ -35,7 +35,8 @@ _PARAMETERS = {
     "Seed": "seed",
     "Model": "model",
 }
-_SAMPLER_NAMES = {"lcm": "LCM", "tcd": "TCD", "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "dpm_2m": "DPM 2M"}
+SAMPLER_NAMES = {"lcm": "LCM", "tcd": "TCD", "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "dpm_2m": "DPM 2M"}
+"""What the web UIs call the samplers."""
 _PNG_LIMIT = 2**20 - 2**10  # bytes; Pillow refuses to read a longer text
 _EXIF_LIMIT = 2**16 - 2**10  # bytes; a JPEG's segment has 64 KB, and other tags need some
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
@@ -76,11 +77,11 @@ def load_mask(source: str | os.PathLike[str] | Image, size: tuple[int, int] | No
     return _to_tensor(_fit(_flatten(open_image(source), "black").convert("L"), size))
 
 
-def open_image(source: str | os.PathLike[str] | Image) -> Image:
+def open_image(source: str | os.PathLike[str] | Image | BinaryIO, most_pixels: int = _MOST_PIXELS) -> Image:
     """Open and fully decode a picture, turned as its EXIF orientation says.
 
     Raises:
-        InputError: the file is missing or is no picture.
+        InputError: the file is missing, is no picture, or has more than `most_pixels`.
     """
     from PIL import Image, ImageOps
 
@@ -91,7 +92,7 @@ def open_image(source: str | os.PathLike[str] | Image) -> Image:
         # bytes that are in memory already come as an open stream
         with nullcontext(source) if hasattr(source, "read") else open_file(source) as stream:
             image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
-            if image.width * image.height > _MOST_PIXELS:
+            if image.width * image.height > most_pixels:
                 raise InputError(f"picture {source} has {image.width}x{image.height} pixels; make it smaller first")
             return ImageOps.exif_transpose(image)
     except (InputError, MemoryError):
@@ -217,7 +218,7 @@ def parameters_text(settings: Settings) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     fields = {label: settings[key] for label, key in _PARAMETERS.items() if settings.get(key) is not None}
     if "Sampler" in fields:
-        fields["Sampler"] = _SAMPLER_NAMES.get(fields["Sampler"], fields["Sampler"])
+        fields["Sampler"] = SAMPLER_NAMES.get(fields["Sampler"], fields["Sampler"])
     if "width" in settings and "height" in settings:
         fields["Size"] = f"{settings['width']}x{settings['height']}"
     if settings.get("strength") is not None and settings.get("image"):

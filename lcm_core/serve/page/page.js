@@ -1,0 +1,262 @@
+// The canvas on the left is sent after every change; the server answers with a picture of the newest state.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const canvas = $("canvas");
+const pen = canvas.getContext("2d", { willReadFrequently: true });
+const small = document.createElement("canvas"); // what is sent: the model needs no more pixels than its own
+const token = new URLSearchParams(location.hash.slice(1)).get("token");
+const SIDE = 512;
+const SMALL = 256;
+const FRESH = 3000; // milliseconds over which pictures per second are counted
+const COLOURS = ["#d92b2b", "#f08c1a", "#f7d23e", "#3f9b43", "#2d6cdf", "#7a3fb0", "#6b4423", "#1d1d1f", "#ffffff"];
+const SETTINGS = ["prompt", "negative_prompt", "strength", "steps", "guidance", "seed", "model", "lora", "lora_strength"];
+const NUMBERS = new Set(["strength", "steps", "guidance", "seed", "lora_strength"]);
+
+let socket = null;
+let drawn = false; // an empty canvas is not sent: the picture then comes from the prompt alone
+let erasing = false;
+let last = null; // the stroke's last point
+let undo = [];
+let choices = { models: [] };
+let dirty = false;
+let frame = 0;
+let number = 0;
+let sent = new Map(); // number of a message -> when it was sent
+let shown = []; // when pictures were shown
+let header = null;
+
+// --- talking to the server -----------------------------------------------------------------------------------------
+
+function connect() {
+  const scheme = location.protocol === "https:" ? "wss" : "ws";
+  socket = new WebSocket(`${scheme}://${location.host}/live${token ? `?token=${encodeURIComponent(token)}` : ""}`);
+  socket.binaryType = "blob";
+  socket.onopen = () => { say("ready"); changed(); };
+  socket.onclose = () => { say("the server is away; trying again", true); sent.clear(); setTimeout(connect, 1000); };
+  socket.onmessage = (event) => (typeof event.data === "string" ? answered(JSON.parse(event.data)) : show(event.data));
+}
+
+function changed() {
+  dirty = true;
+  if (!frame) frame = requestAnimationFrame(send);
+}
+
+function send() {
+  frame = 0;
+  if (!dirty || !socket || socket.readyState !== WebSocket.OPEN) return;
+  if (socket.bufferedAmount > 0) { frame = requestAnimationFrame(send); return; }
+  dirty = false;
+  const message = { id: ++number, image: drawn ? shrunk() : null };
+  for (const name of SETTINGS) message[name] = NUMBERS.has(name) ? Number($(name).value) : $(name).value;
+  if (!message.lora) delete message.lora_strength;
+  sent.set(message.id, performance.now());
+  socket.send(JSON.stringify(message));
+}
+
+function shrunk() {
+  small.width = small.height = SMALL;
+  const brush = small.getContext("2d");
+  brush.imageSmoothingQuality = "high";
+  brush.drawImage(canvas, 0, 0, SMALL, SMALL);
+  return small.toDataURL("image/png");
+}
+
+function answered(answer) {
+  if (answer.error) say(answer.error, true);
+  header = answer.error ? null : answer;
+}
+
+async function show(blob) {
+  const address = URL.createObjectURL(blob);
+  const picture = $("picture");
+  const old = picture.src;
+  picture.src = address;
+  const { id } = header;
+  await picture.decode().catch(() => {});
+  if (old) URL.revokeObjectURL(old);
+  $("download").href = address;
+  $("download").download = `${slug($("prompt").value)}-${header ? header.seed : 0}.png`;
+  count(id);
+}
+
+function count(id) {
+  const now = performance.now();
+  const took = now - (sent.get(id) ?? now);
+  for (const key of sent.keys()) if (key <= id) sent.delete(key);
+  shown = [...shown.filter((time) => now - time < FRESH), now];
+  const rate = shown.length > 1 ? ((shown.length - 1) * 1000) / (now - shown[0]) : 0;
+  $("numbers").textContent = `${Math.round(took)} ms` + (rate >= 1 ? `, ${rate.toFixed(1)} pictures a second` : "");
+  $("picture").dataset.id = id;
+  $("picture").dataset.milliseconds = took;
+  say("ready");
+}
+
+function say(text, isError = false) {
+  if ($("status").textContent === text) return;
+  $("status").textContent = text;
+  $("status").classList.toggle("error", isError);
+}
+
+const slug = (text) => text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "picture";
+
+async function loadChoices() {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const response = await fetch("choices", { headers });
+  if (!response.ok) { say((await response.json()).detail, true); return; }
+  choices = await response.json();
+  $("model").replaceChildren(...choices.models.map(({ name }) => new Option(name, name, false, name === choices.usual)));
+  $("steps").max = Math.min(choices.steps, 25);
+  loadLoras();
+}
+
+function loadLoras() {
+  const model = choices.models.find(({ name }) => name === $("model").value) ?? { loras: [] };
+  const kept = $("lora").value;
+  $("lora").replaceChildren(new Option("none", ""), ...model.loras.map((name) => new Option(name)));
+  if (model.loras.includes(kept)) $("lora").value = kept;
+}
+
+// --- drawing -------------------------------------------------------------------------------------------------------
+
+function wipe() {
+  pen.fillStyle = "#ffffff";
+  pen.fillRect(0, 0, SIDE, SIDE);
+  drawn = false;
+}
+
+function remember() {
+  undo.push({ pixels: pen.getImageData(0, 0, SIDE, SIDE), drawn });
+  if (undo.length > 20) undo.shift();
+}
+
+function takeBack() {
+  const before = undo.pop();
+  if (!before) return;
+  pen.putImageData(before.pixels, 0, 0);
+  drawn = before.drawn;
+  changed();
+}
+
+function place(event) {
+  const box = canvas.getBoundingClientRect();
+  return [((event.clientX - box.left) * SIDE) / box.width, ((event.clientY - box.top) * SIDE) / box.height];
+}
+
+function strokeTo(point) {
+  pen.strokeStyle = erasing ? "#ffffff" : $("colour").value;
+  pen.lineWidth = Number($("size").value);
+  pen.lineCap = pen.lineJoin = "round";
+  pen.beginPath();
+  pen.moveTo(...(last ?? point));
+  pen.lineTo(...point);
+  pen.stroke();
+  last = point;
+  drawn = true;
+  changed();
+}
+
+async function lay(file) {
+  const picture = await createImageBitmap(file).catch(() => null);
+  if (!picture) { say("that file is no picture; choose a PNG, JPEG or WebP", true); return; }
+  remember();
+  wipe();
+  const scale = Math.max(SIDE / picture.width, SIDE / picture.height);
+  const [width, height] = [picture.width * scale, picture.height * scale];
+  pen.drawImage(picture, (SIDE - width) / 2, (SIDE - height) / 2, width, height);
+  drawn = true;
+  changed();
+}
+
+canvas.addEventListener("pointerdown", (event) => {
+  if (!event.isPrimary || event.button !== 0) return;
+  event.preventDefault();
+  canvas.focus({ preventScroll: true });
+  canvas.setPointerCapture(event.pointerId);
+  remember();
+  last = null;
+  strokeTo(place(event));
+});
+canvas.addEventListener("pointermove", (event) => {
+  if (!event.isPrimary || !canvas.hasPointerCapture(event.pointerId)) return;
+  const points = event.getCoalescedEvents?.() ?? [];
+  for (const step of points.length ? points : [event]) strokeTo(place(step));
+});
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+canvas.addEventListener("keydown", (event) => {
+  const way = ARROWS[event.key];
+  if (!way && event.key !== " ") return;
+  event.preventDefault();
+  const [x, y] = last ?? [SIDE / 2, SIDE / 2];
+  const step = Number($("size").value) / 2;
+  const clamp = (value) => Math.min(Math.max(value, 0), SIDE);
+  const point = way ? [clamp(x + way[0] * step), clamp(y + way[1] * step)] : [x, y];
+  if (event.shiftKey || !way) { remember(); strokeTo(point); }
+  last = point;
+});
+
+canvas.addEventListener("dragover", (event) => { event.preventDefault(); canvas.classList.add("over"); });
+canvas.addEventListener("dragleave", () => canvas.classList.remove("over"));
+canvas.addEventListener("drop", (event) => {
+  event.preventDefault();
+  canvas.classList.remove("over");
+  if (event.dataTransfer.files[0]) lay(event.dataTransfer.files[0]);
+});
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
+  if (file) lay(file);
+});
+
+// --- controls ------------------------------------------------------------------------------------------------------
+
+function choose(tool) {
+  erasing = tool === "eraser";
+  for (const name of ["brush", "eraser"]) $(name).setAttribute("aria-pressed", String(name === tool));
+}
+
+function resize(factor) {
+  $("size").value = Number($("size").value) * factor;
+}
+
+function anotherSeed() {
+  $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  changed();
+}
+
+function label(input) {
+  const output = document.querySelector(`output[for="${input.id}"]`);
+  if (output) output.value = input.value;
+}
+
+for (const colour of COLOURS) {
+  const button = document.createElement("button");
+  button.style.background = colour;
+  button.title = button.ariaLabel = colour;
+  button.onclick = () => { $("colour").value = colour; choose("brush"); };
+  $("palette").append(button);
+}
+for (const name of SETTINGS) {
+  label($(name));
+  $(name).addEventListener("input", () => { label($(name)); changed(); });
+}
+$("model").addEventListener("input", loadLoras, { capture: true }); // before the message is put together
+$("colour").oninput = () => choose("brush");
+$("brush").onclick = () => choose("brush");
+$("eraser").onclick = () => choose("eraser");
+$("undo").onclick = takeBack;
+$("clear").onclick = () => { remember(); wipe(); changed(); };
+$("random").onclick = anotherSeed;
+$("open").onchange = (event) => { if (event.target.files[0]) lay(event.target.files[0]); event.target.value = ""; };
+$("reuse").onclick = async () => { if ($("picture").src) lay(await (await fetch($("picture").src)).blob()); };
+
+const KEYS = { b: () => choose("brush"), e: () => choose("eraser"), r: anotherSeed, "[": () => resize(0.8), "]": () => resize(1.25) };
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input[type=text], input[type=number], select");
+  if (typing || event.altKey || event.metaKey && event.key !== "z") return;
+  if ((event.ctrlKey || event.metaKey) && event.key === "z") { event.preventDefault(); takeBack(); return; }
+  if (!event.ctrlKey) KEYS[event.key.toLowerCase()]?.();
+});
+
+wipe();
+loadChoices().then(connect);

@@ -1,0 +1,142 @@
+"""One thread that has the model and paints one request after the other, in the order in which they came."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.errors import is_out_of_memory
+from lcm_core.serve.fields import RequestError
+from lcm_core.serve.shelf import Loras, Shelf
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SEEDS = 2**64
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """Pictures that differ in their seeds alone."""
+
+    model: str
+    prompt: str
+    seed: int
+    """Of the first picture; the next one has the next seed."""
+    count: int = 1
+    loras: Loras = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """As `Pipeline.resolve` takes them; None leaves a choice to the model."""
+    image: Image | None = None
+    mask: Image | None = None
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One picture: a PNG with its settings inside, and the settings."""
+
+    png: bytes
+    settings: dict[str, Any]
+
+
+class _Stopped(Exception):
+    """Ends the sampler between two steps."""
+
+
+class Job:
+    """A request that waits or is being painted."""
+
+    def __init__(self, request: PictureRequest) -> None:
+        self.request = request
+        self.future: Future[list[Painted]]
+        self.stopped = threading.Event()
+        self.steps_done = 0
+        self.steps = 1
+        """In all pictures."""
+
+    def stop(self) -> None:
+        """Paint no further than to the end of this step. What is finished remains."""
+        self.stopped.set()
+
+    def step(self, info: Mapping[str, Any]) -> None:
+        """The pipeline's callback."""
+        self.steps_done += 1
+        if self.stopped.is_set():
+            raise _Stopped
+
+
+class Painter:
+    """Takes requests, gives jobs whose `future` will hold the pictures."""
+
+    def __init__(self, shelf: Shelf, waiting: int) -> None:
+        self.shelf = shelf
+        self.running: Job | None = None
+        self._waiting = waiting
+        self._jobs: set[Job] = set()
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "painter")
+
+    @property
+    def count(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._jobs)
+
+    def submit(self, request: PictureRequest) -> Job:
+        """Queue a request.
+
+        Raises:
+            RequestError: too many wait already.
+        """
+        job = Job(request)
+        with self._lock:
+            if len(self._jobs) > self._waiting:
+                raise RequestError(f"{self._waiting} requests are waiting already; try again in a moment", 429)
+            self._jobs.add(job)
+            job.future = self._thread.submit(self._run, job)
+        job.future.add_done_callback(lambda _: self._jobs.discard(job))
+        return job
+
+    def interrupt(self) -> None:
+        """Stop what is being painted; what waits comes next."""
+        if (job := self.running) is not None:
+            job.stop()
+
+    def close(self) -> None:
+        """End the thread; whatever waits is dropped."""
+        self.interrupt()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, job: Job) -> list[Painted]:
+        self.running = job
+        done: list[Painted] = []
+        try:
+            if not job.stopped.is_set():
+                self._paint(job, done)
+        except _Stopped:
+            pass
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RequestError("out of memory; ask for a smaller picture", 503) from None
+        finally:
+            self.running = None
+        return done
+
+    def _paint(self, job: Job, done: list[Painted]) -> None:
+        from dataclasses import replace
+
+        from lcm_core.pipeline.image import encode_image
+
+        request = job.request
+        pipe = self.shelf.pipeline(request.model, request.loras)
+        base = pipe.resolve(request.image, **request.options)
+        seeds = [(request.seed + number) % _SEEDS for number in range(request.count)]
+        pictures = [replace(base, prompt=request.prompt, seed=seed).check() for seed in seeds]
+        job.steps = pipe.count_steps(base) * len(pictures)
+        painted = pipe.paint(pictures, request.image, request.mask, callback=job.step)
+        for settings, image in zip(pictures, painted, strict=True):
+            described = pipe.describe(settings)
+            done.append(Painted(encode_image(image, ".png", described), described))

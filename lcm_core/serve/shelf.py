@@ -1,0 +1,117 @@
+"""The models and LoRAs that clients may choose, by name; the chosen model stays loaded until another one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_core.errors import InputError
+from lcm_core.serve.fields import RequestError
+
+if TYPE_CHECKING:
+    from lcm_core.pipeline import Pipeline
+
+Loras = Sequence[tuple[str, float]]
+Loader = Callable[..., "Pipeline"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that may be chosen."""
+
+    path: str
+    unet: str | None = None
+    """Which network of a shipped model."""
+    own_loras: tuple[str, ...] = ()
+    """LoRAs in the model's folder, by their names."""
+
+
+class Shelf:
+    """Models by name. Clients never give paths, so that no request can make the server open another file."""
+
+    def __init__(self, models: Mapping[str, Choice], loras: Mapping[str, Path], load: Loader) -> None:
+        self.models = models
+        self.loras = loras
+        self.usual = next(iter(models))
+        """The model of a request that names none."""
+        self._load = load
+        self._loaded: tuple[tuple[Choice, tuple[tuple[str, float], ...]], Pipeline] | None = None
+
+    def check(self, model: str, loras: Loras) -> None:
+        """Refuse names that are not on the shelf.
+
+        Raises:
+            RequestError: names those that are.
+        """
+        if model not in self.models:
+            raise RequestError(f"model {model[:60]!r} is unknown; use {_listed(self.models)}", 404)
+        for name, _ in loras:
+            if name not in self.lora_names(model):
+                raise RequestError(f"LoRA {name[:60]!r} is unknown; use {_listed(self.lora_names(model))}", 404)
+
+    def lora_names(self, model: str) -> list[str]:
+        """LoRAs that may be added to a model."""
+        return sorted({*self.models[model].own_loras, *self.loras})
+
+    def pipeline(self, model: str, loras: Loras = ()) -> Pipeline:
+        """The loaded model. Another one is let go first, so that two are never in memory together.
+
+        Raises:
+            InputError: a file that cannot be used.
+        """
+        choice = self.models[model]
+        key = (choice, tuple(loras))
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            paths = [(str(self.loras.get(name, name)), strength) for name, strength in loras]
+            self._loaded = (key, self._load(choice.path, unet=choice.unet, lora=paths))
+        return self._loaded[1]
+
+
+def find_models(first: str, folder: Path | None) -> dict[str, Choice]:
+    """The model that was asked for, the embedded one, and all in `folder`, by their names.
+
+    Raises:
+        InputError: the first is unknown, or the folder is none.
+    """
+    from lcm_core.pipeline.sources import CARD, SHIPPED_UNETS, find_model
+
+    found: dict[str, Choice] = {}
+    for path in dict.fromkeys([first, "emoji", *map(str, _models_in(folder))]):
+        root = find_model(path)
+        own = tuple(file.stem for file in sorted((root / "lora").glob("*.safetensors")))
+        if not (root / CARD).is_file():
+            found.setdefault(root.stem if root.is_file() else root.name, Choice(path, own_loras=own))
+            continue
+        for unet in SHIPPED_UNETS:  # the LoRA is a teacher's
+            name = root.name if unet == "lcm" else f"{root.name} ({unet})"
+            found.setdefault(name, Choice(path, unet, () if unet == "lcm" else own))
+    return found
+
+
+def find_loras(folder: Path | None) -> dict[str, Path]:
+    """LoRA files in a folder, by their names.
+
+    Raises:
+        InputError: the folder is none.
+    """
+    return {} if folder is None else {path.stem: path for path in _files(folder)}
+
+
+def _models_in(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    return [*_files(folder), *sorted(path.parent for path in folder.glob("*/model_index.json"))]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give one that holds .safetensors files")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _listed(names: Any) -> str:
+    shown = list(names)
+    return ", ".join(map(repr, shown[:10])) + ", ..." * (len(shown) > 10) if shown else "none"

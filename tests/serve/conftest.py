@@ -1,0 +1,67 @@
+"""A server over a tiny random model, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcm_core.pipeline import Pipeline
+from lcm_core.serve.app import build_app
+from lcm_core.serve.painter import Painter
+from lcm_core.serve.service import Service
+from lcm_core.serve.shelf import Shelf, find_models
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parent))  # for serving: tests are imported one by one, without their folder
+
+
+@pytest.fixture(scope="session")
+def shelf() -> Shelf:
+    """The embedded model and its teacher."""
+
+    def load(path: str, **options: Any) -> Pipeline:
+        return Pipeline.load(path, device="cpu", dtype="float32", **options)
+
+    return Shelf(find_models("emoji", None), {}, load)
+
+
+@pytest.fixture
+def service(shelf: Shelf) -> Iterator[Service]:
+    from serving import LIMITS
+
+    shelf.usual = "emoji"
+    running = Service(shelf, Painter(shelf, LIMITS.waiting), LIMITS)
+    yield running
+    running.painter.close()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[Any]:
+    testclient = pytest.importorskip("starlette.testclient", reason="needs the extra serve")
+    with testclient.TestClient(build_app(service), base_url="http://127.0.0.1:7000") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """`python -m lcm_core serve` in a process of its own; its address."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    command = [sys.executable, "-m", "lcm_core", "serve", "--no-browser", "--device", "cpu", "--max-waiting", "16"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[0]
+        yield address.rstrip("/")
+        assert process.poll() is None, "the server died"
+    finally:
+        process.terminate()
+        process.wait(20)

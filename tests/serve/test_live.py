@@ -1,0 +1,74 @@
+"""The page's websocket: the newest message wins, and nothing that a page sends ends it."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from PIL import Image
+from serving import LIMITS, picture
+
+from lcm_core.pipeline.image import SETTINGS_KEY
+
+LIVE = "ws://127.0.0.1:7000/live"
+MESSAGE = {"prompt": "a red apple", "steps": 1, "seed": 3, "guidance": 2.0}
+
+
+def receive(socket: Any) -> tuple[dict[str, Any], Image.Image]:
+    return socket.receive_json(), Image.open(io.BytesIO(socket.receive_bytes()))
+
+
+def test_a_stroke_changes_nothing(client: Any) -> None:
+    with client.websocket_connect(LIVE) as socket:
+        images = []
+        for number, colour in enumerate(("red", "blue")):
+            socket.send_json({**MESSAGE, "id": number, "image": picture(colour), "strength": 0.6})
+            header, image = receive(socket)
+            assert header["id"] == number
+            assert header["seconds"] > 0
+            images.append(image.convert("RGB").tobytes())
+            assert json.loads(image.info[SETTINGS_KEY])["strength"] == 0.6
+    assert images[0] != images[1]
+
+
+def test_old_strokes_are_painted_before_the_newest(client: Any) -> None:
+    """Of twenty strokes that come faster than pictures, few are painted, in order, and the last one always is."""
+    with client.websocket_connect(LIVE) as socket:
+        for number in range(20):
+            socket.send_json({**MESSAGE, "steps": 4, "id": number})
+        seen = [receive(socket)[0]["id"]]
+        while seen[-1] != 19:
+            seen.append(receive(socket)[0]["id"])
+    assert len(seen) < 10
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "[" * 5000, '{"id": "a", "steps": 99}', '{"model": "../x"}', '{"lora": "x"}'),
+        *('{"image": "x"}', '{"image": 4}', '{"width": 65, "height": 64}'),
+        json.dumps({"strength": 0, "image": picture()}),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_bad_message_ends_the_page(client: Any, text: str) -> None:
+    with client.websocket_connect(LIVE) as socket:
+        socket.send_text(text)
+        assert "\n" not in socket.receive_json()["error"]
+        socket.send_bytes(b"\0\1")
+        assert "error" in socket.receive_json()
+        socket.send_json({**MESSAGE, "id": 5})
+        assert receive(socket)[0]["id"] == 5
+
+
+def test_a_page_that_goes_away_leaves_its_work(client: Any, service: Any) -> None:
+    for _ in range(3):
+        with client.websocket_connect(LIVE) as socket:
+            socket.send_json({**MESSAGE, "steps": LIMITS.steps})
+    with client.websocket_connect(LIVE) as socket:
+        socket.send_json({**MESSAGE, "id": 9})
+        assert receive(socket)[0]["id"] == 9
+    assert service.painter.running is None
