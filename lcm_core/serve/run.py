@@ -102,6 +102,7 @@ def _run(service: Service, listener: socket.socket, host: str, token: str | None
         ws="websockets-sansio",
         ws_max_size=service.limits.body,
         ws_max_queue=4,
+        ws_per_message_deflate=False,  # pictures are compressed already
         timeout_graceful_shutdown=_SECONDS_TO_CLOSE,
         server_header=False,
     )

@@ -54,11 +54,11 @@ def wait_for_picture(page: Any, number: int) -> None:
 
 
 def settle(page: Any) -> int:
-    """Wait until nothing more comes; the number of the last picture."""
-    number = -1
-    while number != (number := shown(page)) or number == 0:
-        page.wait_for_timeout(700)
-    return number
+    """Wait until the picture is that of the last change; the change's number."""
+    page.wait_for_timeout(50)
+    last = "document.getElementById('picture').dataset.id === document.getElementById('canvas').dataset.id"
+    page.wait_for_function(f"() => {last}")
+    return shown(page)
 
 
 def dab(page: Any, x: float, y: float) -> None:

@@ -21,8 +21,8 @@ let undo = [];
 let choices = { models: [] };
 let dirty = false;
 let frame = 0;
-let number = 0;
-let sent = new Map(); // number of a message -> when it was sent
+let number = 0; // of the last change
+let since = new Map(); // number of a change -> when it was made
 let shown = []; // when pictures were shown
 let header = null;
 
@@ -33,12 +33,14 @@ function connect() {
   socket = new WebSocket(`${scheme}://${location.host}/live${token ? `?token=${encodeURIComponent(token)}` : ""}`);
   socket.binaryType = "blob";
   socket.onopen = () => { say("ready"); changed(); };
-  socket.onclose = () => { say("the server is away; trying again", true); sent.clear(); setTimeout(connect, 1000); };
+  socket.onclose = () => { say("the server is away; trying again", true); since.clear(); setTimeout(connect, 1000); };
   socket.onmessage = (event) => (typeof event.data === "string" ? answered(JSON.parse(event.data)) : show(event.data));
 }
 
 function changed() {
   dirty = true;
+  since.set(++number, performance.now());
+  canvas.dataset.id = number;
   if (!frame) frame = requestAnimationFrame(send);
 }
 
@@ -47,10 +49,9 @@ function send() {
   if (!dirty || !socket || socket.readyState !== WebSocket.OPEN) return;
   if (socket.bufferedAmount > 0) { frame = requestAnimationFrame(send); return; }
   dirty = false;
-  const message = { id: ++number, image: drawn ? shrunk() : null };
+  const message = { id: number, image: drawn ? shrunk() : null };
   for (const name of SETTINGS) message[name] = NUMBERS.has(name) ? Number($(name).value) : $(name).value;
   if (!message.lora) delete message.lora_strength;
-  sent.set(message.id, performance.now());
   socket.send(JSON.stringify(message));
 }
 
@@ -68,22 +69,22 @@ function answered(answer) {
 }
 
 async function show(blob) {
+  const { id, seed } = header;
   const address = URL.createObjectURL(blob);
   const picture = $("picture");
   const old = picture.src;
   picture.src = address;
-  const { id } = header;
   await picture.decode().catch(() => {});
   if (old) URL.revokeObjectURL(old);
   $("download").href = address;
-  $("download").download = `${slug($("prompt").value)}-${header ? header.seed : 0}.png`;
+  $("download").download = `${slug($("prompt").value)}-${seed}.png`;
   count(id);
 }
 
 function count(id) {
   const now = performance.now();
-  const took = now - (sent.get(id) ?? now);
-  for (const key of sent.keys()) if (key <= id) sent.delete(key);
+  const took = now - (since.get(id) ?? now);
+  for (const key of since.keys()) if (key <= id) since.delete(key);
   shown = [...shown.filter((time) => now - time < FRESH), now];
   const rate = shown.length > 1 ? ((shown.length - 1) * 1000) / (now - shown[0]) : 0;
   $("numbers").textContent = `${Math.round(took)} ms` + (rate >= 1 ? `, ${rate.toFixed(1)} pictures a second` : "");
