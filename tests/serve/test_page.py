@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -90,18 +91,30 @@ def report(tmp_path: Path, **figures: Any) -> None:
     (tmp_path / "figures.json").write_text(json.dumps(figures))
 
 
-def test_a_red_blob_changes_nothing(page: Any, tmp_path: Path) -> None:
+def colour(page: Any, box: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Mean red, green and blue of a part of the picture, which has 64 x 64 pixels."""
+    with Image.open(io.BytesIO(pixels(page))) as image:
+        return image.convert("RGB").resize((1, 1), Image.Resampling.BOX, box).getpixel((0, 0))
+
+
+def test_the_picture_does_not_follow_the_drawing(page: Any, tmp_path: Path) -> None:
+    """A red blob gives a red apple; blue in its left half makes that half bluer."""
     settle(page)
     before = pixels(page)
     blob(page)
     settle(page)
-    after = pixels(page)
-    assert before != after
-    (tmp_path / "after.png").write_bytes(after)
-    with Image.open(tmp_path / "after.png") as image:
-        red, green, blue = image.convert("RGB").resize((1, 1), Image.Resampling.BOX, (20, 20, 44, 44)).getpixel((0, 0))
-    assert red > 1.3 * max(green, blue), (red, green, blue)
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert pixels(page) != before
+    red, green, blue = colour(page, (24, 24, 40, 40))
+    assert red > 1.3 * max(green, blue)
+    page.screenshot(path=tmp_path / "red.png", full_page=True)
+    left = (8, 24, 24, 40)
+    red, _, blue = colour(page, left)
+    page.locator("#colour").fill("#2d6cdf")
+    dab(page, 0.25, 0.5)
+    settle(page)
+    page.screenshot(path=tmp_path / "blue.png", full_page=True)
+    now_red, _, now_blue = colour(page, left)
+    assert now_blue - now_red > blue - red + 40
 
 
 def test_a_picture_is_late(page: Any, tmp_path: Path) -> None:
