@@ -29,7 +29,7 @@ class PictureRequest:
     count: int = 1
     loras: Loras = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    """As `Pipeline.resolve` takes them; None leaves a choice to the model."""
+    """Fields of `PictureOptions`; None leaves a choice to the model."""
     image: Image | None = None
     mask: Image | None = None
 
@@ -128,15 +128,16 @@ class Painter:
     def _paint(self, job: Job, done: list[Painted]) -> None:
         from dataclasses import replace
 
+        from lcm_core.pipeline import PictureOptions
         from lcm_core.pipeline.image import encode_image
 
         request = job.request
         pipe = self.shelf.pipeline(request.model, request.loras)
-        base = pipe.resolve(request.image, **request.options)
+        base = pipe.resolve(PictureOptions(**request.options), request.image)
         seeds = [(request.seed + number) % _SEEDS for number in range(request.count)]
         pictures = [replace(base, prompt=request.prompt, seed=seed).check() for seed in seeds]
         job.steps = pipe.count_steps(base) * len(pictures)
         painted = pipe.paint(pictures, request.image, request.mask, callback=job.step)
         for settings, image in zip(pictures, painted, strict=True):
-            described = pipe.describe(settings)
+            described = pipe.describe(settings).said
             done.append(Painted(encode_image(image, ".png", described), described))

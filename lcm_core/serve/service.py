@@ -38,7 +38,7 @@ class Service:
 
 
 def read_options(fields: Fields, steps: str = "steps", guidance: str = "guidance") -> dict[str, Any]:
-    """The options of `Pipeline.resolve` that every door has.
+    """The fields of `PictureOptions` that every door has.
 
     Args:
         fields: the request.
