@@ -4,18 +4,21 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from lcm_core.errors import InputError
 from lcm_core.pipeline.image import save_image
 from trainer.report.charts import Axis, Series, line_chart, log_ticks, round_ticks, smooth, thin
-from trainer.report.page import write_report
+from trainer.report.page import read_run, render, write_report
 from trainer.report.sections import duration, flatten, size
 from trainer.report.tables import best_of, to_markdown
+from trainer.report.template import fill
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 ROWS = [
@@ -94,6 +97,29 @@ def test_users_words_are_shown_as_they_are_and_are_never_markup(run):
     assert EVIL not in text
     words = "".join(Page(text).words)
     assert words.count(EVIL) >= 7  # prompt, sampler, model, remark, machine, skipped name, reason, settings
+
+
+def test_a_prompt_with_a_script_is_text(tmp_path):
+    """Also in attributes and in what is drawn: a page that is mailed must not run what somebody wrote as a prompt."""
+    prompt = "<script>alert(1)</script>"
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "samples" / "student-04-000.png", {"prompt": prompt, "seed": 1})
+    rows = [{"model": prompt, "sampler": "lcm", "steps": steps, "guidance_scale": 1.0, "fd": 2.0} for steps in (1, 4)]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    run = read_run(tmp_path)
+    picture = replace(run.samples[0], role=prompt)
+    text = render(replace(run, name=prompt, samples=[picture]))
+    page = Page(text)
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; <small>seed 1" in text
+    assert "&amp;lt;" not in text  # escaped once: a chart is HTML already
+    assert f"{prompt}, lcm" in page.words  # the chart's legend
+    assert ("alt", f"{prompt}, 4 steps") in page.attributes
+
+
+def test_a_name_that_a_template_lacks_is_an_error():
+    """Else a renamed value would silently leave a gap in the page."""
+    with pytest.raises(UndefinedError, match="teacher"):
+        fill("report.html.jinja", name="run")
 
 
 def test_the_page_holds_the_pictures_themselves(run):

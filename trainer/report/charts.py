@@ -1,11 +1,14 @@
-"""Line charts as inline SVG: no library, no script, colours from the page's own variables."""
+"""Line charts as inline SVG: no script, colours from the page's own variables, which follow the reader's theme."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from trainer.report.template import fill
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 46
@@ -104,8 +107,8 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     x_ticks: Sequence[float] | None = None,
-) -> str:
-    """A chart as an HTML figure with title and legend. Points that are not finite are left out.
+) -> Markup:
+    """A chart as an HTML figure with title and legend, empty without a point. Points that are not finite are left out.
 
     Args:
         title: above the chart.
@@ -117,41 +120,18 @@ def line_chart(
     shown = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.style, s.marks) for s in series]
     shown = [s for s in shown if s.points]
     if not shown:
-        return ""
+        return Markup()
     xs, ys = ([p[i] for s in shown for p in s.points] for i in (0, 1))
     x = Axis(xs, LEFT, WIDTH - RIGHT, log_x, x_ticks)
     y = Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
-    legend = "".join(f'<li class="{escape(s.style)}"><i></i>{escape(s.name)}</li>' for s in shown)
-    body = _grid(x, y, x_label, y_label) + "".join(_line(s, x, y) for s in shown)
-    label = escape(f"{title}: {y_label} by {x_label}")
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{body}</svg></figure>'
+    return fill(
+        "chart.html.jinja",
+        title=title,
+        lines=[(s, [(x(a), y(b)) for a, b in thin(s.points)]) for s in shown],
+        x=x,
+        y=y,
+        x_label=x_label,
+        y_label=y_label,
+        width=WIDTH,
+        height=HEIGHT,
     )
-
-
-def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
-    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = []
-    for value in y.ticks:
-        at = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{value:,g}</text>')
-    for value in x.ticks:
-        at = x(value)
-        parts.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{value:,g}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    middle = (LEFT + right) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    middle = (TOP + bottom) / 2
-    turned = f'transform="rotate(-90 14 {middle})"'
-    parts.append(f'<text class="label" x="14" y="{middle}" text-anchor="middle" {turned}>{escape(y_label)}</text>')
-    return "".join(parts)
-
-
-def _line(series: Series, x: Axis, y: Axis) -> str:
-    points = [(x(a), y(b)) for a, b in thin(series.points)]
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4"/>' for a, b in points) if series.marks else ""
-    return f'<g class="{escape(series.style)}"><polyline points="{path}"/>{dots}</g>'

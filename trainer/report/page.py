@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from lcm_core.files.safetensors import read_json
 from lcm_core.pipeline.image import write_bytes
 from trainer.report import sections as parts
 from trainer.report.preview import Sample, read_samples
+from trainer.report.template import fill
 
 REPORT = "report.html"
-STYLE = Path(__file__).with_name("report.css")
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -83,25 +81,18 @@ def read_run(root: Path) -> Run:
 
 def render(run: Run) -> str:
     """The page."""
-    sections = [
-        ("Before and after", parts.samples(run.samples)),
-        ("Scores", parts.scores(run.rows, run.remark)),
-        ("Training", parts.training(run.log)),
-        ("Previews as it learnt", parts.previews(run.previews)),
-        ("Cost", parts.cost(run.config, run.log, run.machine)),
-        ("Skipped pictures", parts.skipped(run.skipped)),
-        ("Settings", parts.settings(run.config)),
-    ]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    title = escape(f"{run.name}: distillation report")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
-        f"<header><p>LCM Suite · distillation report</p><h1>{escape(run.name)}</h1>"
-        f"{parts.headline(run.config, run.rows, run.log)}</header>{body}</main></body></html>\n"
+    return fill(
+        "report.html.jinja",
+        name=run.name,
+        teacher=run.config.get("teacher"),
+        figures=parts.headline(run.config, run.rows, run.log),
+        samples=parts.samples(run.samples),
+        scores=parts.scores(run.rows, run.remark),
+        training=parts.training(run.log),
+        previews=parts.previews(run.previews),
+        cost=parts.cost(run.config, run.log, run.machine),
+        skipped=run.skipped,
+        settings=parts.settings(run.config),
     )
 
 

@@ -1,6 +1,6 @@
-"""The sections of the report, each from plain data to HTML; an empty string where there is nothing to show.
+"""What each section of the report shows, as plain data; nothing where there is nothing to show.
 
-All text that comes from a user (prompts, paths, names, reasons) goes through `escape`.
+`report.html.jinja` turns it into HTML and escapes all text: prompts, paths, names and reasons come from users.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from lcm_core.cli.common import plural
 from lcm_core.pipeline.image import open_image
@@ -25,21 +27,77 @@ TEACHER = "teacher"
 _LOSSLESS_SIDE = 160  # small pictures are shown enlarged, where a lossy format would be seen
 
 
-def headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, float]]) -> str:
-    """What was done, in one line, and the few figures that everybody looks for first."""
-    teacher = config.get("teacher")
-    sentence = f"<p>distilled from <b>{escape(str(teacher))}</b></p>" if teacher else ""
+@dataclass(frozen=True)
+class Embedded:
+    """A picture inside the page."""
+
+    source: str
+    """A data: address, which holds the whole file."""
+    width: int
+    height: int
+    words: str
+    """What it shows, for those who cannot see it."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One model's pictures of a prompt, one for each number of steps."""
+
+    role: str
+    style: str
+    cells: Sequence[tuple[str, Embedded | None]]
+    """Caption and picture; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt's pictures, a strip for each model."""
+
+    prompt: str
+    seed: str
+    strips: Sequence[Strip]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures of all prompts."""
+
+    note: str
+    wide: bool
+    """Pictures so large that prompts do not fit beside each other."""
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of the table of scores."""
+
+    text: str
+    is_number: bool
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The table of scores and its charts."""
+
+    remark: str
+    head: Sequence[Cell]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    """CSS class and cells of each row."""
+    charts: Sequence[Markup]
+
+
+def headline(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, float]]
+) -> list[tuple[str, str, str]]:
+    """Name, value and remark of the few figures that everybody looks for first."""
     figures = _score_figures(rows)
     if log:
         figures.append(("steps", f"{len(log):,}", ""))
-        figures += [
-            (name, value, "") for name, value in _cost(config, log).items() if name in ("training", "peak memory")
-        ]
-    tiles = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(remark)}</small></div>"
-        for name, value, remark in figures
-    )
-    return f'{sentence}<dl class="figures">{tiles}</dl>' if tiles else sentence
+        facts = training_facts(config, log)
+        figures += [(name, value, "") for name, value in facts.items() if name in ("training", "peak memory")]
+    return figures
 
 
 def _score_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -54,76 +112,70 @@ def _score_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
     return []
 
 
-def samples(found: Sequence[Sample]) -> str:
+def samples(found: Sequence[Sample]) -> Samples | None:
     """For each prompt, the teacher's pictures above the student's, a column for each number of steps."""
     if not found:
-        return ""
-    cells = {(s.index, s.role, s.steps): s for s in found}
+        return None
     roles = sorted({s.role for s in found}, key=lambda role: (role != TEACHER, role))
     steps = sorted({s.steps for s in found})
-    blocks = []
+    prompts = []
     for index in sorted({s.index for s in found}):
-        about = next(s.settings for s in found if s.index == index)
-        strips = "".join(_strip(role, [cells.get((index, role, number)) for number in steps], steps) for role in roles)
-        prompt, seed = escape(str(about.get("prompt", ""))) or "<i>empty prompt</i>", escape(str(about.get("seed")))
-        blocks.append(f'<article class="prompt"><h3>{prompt} <small>seed {seed}</small></h3>{strips}</article>')
-    wide = " wide" if open_image(found[0].path).width > _LOSSLESS_SIDE else ""
-    note = " · ".join(_how(next(s for s in found if s.role == role)) for role in roles)
-    return f'<p class="note">{note}. Same prompts, same seeds.</p><div class="prompts{wide}">{"".join(blocks)}</div>'
+        painted = {(s.role, s.steps): s for s in found if s.index == index}
+        about = next(iter(painted.values())).settings
+        strips = [_strip(role, {number: painted.get((role, number)) for number in steps}) for role in roles]
+        prompts.append(Prompt(str(about.get("prompt", "")), str(about.get("seed")), strips))
+    return Samples(
+        note=" · ".join(_how(next(s for s in found if s.role == role)) for role in roles),
+        wide=open_image(found[0].path).width > _LOSSLESS_SIDE,
+        prompts=prompts,
+    )
 
 
 def _how(sample: Sample) -> str:
     settings = sample.settings
-    return escape(
-        f"{sample.role}: sampler {settings.get('sampler')}, guidance {float(settings.get('guidance_scale', 1)):g}"
+    guidance = float(settings.get("guidance_scale", 1))
+    return f"{sample.role}: sampler {settings.get('sampler')}, guidance {guidance:g}"
+
+
+def _strip(role: str, painted: Mapping[int, Sample | None]) -> Strip:
+    cells: list[tuple[str, Embedded | None]] = []
+    for number, sample in painted.items():
+        label = plural(number, "step")
+        cells.append((label, None if sample is None else embed(sample.path, f"{role}, {label}")))
+    return Strip(role, _style_of(role), cells)
+
+
+def _style_of(model: str) -> str:
+    return TEACHER if model == TEACHER else "student"
+
+
+def scores(rows: Sequence[Mapping[str, Any]], remark: str) -> Scores | None:
+    """The table, with the best of each column, and the scores as charts."""
+    if not rows:
+        return None
+    columns = used_columns(rows)
+    best = {name: best_of(rows, name) for name in columns}
+    charts = [_score_chart(rows, name) for name in ("fd", "fid", "recall", "alignment", "clip_score")]
+    return Scores(
+        remark,
+        head=[Cell(COLUMNS[name][0], bool(COLUMNS[name][1])) for name in columns],
+        rows=[(_style_of(row["model"]), [_score_cell(row, name, best[name]) for name in columns]) for row in rows],
+        charts=charts,
     )
 
 
-def _strip(role: str, cells: Sequence[Sample | None], steps: Sequence[int]) -> str:
-    figures = []
-    for cell, number in zip(cells, steps, strict=True):
-        label = plural(number, "step")
-        content = '<span class="empty"></span>' if cell is None else picture(cell.path, f"{role}, {label}")
-        figures.append(f"<figure>{content}<figcaption>{label}</figcaption></figure>")
-    style = TEACHER if role == TEACHER else "student"
-    return f'<div class="strip {style}" style="--n:{len(steps)}"><b>{escape(role)}</b>{"".join(figures)}</div>'
+def _score_cell(row: Mapping[str, Any], column: str, best: float | None) -> Cell:
+    is_best = best is not None and row.get(column) == best
+    return Cell(format_cell(row, column), bool(COLUMNS[column][1]), is_best)
 
 
-def scores(rows: Sequence[Mapping[str, Any]], remark: str) -> str:
-    """The table, with the best of each column set bold, and the Frechet distance as a chart."""
-    if not rows:
-        return ""
-    columns = used_columns(rows)
-    best = {name: best_of(rows, name) for name in columns}
-    head = "".join(f"<th{_number_class(name)}>{escape(COLUMNS[name][0])}</th>" for name in columns)
-    lines = []
-    for row in rows:
-        marked = TEACHER if row["model"] == TEACHER else "student"
-        cells = "".join(_score_cell(row, name, best[name]) for name in columns)
-        lines.append(f'<tr class="{marked}">{cells}</tr>')
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    charts = "".join(_score_chart(rows, name) for name in ("fd", "fid", "recall", "alignment", "clip_score"))
-    return f'<p class="note">{escape(remark)}</p>{table}<div class="charts">{charts}</div>'
-
-
-def _number_class(column: str) -> str:
-    return ' class="number"' if COLUMNS[column][1] else ""
-
-
-def _score_cell(row: Mapping[str, Any], column: str, best: float | None) -> str:
-    text = escape(format_cell(row, column))
-    if best is not None and row.get(column) == best:
-        text = f"<b>{text}</b>"
-    return f"<td{_number_class(column)}>{text}</td>"
-
-
-def _score_chart(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+def _score_chart(rows: Sequence[Mapping[str, Any]], column: str) -> Markup:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get(column) is not None:
             lines.setdefault(f"{row['model']}, {row['sampler']}", []).append((row["steps"], row[column]))
     if not any(len(points) > 1 for points in lines.values()):
-        return ""
+        return Markup()
     series = [
         Series(name, sorted(points), _line_style(name, list(lines)), marks=True) for name, points in lines.items()
     ]
@@ -139,30 +191,24 @@ def _line_style(name: str, names: Sequence[str]) -> str:
     return (TEACHER if is_teacher else "student") + (" other" if alike.index(name) else "")
 
 
-def training(log: Sequence[Mapping[str, float]]) -> str:
+def training(log: Sequence[Mapping[str, float]]) -> list[Markup]:
     """The loss of every step, thin, and its moving average, thick; beside it the learning rate."""
     losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
     rates = [(line["step"], line["learning_rate"]) for line in log if "learning_rate" in line]
     if not losses:
-        return ""
+        return []
     series = [Series("each step", losses, "raw"), Series("moving average", smooth(losses), "student")]
-    charts = line_chart("Loss", series, "optimiser steps", "loss", log_y=True)
-    charts += line_chart("Learning rate", [Series("learning rate", rates, "teacher")], "optimiser steps", "rate")
-    return f'<div class="charts">{charts}</div>'
+    return [
+        line_chart("Loss", series, "optimiser steps", "loss", log_y=True),
+        line_chart("Learning rate", [Series("learning rate", rates, "teacher")], "optimiser steps", "rate"),
+    ]
 
 
-def previews(found: Sequence[tuple[str, Path]]) -> str:
-    """Preview grids in the order in which they were painted; of many, an even choice with the first and the last."""
-    if not found:
-        return ""
+def previews(found: Sequence[tuple[str, Path]]) -> list[tuple[str, Embedded]]:
+    """Caption and grid, in the order of painting; of many, an even choice with the first and the last."""
     count = min(len(found), MOST_PREVIEWS)
     chosen = [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
-    figures = "".join(
-        f"<figure>{picture(path, stem, largest=2 * LARGEST_SHOWN)}<figcaption>{escape(_step_words(stem))}</figcaption>"
-        "</figure>"
-        for stem, path in chosen
-    )
-    return f'<div class="film">{figures}</div>'
+    return [(_step_words(stem), embed(path, stem, largest=2 * LARGEST_SHOWN)) for stem, path in chosen]
 
 
 def _step_words(stem: str) -> str:
@@ -170,12 +216,13 @@ def _step_words(stem: str) -> str:
     return f"step {int(number):,}" if number.isdigit() else stem
 
 
-def cost(config: Mapping[str, Any], log: Sequence[Mapping[str, float]], machine: Mapping[str, Any]) -> str:
+def cost(config: Mapping[str, Any], log: Sequence[Mapping[str, float]], machine: Mapping[str, Any]) -> dict[str, str]:
     """Time, pictures, memory and the machine."""
-    return _facts(_cost(config, log) | {str(name): str(value) for name, value in machine.items()})
+    return training_facts(config, log) | {str(name): str(value) for name, value in machine.items()}
 
 
-def _cost(config: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def training_facts(config: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What the training took, by name, as far as the log says."""
     seconds = sum(line.get("seconds", 0.0) for line in log)
     images = len(log) * config.get("training", {}).get("batch_size", 0)
     peak = max((line.get("peak_memory", 0) for line in log), default=0)
@@ -191,27 +238,11 @@ def _cost(config: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> dict
     return facts
 
 
-def skipped(found: Sequence[Sequence[str]]) -> str:
-    """Every picture that could not be used, with the reason."""
-    if not found:
-        return ""
-    lines = "".join(f"<tr><td>{escape(str(name))}</td><td>{escape(str(why))}</td></tr>" for name, why in found)
-    return (
-        f"<p>{plural(len(found), 'picture')} could not be used.</p><details{' open' * (len(found) <= 20)}>"
-        f'<summary>names and reasons</summary><div class="scroll"><table>{lines}</table></div></details>'
-    )
-
-
-def settings(config: Mapping[str, Any]) -> str:
+def settings(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Every setting of the run, in groups."""
-    if not config:
-        return ""
     top = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
     groups = {"run": top, **{key: value for key, value in config.items() if isinstance(value, Mapping)}}
-    tables = "".join(
-        f"<div><h3>{escape(str(name))}</h3>{_facts(flatten(values))}</div>" for name, values in groups.items() if values
-    )
-    return f'<div class="settings">{tables}</div>'
+    return {name: flatten(values) for name, values in groups.items() if values}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -227,13 +258,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
-    return f'<div class="scroll"><table class="facts">{lines}</table></div>' if lines else ""
-
-
-def picture(path: Path, words: str, largest: int = LARGEST_SHOWN) -> str:
-    """A picture inside the page."""
+def embed(path: Path, words: str, largest: int = LARGEST_SHOWN) -> Embedded:
+    """A picture for the page, scaled down to `largest` pixels at most."""
     image = open_image(path).convert("RGB")
     buffer = io.BytesIO()
     if max(image.size) <= _LOSSLESS_SIDE:
@@ -244,10 +270,7 @@ def picture(path: Path, words: str, largest: int = LARGEST_SHOWN) -> str:
         image.thumbnail((largest, largest))
         image.save(buffer, "WEBP", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img src="data:image/{kind};base64,{data}" width="{image.width}" height="{image.height}" '
-        f'alt="{escape(words)}">'
-    )
+    return Embedded(f"data:image/{kind};base64,{data}", image.width, image.height, words)
 
 
 def duration(seconds: float) -> str:
