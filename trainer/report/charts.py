@@ -10,6 +10,9 @@ from markupsafe import Markup
 
 from trainer.report.template import fill
 
+# Plots elsewhere have other ends, so they are not drawn here: `nodes/loss_plot.py` makes pixels for ComfyUI, whose
+# Python has Pillow but no matplotlib, on this file's axes; the web UI's tab may not import the trainer; `benchmarks/`
+# has matplotlib, which the trainer does without, and whose SVG would not follow the page's theme.
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 46
 MOST_POINTS = 800
