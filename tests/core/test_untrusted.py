@@ -192,7 +192,7 @@ def test_damaged_tokenizer_is_copied_into_an_export(name: str, models: Path, tmp
 
 
 def test_lora_is_refused_after_loading(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcm_core.pipeline.model.load_unet", lambda *_: pytest.fail("the U-Net was loaded first"))
+    monkeypatch.setattr("lcm_core.pipeline.parts.load_unet", lambda *_: pytest.fail("the U-Net was loaded first"))
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"a\.safetensors"):
         load_model(models / "plain", "cpu", lora=[(tmp_path / "a.safetensors", 1.0)])

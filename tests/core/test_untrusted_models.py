@@ -100,7 +100,7 @@ def test_file_without_vae_or_words_is_refused_after_loading(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong when the U-Net was loaded before: with a large one that takes ten seconds and more."""
-    monkeypatch.setattr("lcm_core.pipeline.model.load_unet", lambda *_: pytest.fail("the U-Net was loaded first"))
+    monkeypatch.setattr("lcm_core.pipeline.parts.load_unet", lambda *_: pytest.fail("the U-Net was loaded first"))
     source = find_source(models / "plain")
     parts = {name: read_component(models / "plain", name) for name in ("unet", "text_encoder")}
     save_single_file(tmp_path / "bare.safetensors", parts, source.info, source.read_tokenizers()["tokenizer"])
