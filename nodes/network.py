@@ -60,8 +60,9 @@ class HostNetwork:
         base.model_sampling = _untouched(base.model_sampling, diffusion)
         conds = {"positive": comfy.sampler_helpers.convert_cond(prompts)}
         comfy.sampler_helpers.prepare_model_patcher(base.current_patcher, conds, self.options)
-        comfy.samplers.cast_to_load_options(self.options, device=device, dtype=base.get_dtype_inference())
-        others, _ = comfy.sampler_helpers.get_additional_models(conds, base.get_dtype_inference())
+        dtype = base.manual_cast_dtype or base.get_dtype()  # what newer hosts name get_dtype_inference
+        comfy.samplers.cast_to_load_options(self.options, device=device, dtype=dtype)
+        others, _ = comfy.sampler_helpers.get_additional_models(conds, dtype)
         if others:  # ControlNets and the like
             comfy.model_management.load_models_gpu(others)
         blank = torch.zeros(tuple(shape), device=device)

@@ -176,9 +176,11 @@ def read_latent(model: Any, latent: Latent) -> Latent:
 def noise_of(latent: Latent, seed: int) -> Noise:
     """All noise of a LATENT's pictures: the first from `seed`, the next from `seed + 1`, and so on.
 
-    A picture taken out of a batch (Latent From Batch) keeps the seed of its place there.
+    A picture taken out of a batch (Latent From Batch) keeps the seed of its place there. PyTorch's own stream of random
+    numbers is left as the host's sampling nodes leave it: patches draw from it (HyperTile its tiles).
     """
     x0 = latent["samples"]
+    comfy.sample.prepare_noise(x0, seed, latent.get("batch_index"))
     places: Sequence[int] = latent.get("batch_index") or range(len(x0))
     seeds = [(seed + int(place)) % 2**64 for place in places]
     return initial_noise(seeds, x0.shape[1:]), _noise_sampler(seeds, x0.shape[1:])

@@ -30,10 +30,11 @@ import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(ROOT)]  # behind the host's, as the custom node puts itself
 
 from host_distil import try_distil_families, try_flow_teacher  # noqa: E402
 from host_families import try_families  # noqa: E402
+from host_patches import try_patches  # noqa: E402
 from host_trials import message_of, try_guidance, try_saved, try_stock_nodes  # noqa: E402
 
 
@@ -302,6 +303,7 @@ def main() -> None:
     else:
         trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller, try_stated)
         trials += (try_families, try_distil_families, try_flow_teacher, try_guidance, try_saved, try_stock_nodes)
+        trials += (try_patches,)
         findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
     (FOLDER / "findings.json").write_text(json.dumps(findings))
 

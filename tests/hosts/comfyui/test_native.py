@@ -67,7 +67,7 @@ def test_stock_nodes_paint_the_picture_of_the_pipeline(
     """Wrong when a weight, the tokenizer, the heads, the prediction type, the LoRA or the VAE is read otherwise."""
     pipe = Pipeline.load("emoji", device="cpu", unet=unet, lora=[("lcm_lora", 1.0)] if lora else ())
     guided = unet == "lcm"  # its guidance is in the weights; ComfyUI's loader settles it at the model's default
-    scale = pipe.model.guidance_scale if guided else 2.0
+    scale = pipe.model.settings().guidance_scale if guided else 2.0
     expected = pipe(PROMPT, seed=1, sampler="euler", timesteps=TIMESTEPS, guidance_scale=scale).images[0]
     prompt, _ = _stock(checkpoint, lora, 1.0 if guided else scale)
     [painted] = pictures(server, server.run(prompt))
