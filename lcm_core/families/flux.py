@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, FlowFamily
+from lcm_core.families.patches import from_patches, to_patches
 from lcm_core.families.vae import plain_latents
 from lcm_core.networks.vae import load_vae
-
-_PACKED = "b (h w) (c p q)"
-_PLAIN = "b c (h p) (w q)"
 
 
 def encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
@@ -30,11 +28,9 @@ def predict(
     guidance: Tensor | None = None,
 ) -> Tensor:
     """Takes patches of 2 x 2, with their places, and timesteps in [0, 1]."""
-    from einops import rearrange
-
     height, width = (side // 2 for side in x.shape[-2:])
     output = model(
-        hidden_states=rearrange(x, f"{_PLAIN} -> {_PACKED}", p=2, q=2),
+        hidden_states=to_patches(x),
         timestep=t / 1000,
         guidance=guidance,
         encoder_hidden_states=encoder_hidden_states,
@@ -43,7 +39,7 @@ def predict(
         img_ids=_places(height, width).to(x),
         return_dict=False,
     )[0]
-    return rearrange(output, f"{_PACKED} -> {_PLAIN}", h=height, p=2, q=2)
+    return from_patches(output, height)
 
 
 def _places(height: int, width: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class TransformerText:
     def __init__(self, family: FlowFamily, root: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.family, self.root, self.device, self.dtype = family, root, device, dtype
         self._pipe: Any = None
-        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._encode_cached = lru_cache(CACHED_PROMPTS)(self._encode)
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Conditioning of prompts, tensors (B, ...); `size` makes no difference to these families."""
@@ -85,20 +85,15 @@ class TransformerText:
 
     def clear_cache(self) -> None:
         """Forget encoded prompts."""
-        self._cache.clear()
+        self._encode_cached.cache_clear()
 
     @torch.no_grad()
-    def _encode_cached(self, prompt: str) -> dict[str, Tensor]:
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
         if self._pipe is None:
             encoders = dict(self.family.text_encoders)
             self._pipe = load_text_pipeline(self.family.pipeline, encoders, self.root, self.device, self.dtype)
-        if prompt not in self._cache:
-            batch = self.family.encode(self._pipe, [prompt])
-            self._cache[prompt] = {name: _wide(value[0]).to(self.device) for name, value in batch.items()}
-            if len(self._cache) > CACHED_PROMPTS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+        batch = self.family.encode(self._pipe, [prompt])
+        return {name: _wide(value[0]).to(self.device) for name, value in batch.items()}
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, FlowFamily
+from lcm_core.families.patches import from_patches, to_patches
 from lcm_core.families.vae import load_still_vae, still_latents
-
-_PACKED = "b (h w) (c p q)"
-_PLAIN = "b c (h p) (w q)"
 
 
 def encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
@@ -25,18 +23,16 @@ def predict(
     model: Any, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor
 ) -> Tensor:
     """Takes patches of 2 x 2, and timesteps in [0, 1]."""
-    from einops import rearrange
-
     height, width = (side // 2 for side in x.shape[-2:])
     output = model(
-        hidden_states=rearrange(x, f"{_PLAIN} -> {_PACKED}", p=2, q=2),
+        hidden_states=to_patches(x),
         timestep=t / 1000,
         encoder_hidden_states=encoder_hidden_states,
         encoder_hidden_states_mask=encoder_hidden_states_mask,
         img_shapes=[[(1, height, width)]] * len(x),
         return_dict=False,
     )[0]
-    return rearrange(output, f"{_PACKED} -> {_PLAIN}", h=height, p=2, q=2)
+    return from_patches(output, height)
 
 
 FAMILY = FlowFamily(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ class LCMSuiteScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {sampler!r}; choose {', '.join(SAMPLERS)}")
-        self.diffusion = self._diffusion(self._process(shift))
+        self.diffusion = self._diffusion(shift)
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
         self._begin_index: int | None = None
@@ -136,8 +137,8 @@ class LCMSuiteScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             InputError: a grid out of order or range, or `sigmas` for a model that is no flow.
         """
-        process = self._process(self._settings.shift if mu is None else math.exp(mu))
-        self.diffusion = self._diffusion(process)
+        self.diffusion = self._diffusion(self._settings.shift if mu is None else math.exp(mu))
+        process = self.diffusion.process
         if sigmas is not None:
             timesteps = self._shifted(sigmas, process)
         points = original_inference_steps or self._settings.original_inference_steps
@@ -200,26 +201,21 @@ class LCMSuiteScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         moved = (x * after).to(sample.dtype)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
-    def _process(self, shift: float) -> Process:
-        if self.is_flow:
-            return RectifiedFlow(shift, self._settings.num_train_timesteps)
-        betas = self._settings.trained_betas
+    def _diffusion(self, shift: float) -> Diffusion:
+        said = self._settings
         info = ModelInfo(
             "sd1",
-            prediction_type=self._settings.prediction_type,
-            zero_terminal_snr=self._settings.rescale_betas_zero_snr,
-            beta_schedule=self._settings.beta_schedule,
-            beta_start=self._settings.beta_start,
-            beta_end=self._settings.beta_end,
-            num_train_timesteps=self._settings.num_train_timesteps,
-            trained_betas=None if betas is None else tuple(betas),
+            prediction_type="flow" if self.is_flow else said.prediction_type,
+            zero_terminal_snr=said.rescale_betas_zero_snr,
+            beta_schedule=said.beta_schedule,
+            beta_start=said.beta_start,
+            beta_end=said.beta_end,
+            num_train_timesteps=said.num_train_timesteps,
+            trained_betas=None if said.trained_betas is None else tuple(said.trained_betas),
+            shift=shift,
         )
-        return diffusion_of(info).process
-
-    def _diffusion(self, process: Process) -> Diffusion:
-        prediction = "flow" if self.is_flow else self._settings.prediction_type
-        steps, scaling = self._settings.original_inference_steps, self._settings.timestep_scaling
-        return Diffusion(process, prediction, steps, timestep_scaling=scaling)
+        steps, scaling = said.original_inference_steps, said.timestep_scaling
+        return replace(diffusion_of(info), original_steps=steps, timestep_scaling=scaling)
 
     def _shifted(self, sigmas: Sequence[float], process: Process) -> Tensor:
         if not isinstance(process, RectifiedFlow):

@@ -17,9 +17,8 @@ _LORA = re.compile(r"<lora:([^:>]+)(?::([-+]?\d*\.?\d+))?>")
 _MOST_LORAS = 8
 _USUAL_STRENGTH = 0.75  # of A1111's img2img
 _WITHOUT_EFFECT = (  # what clients send with every request, and what changes no picture here
-    *("send_images", "save_images", "do_not_save_samples", "do_not_save_grid", "denoising_strength", "resize_mode"),
-    *("eta", "s_noise", "hr_scale", "hr_upscaler", "subseed", "scheduler", "override_settings_restore_afterwards"),
-    *("inpaint_full_res", "mask_blur", "image_cfg_scale", "initial_noise_multiplier"),
+    *("send_images", "save_images", "do_not_save_samples", "do_not_save_grid", "denoising_strength"),
+    "override_settings_restore_afterwards",
 )
 
 

@@ -212,7 +212,7 @@ def test_a_lora_that_fits_in_part_is_loaded_in_part(runtime: Any, monkeypatch: p
         ("n" * 300, "is too long for a file name"),
         ("\N{HANGUL SYLLABLE GA}" * 90, "is too long for a file name"),
         ("../evil", "is no plain file name"),
-        ("/tmp/evil", "is no plain file name"),
+        ("/evil", "is no plain file name"),
         ("..\\evil", "is no plain file name"),
         ("C:evil", "is no plain file name"),
         ("..", "is no plain file name"),
