@@ -20,9 +20,8 @@ def encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 def predict(model: Any, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Tensor:
     """Takes video latents and timesteps as they are."""
-    output: Tensor = model(hidden_states=x, timestep=t, encoder_hidden_states=encoder_hidden_states, return_dict=False)[
-        0
-    ]
+    words = encoder_hidden_states
+    output: Tensor = model(hidden_states=x, timestep=t, encoder_hidden_states=words, return_dict=False)[0]
     return output
 
 
