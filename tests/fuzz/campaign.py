@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -73,12 +74,11 @@ def main() -> None:
         models = Path(folder, "models")
         models.mkdir()
         add_single_file(make_models(models))
-        worker = start_worker(Path(folder, "work"), models)
-        for name, number in remaining(rows, args.inputs):
-            ran, faults = run_seed(worker, kinds[name](models), number)
-            rows.append({"kind": name, "seed": number, "inputs": ran, "faults": faults})
-            print(json.dumps(rows[-1]), file=file, flush=True)
-        worker.close()
+        with closing(start_worker(Path(folder, "work"), models)) as worker:
+            for name, number in remaining(rows, args.inputs):
+                ran, faults = run_seed(worker, kinds[name](models), number)
+                rows.append({"kind": name, "seed": number, "inputs": ran, "faults": faults})
+                print(json.dumps(rows[-1]), file=file, flush=True)
     print(json.dumps(summary(rows), indent=1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.fuzz.guards import Worker
 from tests.fuzz.kinds import add_single_file, start_worker
 
 __all__ = ["models", "tiny_models", "worker"]
-collect_ignore = [] if sys.platform == "linux" else ["test_inputs.py", "test_known.py"]
+collect_ignore = [] if sys.platform == "linux" else ["test_inputs.py", "test_known.py", "test_worker.py"]
 """Forks and /proc; what is found there is no different on other systems."""
 
 
@@ -26,6 +27,5 @@ def tiny_models(models: Path) -> Path:
 @pytest.fixture(scope="session")
 def worker(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """Everything that a command line runs through has been imported there."""
-    started = start_worker(tmp_path_factory.mktemp("fuzz"), tiny_models)
-    yield started
-    started.close()
+    with closing(start_worker(tmp_path_factory.mktemp("fuzz"), tiny_models)) as started:
+        yield started

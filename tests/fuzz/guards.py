@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +18,10 @@ MEMORY = 2 << 30
 """Bytes of peak memory, everything imported included."""
 LINE = 2000
 """Letters of an error beyond the command line's own: more is no line that anybody reads."""
+ANSWER_SECONDS = 300.0
+"""How long an answer may take, a crowded machine included; the worker itself ends a command that hangs long before."""
+END_SECONDS = 10.0
+"""How long the worker may take to end."""
 FIFO = "fifo"
 """Stands for a pipe's content in `Case.files`: whoever opens it waits for ever."""
 Content = bytes | Path | str
@@ -53,13 +59,16 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # so that a command in a fork is ended with it
         )
 
     def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """End the process. It is told to: a process that was forked here may hold its stdin open for longer."""
+        try:
+            self._send({"end": True})
+            self._process.wait(END_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            self._kill()
 
     def warm(self, program: str, argv: Sequence[str]) -> None:
         """Let the process import what a good command line needs."""
@@ -97,11 +106,27 @@ class Worker:
             folder.mkdir(parents=True)
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        """Raises TimeoutError where the worker does not answer, EOFError where it has ended."""
+        self._send(order)
+        answers = self._process.stdout
+        assert answers is not None
+        if not select.select([answers], [], [], ANSWER_SECONDS)[0]:
+            self._kill()
+            raise TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s to {order!r:.2000}")
+        line = answers.readline()
+        if not line:
+            raise EOFError(f"the worker ended with {self._process.poll()} at {order!r:.2000}")
+        answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _send(self, order: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(END_SECONDS)
 
 
 def _put(path: Path, content: Content) -> None:

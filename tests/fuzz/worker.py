@@ -70,7 +70,8 @@ class Guard:
 
 
 def main() -> None:
-    """Answer orders until stdin ends. An order with "warm" runs in this very process, for the sake of its imports."""
+    """Answer orders until there is one with "end", or stdin ends. An order with "warm" runs in this very process, for
+    the sake of its imports."""
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # a fork would not have its thread, but might inherit its lock
@@ -78,9 +79,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         order = json.loads(line)
+        if order.get("end"):
+            break
         answer = _warm(order) if order.get("warm") else _fork(order)
         gc.freeze()  # else each fork's collection writes to, and so copies, all memory that it shares
         print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # waits for no thread that a library has started
 
 
 def _warm(order: dict[str, Any]) -> dict[str, Any]:
