@@ -86,6 +86,13 @@ async def _ask(answer: Callable[[Service], Any], service: Service, request: Requ
 
 async def _post(handler: Handler, service: Service, request: Request) -> Response:
     """Run a handler on the request's JSON; when the client goes away, the painting stops."""
+    try:
+        return await _answer(handler, service, request)
+    except asyncio.CancelledError:  # the server ends and has waited long enough
+        return _line(503, "the server is ending")
+
+
+async def _answer(handler: Handler, service: Service, request: Request) -> Response:
     from starlette.responses import JSONResponse, Response
 
     body = await _read_body(request, service)
@@ -100,6 +107,8 @@ async def _post(handler: Handler, service: Service, request: Request) -> Respons
 
 
 async def _read_body(request: Request, service: Service) -> dict[str, Any]:
+    from starlette.requests import ClientDisconnect
+
     limits = service.limits
 
     async def read() -> bytes:
@@ -112,6 +121,8 @@ async def _read_body(request: Request, service: Service) -> dict[str, Any]:
 
     try:
         body = await asyncio.wait_for(read(), limits.body_seconds)
+    except ClientDisconnect:
+        raise RequestError("the client went away before its request was complete", _CLIENT_GONE) from None
     except asyncio.TimeoutError:
         raise RequestError(f"the request took longer than {limits.body_seconds:g} s to arrive", 408) from None
     return parse_json(body, "the request", "send an object") if body else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,19 +48,21 @@ def client(service: Service) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """`python -m lcm_core serve` in a process of its own; its address."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`python -m lcm_core serve` in a process of its own; its address. It has to end with clients that hang on it."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from serving import end, hanging_clients, start
+
     command = [sys.executable, "-m", "lcm_core", "serve", "--no-browser", "--device", "cpu", "--max-waiting", "16"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
-    )
+    output = tmp_path_factory.mktemp("server") / "output.txt"
+    process, address = start(command, output, cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
     try:
-        assert process.stdout is not None
-        address = process.stdout.readline().split()[0]
-        yield address.rstrip("/")
-        assert process.poll() is None, "the server died"
+        yield address
+        assert process.poll() is None, f"the server died: {output.read_text()}"
+        with hanging_clients(int(address.rpartition(":")[2])):
+            end(process)
+        assert "Traceback" not in output.read_text(), output.read_text()
     finally:
-        process.terminate()
-        process.wait(20)
+        process.kill()
+        process.wait(10)

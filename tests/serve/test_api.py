@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -232,9 +233,12 @@ class _Slow:
 
 
 @pytest.fixture
-def slow(shelf: Shelf) -> tuple[_Slow, Painter]:
+def slow(shelf: Shelf) -> Iterator[tuple[_Slow, Painter]]:
     pipe = _Slow(shelf.pipeline("emoji"))
-    return pipe, Painter(Shelf(shelf.models, {}, lambda *_, **__: pipe), waiting=2)
+    painter = Painter(Shelf(shelf.models, {}, lambda *_, **__: pipe), waiting=2)
+    yield pipe, painter
+    pipe.go.set()  # a thread that waits would keep Python from ending
+    painter.close()
 
 
 def _wait(condition: Any) -> None:
@@ -256,7 +260,6 @@ def test_the_queue_grows_without_end(slow: tuple[_Slow, Painter]) -> None:
     assert [len(job.future.result(60)) for job in jobs] == [1, 1, 1]
     _wait(lambda: painter.count == 0)
     painter.submit(request).future.result(60)
-    painter.close()
 
 
 def test_interrupt_loses_finished_pictures_or_stops_nothing(slow: tuple[_Slow, Painter]) -> None:
@@ -267,4 +270,3 @@ def test_interrupt_loses_finished_pictures_or_stops_nothing(slow: tuple[_Slow, P
     pipe.go.set()
     assert job.future.result(60) == []
     assert job.steps_done == 1
-    painter.close()

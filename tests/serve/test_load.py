@@ -39,7 +39,7 @@ def cut_off(port: int) -> None:
     body = json.dumps(GOOD | {"steps": 50, "batch_size": 8}).encode()
     for length in (len(body) + 100, len(body)):
         head = f"POST {PATHS[0]} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {length}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(head.encode() + body)
 
 
@@ -61,7 +61,7 @@ def memory(port: int) -> int:
 def run(server: str, count: int) -> Counter[int]:
     port = int(server.rpartition(":")[2])
     seen: Counter[int] = Counter()
-    threads = [threading.Thread(target=ask, args=(port, client, count, seen)) for client in range(CLIENTS)]
+    threads = [threading.Thread(target=ask, args=(port, client, count, seen), daemon=True) for client in range(CLIENTS)]
     for thread in threads:
         thread.start()
     cut_off(port)
