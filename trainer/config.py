@@ -49,8 +49,11 @@ class LoopConfig:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 200
     """Steps over which the learning rate rises from zero."""
+    lr_schedule: str = "trapezoid"
+    """What the learning rate does behind the warm-up: trapezoid (stays, then falls evenly to zero over `cooldown`),
+    constant, linear (falls evenly to zero) or cosine (falls to zero along half a wave)."""
     cooldown: float = 0.3
-    """The last share of the steps, over which the learning rate falls to zero."""
+    """The last share of the steps, over which the trapezoid's learning rate falls to zero."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -68,6 +71,9 @@ class LoopConfig:
     """adamw, or adamw8bit (a quarter of the memory; needs bitsandbytes and CUDA)."""
     tensorboard: bool = True
     """Write curves for TensorBoard where it is installed."""
+    trackers: tuple[str, ...] = ()
+    """Also send the curves to these, through accelerate: wandb, mlflow, comet_ml, aim, clearml, swanlab, trackio, ...;
+    what goes over the network is up to them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class ReportConfig:
     preview_every: int = 500
     """Steps between two preview grids; 0 for none, and no pictures in the report either."""
     preview_prompts: tuple[str, ...] = ()
-    """Prompts of the preview grids; none takes the first captions."""
+    """Prompts of the preview grids; none takes captions. Each may end with switches: `--n` negative prompt, `--d` seed,
+    `--w` and `--h` size, `--l` guidance scale."""
     preview_steps: int = 4
     """Sampling steps of the previews."""
     samples: int = 512
@@ -101,6 +108,11 @@ class DistillConfig:
     teacher states for the resolution."""
     tokenizer: str = ""
     """Folder with vocab.json and merges.txt, for a single file with other words than CLIP's and none beside it."""
+    vae: str = ""
+    """Another VAE than the teacher's: a .safetensors file or a diffusers folder."""
+    clip_skip: int = 0
+    """Last layers of the CLIP text encoder to leave out, for checkpoints that were trained so; 1 is what web UIs and
+    other trainers call clip skip 2."""
     device: str = ""
     """cpu, cuda, cuda:1 or mps; the best one here where empty."""
     accept_changes: bool = False

@@ -23,7 +23,6 @@ from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
 from trainer.data.cache import open_data, plan_cache
 from trainer.data.hashing import FileHashes
-from trainer.data.teacher import Teacher
 from trainer.disk import TOKENS, cache_size, count_weights, encoders, result_size, state_size, trained_networks
 from trainer.distributed import Processes
 from trainer.estimate_flow import flow_memory
@@ -34,7 +33,7 @@ from trainer.methods.shared import Networks
 from trainer.report.page import read_log
 from trainer.report.sections import duration, size
 from trainer.scores import Scores, shown_steps
-from trainer.setup import examine, notes, say
+from trainer.setup import examine, notes, say, teacher_of
 from trainer.state import has_state
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
 from trainer.validation import is_scored
@@ -82,7 +81,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
         InputError: a teacher or data that cannot be used.
     """
     processes = processes or Processes(choose_device(config.device or None))
-    teacher = Teacher(config.teacher, config.tokenizer or None)
+    teacher = teacher_of(config)
     unet = read_component(teacher.source.unet, "unet")
     side = (config.data.resolution or teacher.resolution) // teacher.scale
     data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)

@@ -26,6 +26,7 @@ from trainer.state import Log, State, stop_requests
 __all__ = ["LoopConfig", "LossFunction", "learning_rate_at", "step_generator", "train", "update_ema"]
 
 OPTIMIZERS = ("adamw", "adamw8bit")
+SCHEDULES = ("trapezoid", "constant", "linear", "cosine")
 LossFunction = Callable[[int, torch.Generator], Tensor | Iterable[Tensor]]
 """(step, generator) -> the batch's scalar loss; or parts of it to be added up, each freed before the next is asked for.
 Of several processes each gives its own share, and the sum over all is the loss."""
@@ -40,10 +41,20 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate_at(step: int, config: LoopConfig) -> float:
-    """Linear warm-up, a plateau, then a linear fall to zero over the last `cooldown` share of the steps."""
-    rise = (step + 1) / max(1, config.warmup_steps)
+    """The learning rate of a step: a linear warm-up, then what `lr_schedule` says.
+
+    Both are bounds, so that a warm-up longer than the run still ends at zero where the schedule does.
+    """
+    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = min(1.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
+    if config.lr_schedule == "constant":
+        return config.learning_rate * rise
+    if config.lr_schedule == "linear":
+        return config.learning_rate * min(rise, left)
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * min(rise, (1 - math.cos(math.pi * left)) / 2)
     fall = (config.steps - step) / max(1.0, config.cooldown * config.steps)
-    return config.learning_rate * min(1.0, rise, fall)
+    return config.learning_rate * min(rise, fall)
 
 
 @torch.no_grad()
@@ -137,12 +148,12 @@ def make_optimizer(groups: list[list[nn.Parameter]], config: LoopConfig) -> torc
 
 
 def check_optimizer(config: LoopConfig) -> None:
-    """Refuse an optimiser that is not here.
+    """Refuse an optimiser that is not here, and a schedule of the learning rate that there is not.
 
     Raises:
         InputError: unknown, or not installed.
     """
-    check_choices(config, {"optimizer": OPTIMIZERS})
+    check_choices(config, {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES})
     if config.optimizer == "adamw8bit":
         try:
             import bitsandbytes.optim  # noqa: F401

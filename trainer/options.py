@@ -29,10 +29,12 @@ from trainer.methods.config import (
     methods_that_read,
 )
 from trainer.presets import PRESETS
+from trainer.toml import to_toml
 
 Config = TypeVar("Config")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _SECTION_FLAGS = ("kind", "path")  # fields whose flag is their section's name
+_OTHER_FLAGS = {"learning_rate": ("--lr",)}  # what other trainers call them
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             given |= {"type": option.kind, "metavar": option.kind.__name__.upper()}
         else:
             given |= {"nargs": "*", "type": str, "metavar": "STR"}
-        groups[option.section].add_argument(option.flag, **given)
+        groups[option.section].add_argument(option.flag, *_OTHER_FLAGS.get(option.name, ()), **given)
 
 
 def resolve(args: argparse.Namespace) -> DistillConfig:
@@ -260,15 +262,14 @@ def to_dict(config: DistillConfig) -> dict[str, Any]:
 
 def describe_presets() -> str:
     """Every preset with its settings, as TOML."""
-    blocks = []
-    for name, (purpose, settings) in PRESETS.items():
-        lines = [f"# {name}: {purpose}"]
-        sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
-        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items() if key not in sections]
-        for section, values in sections.items():
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    blocks = [f"# {name}: {purpose}\n{to_toml(settings)}" for name, (purpose, settings) in PRESETS.items()]
+    return "\n".join(blocks).rstrip("\n")
+
+
+def describe_run(config: DistillConfig) -> str:
+    """All settings of a run as a file for `--config`, each with what it is for."""
+    head = "# What this run was started with; the same again: python -m trainer distill --config run.toml\n\n"
+    return head + to_toml(to_dict(config), {option.key: option.help for option in list_options()})
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def write_weights(config: DistillConfig, student: Student, source: Source, info:
             tensors = transformer_lora_state_dict(student.unet, source.family.lora_names, **which)
             write_safetensors(file, tensors, metadata)
         return [file]
-    components = read_parts(source) | {"unet": _unet_component(student)}
+    components = read_parts(source, config.vae) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
     _write_folder(folder / "diffusers", components, info, source, recommended)
     return [folder / f"{name}.safetensors", folder / "diffusers"]
@@ -73,9 +73,9 @@ def recommended_of(config: DistillConfig, info: ModelInfo) -> Recommended:
     return replace(said, shift=info.shift) if info.prediction_type == "flow" else said
 
 
-def read_parts(source: Source) -> dict[str, Component]:
-    """All networks of a model but its U-Net, as stored."""
-    parts = {"vae": read_component(source.vae, "vae")}
+def read_parts(source: Source, vae: str = "") -> dict[str, Component]:
+    """All networks of a model but its U-Net, as stored; the VAE is another one's where that is given."""
+    parts = {"vae": read_component(vae or source.vae, "vae")}
     names = [name for name in list_components(source.text) if name.startswith("text_encoder")] or ["text_encoder"]
     return parts | {name: read_component(source.text, name) for name in names}
 

@@ -14,6 +14,7 @@ from lcm_core.families.network import Transformer
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.unet import exact_output, load_unet
+from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import open_network
 from lcm_core.pipeline.sources import Source, find_source
 from trainer.config import DistillConfig, StudentConfig
@@ -54,7 +55,7 @@ def run(config: DistillConfig) -> None:
             finish(setup, student, prompts)
 
 
-def train(setup: Setup) -> tuple[Student, list[str]]:
+def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
     """Distil, from wherever an earlier run in the same folder stopped. Returns also the prompts of its previews.
 
     Raises: as `run`.
@@ -141,7 +142,7 @@ def read_start(config: DistillConfig) -> Component | None:
     return read_component(find_source(name).unet, "unet") if name else None
 
 
-def finish(setup: Setup, student: Student, prompts: Sequence[str]) -> None:
+def finish(setup: Setup, student: Student, prompts: Sequence[PictureOptions]) -> None:
     """Weights, pictures, scores, card, workflow and report."""
     config, info, folder = setup.config, setup.info, setup.folder
     written = write_weights(config, student, setup.source, info)

@@ -11,6 +11,7 @@ from typing import Any
 from lcm_core.cli.common import check_output
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
+from lcm_core.files.atomic import atomic_write
 from lcm_core.files.checkpoint import ModelInfo, read_component
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.device import choose_device
@@ -22,8 +23,10 @@ from trainer.distill import for_method
 from trainer.distributed import Processes, join_processes
 from trainer.loop import check_optimizer
 from trainer.machine import describe_machine
-from trainer.options import read_settings, to_dict
+from trainer.options import describe_run, read_settings, to_dict
+from trainer.progress import check_trackers
 from trainer.ranges import check_ranges
+from trainer.report.prompts import read_prompts
 from trainer.state import has_state
 from trainer.students import check_compile, check_lora_start, check_same_layers, choose_precision
 
@@ -40,9 +43,11 @@ MAY_CHANGE = {
     "student.compile",
     "training.steps",
     "training.learning_rate",
+    "training.lr_schedule",
     "training.save_every",
     "training.accumulation",
     "training.tensorboard",
+    "training.trackers",
 }
 """Settings that a run may be continued with other values of."""
 
@@ -65,7 +70,12 @@ class Setup:
     @property
     def teacher(self) -> Teacher:
         """What the cache has to know of it."""
-        return Teacher(self.config.teacher, self.config.tokenizer or None)
+        return teacher_of(self.config)
+
+
+def teacher_of(config: DistillConfig) -> Teacher:
+    """What a run's settings say of its teacher."""
+    return Teacher(config.teacher, config.tokenizer or None, config.vae or None, config.clip_skip)
 
 
 def examine(config: DistillConfig) -> Setup:
@@ -85,11 +95,12 @@ def examine(config: DistillConfig) -> Setup:
     setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), processes)
     check_start(config, source)
     check_optimizer(config.training)
+    check_trackers(config.training.trackers)
     check_compile(config.student, processes.device)
     processes.rows(config.training.batch_size, config.training.accumulation)
     weights = read_component(source.unet, "unet").tensors.values()
     choose_precision(processes.device, config.student.precision, sum(tensor.numel() for tensor in weights))
-    setup.teacher.check_tokenizers()
+    setup.teacher.check_parts()
     file = setup.folder / "config.json"
     if file.exists() and has_state(setup.folder / "run"):
         check_same_run(read_settings(file), to_dict(config), file)
@@ -124,7 +135,10 @@ def begin(setup: Setup) -> None:
     if processes.is_main:
         for line in [*notes(config), *_changes(setup)]:
             say(f"note: {line}")
-        write_json(setup.folder / "config.json", to_dict(replace(config, accept_changes=False)))
+        kept = replace(config, accept_changes=False)
+        write_json(setup.folder / "config.json", to_dict(kept))
+        with atomic_write(setup.folder / "run.toml") as temporary:
+            temporary.write_text(describe_run(kept), encoding="utf-8", errors="backslashreplace")
         several = {"processes": str(processes.size)} if processes.size > 1 else {}
         write_json(run / "machine.json", {**describe_machine(processes.device), **several})
     processes.wait()
@@ -162,6 +176,7 @@ def check(config: DistillConfig) -> None:
     check_ranges(config.student, ranges)
     ranges = {"preview_every": (0, 10**8), "preview_steps": (1, 1000), "samples": (0, 10**6)}
     check_ranges(config.report, ranges)
+    read_prompts(config.report.preview_prompts)
     if 0 < config.report.samples < 8:
         raise InputError(f"samples {config.report.samples} is too few for scores; use 8 or more, or 0 for no table")
 

@@ -14,7 +14,8 @@ import torch
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.lora_layers import Which
 from lcm_core.pipeline.model import Model
-from lcm_core.pipeline.parts import as_network, open_text, open_vae
+from lcm_core.pipeline.options import PictureOptions
+from lcm_core.pipeline.parts import as_network
 from lcm_core.pipeline.sources import Source
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
@@ -23,6 +24,7 @@ from trainer.distributed import Processes
 from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, read_pictures
 from trainer.outputs import recommended_of, run_name
 from trainer.report.preview import preview_grid, save_samples
+from trainer.report.prompts import read_prompts
 from trainer.scores import Scores, shown_steps
 from trainer.students import Student
 
@@ -37,8 +39,7 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
     own = student.unet if adapters is not None or student.average is None else student.average
     network: Any = student.teacher_unet or own if role == "teacher" else own
     call = as_network(source, network)
-    vae = open_vae(source, device)
-    text = open_text(source, device, None, setup.config.tokenizer or None)
+    vae, text = setup.teacher.open_vae(device), setup.teacher.open_text(device)
     said = source.recommended
     if role == "teacher":
         recommended = replace(said, sampler="euler")
@@ -62,15 +63,16 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
         yield model
 
 
-def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[str]:
+def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[PictureOptions]:
     """The prompts of all preview pictures: the given ones, or captions from all over the data."""
     if config.report.preview_prompts:
-        return list(config.report.preview_prompts)
+        return read_prompts(config.report.preview_prompts)
     captions = [caption for caption in cache.captions if caption] or [""]
-    return [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
+    chosen = [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
+    return [PictureOptions(prompt=caption, seed=number) for number, caption in enumerate(chosen)]
 
 
-def show_off(setup: Setup, student: Student, prompts: Sequence[str], weights: Path) -> Scores:
+def show_off(setup: Setup, student: Student, prompts: Sequence[PictureOptions], weights: Path) -> Scores:
     """Pictures of teacher and student, and their scores where there is something to compare with.
 
     Args:
@@ -121,7 +123,7 @@ def _evaluation(setup: Setup) -> Evaluation:
     return folder_evaluation(pictures, samples, features, is_inception=False)
 
 
-def save_preview(setup: Setup, student: Student, prompts: Sequence[str], step: int, loss: float) -> None:
+def save_preview(setup: Setup, student: Student, prompts: Sequence[PictureOptions], step: int, loss: float) -> None:
     """Every so many steps, the same pictures again."""
     report = setup.config.report
     if not report.preview_every or (step + 1) % report.preview_every:

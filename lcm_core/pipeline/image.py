@@ -238,10 +238,11 @@ def _quoted(value: object) -> str:
 def labelled_grid(
     rows: Sequence[Sequence[Image]], column_labels: Sequence[str], row_labels: Sequence[str], gap: int = 8
 ) -> Image:
-    """One picture of all pictures, which are of one size: `column_labels` on top, each row under its own label."""
+    """One picture of all pictures: `column_labels` on top, each row under its own label."""
     from PIL import Image, ImageDraw, ImageFont
 
-    width, height = rows[0][0].size
+    width = max(image.width for row in rows for image in row)
+    heights = [max(image.height for image in row) for row in rows]
     font: Any = ImageFont.load_default(max(12, min(width // 10, 28)))
     total = len(column_labels) * (width + gap) + gap
     heads = [_wrap(label, font, width) for label in column_labels]
@@ -249,12 +250,12 @@ def labelled_grid(
     line = int(sum(font.getmetrics()) * 1.15)
     head = max(len(lines) for lines in heads) * line + gap
     bands = [len(lines) * line + gap // 2 for lines in titles]
-    sheet = Image.new("RGB", (total, gap + head + sum(bands) + len(rows) * (height + gap)), "white")
+    sheet = Image.new("RGB", (total, gap + head + sum(bands) + sum(heights) + len(rows) * gap), "white")
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(heads):
         draw.text((gap + column * (width + gap), gap), "\n".join(lines), "black", font)
     y = gap + head
-    for lines, band, row in zip(titles, bands, rows, strict=True):
+    for lines, band, row, height in zip(titles, bands, rows, heights, strict=True):
         draw.text((gap, y), "\n".join(lines), "dimgray", font)
         for column, image in enumerate(row):
             sheet.paste(image, (gap + column * (width + gap), y + band))

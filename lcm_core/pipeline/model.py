@@ -158,6 +158,7 @@ def load_model(
     unet: str | None = None,
     tokenizer: PathLike | None = None,
     vae_dtype: str | torch.dtype | None = None,
+    clip_skip: int = 0,
 ) -> Model:
     """Load a model.
 
@@ -170,6 +171,7 @@ def load_model(
         unet: which U-Net of a shipped model: "lcm" (default) or "teacher".
         tokenizer: folder with CLIP's vocab.json and merges.txt, for single files that have none beside them.
         vae_dtype: the VAE's number format; None takes `dtype`, or, when that is None too, chooses.
+        clip_skip: last layers of a CLIP text encoder to leave out.
 
     Raises:
         InputError: an unknown model, or one with a file that is missing, broken or of another kind.
@@ -180,7 +182,7 @@ def load_model(
     loras = [(read_lora(path), strength) for path, strength in files]
     check_has_vae(source, vae)
     # what is often missing or unfit comes first, before seconds of loading
-    text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer)
+    text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer, clip_skip)
     loaded_vae = open_vae(source, place, vae_dtype or dtype, memory_format, vae)
     network = open_network(source, place, dtype, memory_format)
     _check_channels(source.root, network, loaded_vae)

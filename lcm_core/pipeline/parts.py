@@ -44,18 +44,26 @@ def as_network(source: Source, model: Any) -> Network:
     return Transformer(model, source.family, source.scheduler)
 
 
-def open_text(source: Source, device: torch.device, dtype: Dtype = None, tokenizer: PathLike | None = None) -> Text:
+def open_text(
+    source: Source,
+    device: torch.device,
+    dtype: Dtype = None,
+    tokenizer: PathLike | None = None,
+    clip_skip: int = 0,
+) -> Text:
     """The text encoders.
 
     Args:
         dtype: None chooses. Those of flow models have billions of weights, and run in bfloat16 where that is quick.
         tokenizer: folder with CLIP's words, for single files that have none beside them.
+        clip_skip: see `TextEncoder`.
 
     Raises:
-        InputError: they are missing or broken.
+        InputError: they are missing or broken, or have no layers that could be skipped.
     """
     if source.family is None:
-        return load_text(source.opened or source.text, device, dtype, tokenizer)
+        return load_text(source.opened or source.text, device, dtype, tokenizer, clip_skip)
+    check_clip_skip(source, clip_skip)
     return TransformerText(source.family, source.root, device, choose_dtype(device, dtype))
 
 
@@ -80,6 +88,16 @@ def open_vae(
     if path is not None and _is_bare_sdxl(source.info, Path(path)) and "block_out_channels" in vae.model.config:
         vae.scaling_factor = _SDXL_SCALING_FACTOR  # a bare file cannot say it, and looks like one of SD 1.x
     return vae
+
+
+def check_clip_skip(source: Source, clip_skip: int) -> None:
+    """Refuse to skip layers of a flow model's text encoders.
+
+    Raises:
+        InputError: says so.
+    """
+    if clip_skip and source.family is not None:
+        raise InputError(f"clip_skip is for Stable Diffusion; {source.root} is a flow model, leave it out")
 
 
 def check_has_vae(source: Source, path: PathLike | None = None) -> None:

@@ -29,6 +29,7 @@ MODELS = Path(__file__).parents[1] / "models"
 """Models that are shipped with the package; each folder has a model.json."""
 CARD = "model.json"
 SHIPPED_UNETS = ("lcm", "teacher")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CARD_NAMES = {"schedule": "beta_schedule"}
 
 
@@ -124,12 +125,30 @@ def find_model(name: PathLike) -> Path:
         return embedded[os.fspath(name)]
     if path.exists():
         return path.parent if path.name == "model_index.json" else path
+    if (cached := find_in_hub_cache(name)) is not None:
+        return cached
     check_hub_name(name)
     near = sorted(p.name for p in path.parent.glob("*.safetensors"))[:5] if path.parent.is_dir() else []
     known = ", ".join([*(f"'{model}'" for model in embedded), *near]) or "none"
     raise InputError(
         f"unknown model {os.fspath(name)!r}; give the path of a diffusers folder or a .safetensors file (here: {known})"
     )
+
+
+def find_in_hub_cache(name: PathLike) -> Path | None:
+    """The folder of a model on a hub, by its name, where Hugging Face's libraries have left it on this machine; nothing
+    is asked of the network."""
+    if not _HUB_NAME.fullmatch(os.fspath(name)):
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return Path(snapshot_download(os.fspath(name), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        return None
 
 
 def check_hub_name(name: PathLike) -> None:
@@ -139,9 +158,9 @@ def check_hub_name(name: PathLike) -> None:
         InputError: it is such a name.
     """
     path = Path(name)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", os.fspath(name)) and not path.suffix and not path.parent.exists():
+    if _HUB_NAME.fullmatch(os.fspath(name)) and not path.suffix and not path.parent.exists():
         raise InputError(
-            f"there is no folder {os.fspath(name)}; if that is a name on Hugging Face, get it first: "
+            f"there is no folder {os.fspath(name)}, nor such a model in Hugging Face's cache here; get it first: "
             f"hf download {os.fspath(name)} --local-dir FOLDER, then give the FOLDER"
         )
 

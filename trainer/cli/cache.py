@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> None:
     from lcm_core.networks.device import choose_device
     from trainer.data.cache import prepare
     from trainer.distributed import join_processes
+    from trainer.setup import teacher_of
 
     folder = Path(config.data.cache or Path(config.output, "cache"))
     processes = join_processes(choose_device(config.device or None))
-    cache = prepare(
-        config.data, config.teacher, folder, processes.device, processes, config.tokenizer, config.prediction_type
-    )
+    teacher = teacher_of(config)
+    cache = prepare(config.data, teacher, folder, processes.device, processes, config.prediction_type)
     if not processes.is_main:
         return
     for line in cache.notes:

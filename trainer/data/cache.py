@@ -109,11 +109,10 @@ def plan_cache(
 
 def prepare(
     config: DataConfig,
-    teacher: PathLike,
+    teacher: PathLike | Teacher,
     folder: Path,
     device: str | torch.device | None = None,
     processes: Processes | None = None,
-    tokenizer: str = "",
     prediction_type: str = "",
 ) -> LatentCache:
     """Compute what is missing of the cache in `folder`, then open it: `plan_cache` and `CachePlan.fill`.
@@ -124,7 +123,6 @@ def prepare(
         folder: of the cache.
         device: where networks run; None chooses.
         processes: those that share the work.
-        tokenizer: folder with CLIP's words, for a single file that has none beside it.
         prediction_type: of the teacher, where its own files say it wrongly; for image-free runs.
 
     Raises:
@@ -132,7 +130,8 @@ def prepare(
     """
     config.check()
     processes = processes or Processes()
-    plan = plan_cache(config, Teacher(teacher, tokenizer or None), folder, processes, prediction_type)
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    plan = plan_cache(config, teacher, folder, processes, prediction_type)
     return plan.fill(choose_device(device), processes)
 
 

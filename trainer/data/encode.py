@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.networks.conditioning import flatten
-from lcm_core.pipeline.parts import open_text, open_vae
 from trainer.data.augment import load_kornia, make_variant
 from trainer.data.buckets import Window, make_buckets
 from trainer.data.hashing import FileHashes, hash_json
@@ -90,7 +89,7 @@ class Images:
 
     def load(self, device: torch.device) -> Maker:
         """Load the VAE."""
-        vae = open_vae(self.teacher.source, device, torch.float32)
+        vae = self.teacher.open_vae(device, torch.float32)
 
         def make(numbers: range) -> dict[str, Tensor]:
             rows, skipped = Rows(), list[tuple[str, str]]()
@@ -163,7 +162,7 @@ def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) 
     where a language model's states are too large for it.
     """
     precision = torch.float32 if teacher.source.family is None else None
-    text = open_text(teacher.source, device, precision, teacher.tokenizer)
+    text = teacher.open_text(device, precision)
     told = False
 
     def make(numbers: range) -> dict[str, Tensor]:

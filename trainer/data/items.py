@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 PICTURES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
 """Suffixes of the files that are read as pictures."""
+OTHER_PICTURES = (".heic", ".heif", ".gif", ".jxl", ".avif", ".svg", ".tar")
+"""Suffixes of pictures that are not read beside others, which must not go unmentioned."""
 CAPTIONS = (".txt", ".caption")
 CAPTION_KEYS = ("text", "caption", "prompt")
 """Names of a caption in JSON and in tables, in the order in which they are tried."""
@@ -47,6 +50,13 @@ class Source:
     """The files with the pictures; their bytes decide what is in the cache."""
     skipped: Skipped = field(default_factory=list)
     """(name, reason) of what cannot be used."""
+
+
+def other_kind(name: str) -> str:
+    """Why a file of `OTHER_PICTURES` is left out."""
+    if name.lower().endswith(".tar"):
+        return "a tar among pictures is not read; move it to a folder of its own"
+    return f"{posixpath.splitext(name)[1]} files are not read; convert it to .png or .jpg"
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -51,7 +51,8 @@ class Prompts:
     def load(self, device: torch.device) -> Maker:
         """Load the teacher."""
         config, source = self.config, self.teacher.source
-        model = load_model(self.teacher.name, device, unet=source.chosen, tokenizer=self.teacher.tokenizer)
+        words = {"tokenizer": self.teacher.tokenizer, "clip_skip": self.teacher.clip_skip}
+        model = load_model(self.teacher.name, device, vae=self.teacher.vae, unet=source.chosen, **words)
         prediction_type = self.prediction_type or model.diffusion.prediction_type
         diffusion = replace(model.diffusion, prediction_type=prediction_type)
         usual = model.settings("dpmpp_2m")

@@ -13,6 +13,7 @@ from lcm_core.errors import InputError
 from trainer.data.items import (
     CAPTIONS,
     LONE_CAPTION,
+    OTHER_PICTURES,
     PICTURES,
     Item,
     Skipped,
@@ -20,6 +21,7 @@ from trainer.data.items import (
     clean,
     decode,
     find_caption,
+    other_kind,
     parse_object,
     read_bytes,
     read_lines,
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Item", "Source", "read_prompts", "read_source"]
 
 METADATA = "metadata.jsonl"
-OTHER_PICTURES = (".heic", ".heif", ".gif", ".jxl", ".avif", ".svg", ".tar")
-"""Suffixes of pictures that are not read beside others, which must not go unmentioned."""
 
 
 def read_source(path: Path) -> Source:
@@ -97,7 +97,7 @@ def read_folder(root: Path) -> Source:
     skipped: Skipped = []
     names = sorted(_walk(root, skipped))
     pictures = [name for name in names if name.lower().endswith(PICTURES)]
-    skipped += [(name, _other_kind(name)) for name in names if name.lower().endswith(OTHER_PICTURES)]
+    skipped += [(name, other_kind(name)) for name in names if name.lower().endswith(OTHER_PICTURES)]
     texts = {name for name in names if name.endswith(CAPTIONS)}
     stated = _read_metadata(root / METADATA) if METADATA in names else {}
     items, used = [], set()
@@ -128,12 +128,6 @@ def _walk(root: Path, skipped: Skipped) -> Iterator[str]:
         for name in files:
             if not name.startswith("."):
                 yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _other_kind(name: str) -> str:
-    if name.lower().endswith(".tar"):
-        return "a tar among pictures is not read; move it to a folder of its own"
-    return f"{posixpath.splitext(name)[1]} files are not read; convert it to .png or .jpg"
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

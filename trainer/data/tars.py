@@ -16,6 +16,7 @@ from lcm_core.errors import InputError
 from trainer.data.items import (
     CAPTIONS,
     LONE_CAPTION,
+    OTHER_PICTURES,
     PICTURES,
     Item,
     Skipped,
@@ -23,6 +24,7 @@ from trainer.data.items import (
     clean,
     decode,
     find_caption,
+    other_kind,
     parse_object,
     read_bytes,
 )
@@ -100,7 +102,10 @@ def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], ski
     picture = next((members[suffix] for suffix in PICTURES if suffix in members), None)
     text = next((members[suffix] for suffix in _TEXTS if suffix in members), None)
     if picture is None:
-        if text is not None:
+        other = next((members[suffix] for suffix in OTHER_PICTURES if suffix in members), None)
+        if other is not None:
+            skipped.append((f"{path.name}/{other.name}", other_kind(other.name)))
+        elif text is not None:
             skipped.append((f"{path.name}/{stem}", LONE_CAPTION))
         return
     key = f"{path.name}/{picture.name}"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from lcm_core.errors import InputError
 from lcm_core.families.family import FlowFamily
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.tokenizer import find_tokenizer
+from lcm_core.networks.vae import VAE
+from lcm_core.pipeline.parts import Text, check_clip_skip, check_has_vae, open_text, open_vae
 from lcm_core.pipeline.sources import CARD, Source, find_model, find_source
 from trainer.data.hashing import hash_folder, hash_json, hash_tensors
 
@@ -32,10 +38,15 @@ def _folders(family: FlowFamily) -> list[str]:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher, by name or path, and the folder of its tokenizer where it has none of its own."""
+    """A teacher, by name or path, and what is used of it in another way than its files say."""
 
     name: PathLike
     tokenizer: PathLike | None = None
+    """Folder of its tokenizer, where it has none of its own."""
+    vae: PathLike | None = None
+    """Another VAE than its own."""
+    clip_skip: int = 0
+    """Last layers of its CLIP text encoder that are left out."""
 
     @cached_property
     def source(self) -> Source:
@@ -86,21 +97,40 @@ class Teacher:
         return hash_json([hash_tensors(self._vae.tensors), config])
 
     def hash_text(self) -> list[str]:
-        """Its text encoders with their words."""
+        """Its text encoders with their words, and how they are asked."""
+        skipped = [f"clip_skip {self.clip_skip}"] if self.clip_skip else []
+        return self._hash_encoders() + skipped
+
+    def _hash_encoders(self) -> list[str]:
         family = self.source.family
         if family is not None:
             folders = [self.source.root / name for name in _folders(family)]
             return [hash_folder(folder) for folder in folders if folder.is_dir()]
         return [self._hash_encoder(name) for name in self._encoders()]
 
-    def check_tokenizers(self) -> None:
-        """Refuse a teacher whose words cannot be found, or read.
+    def open_vae(self, device: torch.device, dtype: torch.dtype | None = None) -> VAE:
+        """Its VAE, or the other one."""
+        return open_vae(self.source, device, dtype, path=self.vae)
+
+    def open_text(self, device: torch.device, dtype: torch.dtype | None = None) -> Text:
+        """Its text encoders."""
+        return open_text(self.source, device, dtype, self.tokenizer, self.clip_skip)
+
+    def check_parts(self) -> None:
+        """Refuse a teacher whose words cannot be found, or read, or whose VAE is missing or belongs to another model.
 
         Raises:
             InputError: says where they were looked for.
         """
+        check_has_vae(self.source, self.vae)
+        check_clip_skip(self.source, self.clip_skip)
         if self.source.family is not None:
             return  # a folder of transformers' own, read where it is loaded
+        if self.latent_channels != (taken := self._unet.config["in_channels"]):
+            raise InputError(
+                f"the VAE of {self.vae or self.name} gives {self.latent_channels} channels, but the U-Net of "
+                f"{self.name} takes {taken}; give a VAE of its family"
+            )
         for name in self._encoders():
             self._tokenizer(name)
 
@@ -128,4 +158,4 @@ class Teacher:
 
     @cached_property
     def _vae(self) -> Component:
-        return read_component(self.source.vae, "vae")
+        return read_component(self.source.vae if self.vae is None else Path(self.vae), "vae")
