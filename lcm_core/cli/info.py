@@ -12,6 +12,8 @@ from lcm_core.cli.common import add_command
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lcm_core.files.checkpoint import Checkpoint
+
 _LONGEST = 200  # characters of one metadata value; some trainers store whole word lists
 
 
@@ -42,23 +44,18 @@ def _visible(text: str) -> str:
 
 
 def _describe_model(name: str) -> Iterator[tuple[str, object]]:
-    from lcm_core.files.safetensors import read_safetensors
+    from lcm_core.files.checkpoint import Checkpoint
+    from lcm_core.files.lora_keys import is_adapter_key
     from lcm_core.pipeline.sources import find_model
 
     root = find_model(name)
     if root.is_dir():
         yield from _describe_folder(root)
         return
-    state, metadata = read_safetensors(root)
-    yield from _describe_lora(root) if _is_lora(state) else _describe_checkpoint(root)
-    for key, value in sorted(metadata.items()):
+    file = Checkpoint(root)
+    yield from _describe_lora(root) if any(map(is_adapter_key, file.keys)) else _describe_checkpoint(file)
+    for key, value in sorted(file.metadata.items()):
         yield key, value if len(value) <= _LONGEST else f"{value[:_LONGEST]}... ({len(value)} characters)"
-
-
-def _is_lora(state: Mapping[str, Tensor]) -> bool:
-    from lcm_core.files.lora_keys import is_adapter_key
-
-    return any(map(is_adapter_key, state))
 
 
 def _describe_lora(path: Path) -> Iterator[tuple[str, object]]:
@@ -73,19 +70,15 @@ def _describe_lora(path: Path) -> Iterator[tuple[str, object]]:
         yield part, f"{len(layers)} layers, rank {_listed(ranks)}, alpha {_listed(alphas)}"
 
 
-def _describe_checkpoint(path: Path) -> Iterator[tuple[str, object]]:
-    from lcm_core.errors import InputError
-    from lcm_core.files.checkpoint import read_component, read_info
+def _describe_checkpoint(file: Checkpoint) -> Iterator[tuple[str, object]]:
+    from lcm_core.files.checkpoint import read_info
 
     yield "kind", "checkpoint, one file"
-    info = read_info(path)
+    info = read_info(file)
     yield "architecture", info.family
     yield "prediction_type", info.prediction_type
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        try:
-            component = read_component(path, name)
-        except InputError:  # the file does not have it
-            continue
+    for name in file.names:
+        component = file.take(name)
         yield name, _describe_weights(component.tensors)
         if name == "unet":
             yield "guidance embedding", component.config.get("time_cond_proj_dim") or "none"

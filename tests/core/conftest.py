@@ -27,7 +27,7 @@ def _tokenizer(folder: Path) -> int:
     return len(tokens)
 
 
-def _text_encoder(vocabulary: int) -> Any:
+def _text_encoder(vocabulary: int, layers: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -35,7 +35,7 @@ def _text_encoder(vocabulary: int) -> Any:
             vocab_size=vocabulary,
             hidden_size=WIDTH,
             intermediate_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             projection_dim=WIDTH,
             bos_token_id=vocabulary - 2,
@@ -45,24 +45,30 @@ def _text_encoder(vocabulary: int) -> Any:
     )
 
 
-def _unet(**settings: Any) -> Any:
+def _unet(levels: int, **settings: Any) -> Any:
+    """As deep as Stable Diffusion's with four levels; of fewer, the first and the last are left."""
     from diffusers import UNet2DConditionModel
 
+    plain = levels - 1
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(32, 32, 64, 64),
+        block_out_channels=(*(32, 32, 64)[:plain], 64),
+        down_block_types=(*("CrossAttnDownBlock2D",) * plain, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * plain),
         layers_per_block=1,
+        norm_num_groups=8 * levels,  # with one channel in a group, the least picture would have nothing to normalise
         attention_head_dim=2,
         cross_attention_dim=WIDTH,
         **settings,
     )
 
 
-def _vae() -> Any:
+def _vae(width: int, groups: int) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
+        block_out_channels=(width,) * 4,
+        norm_num_groups=groups,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
@@ -107,13 +113,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def make_models(root: Path) -> Path:
-    """The models of the fixture `models`, in an empty folder, which is returned."""
+def make_models(root: Path, least: bool = False) -> Path:
+    """The models of the fixture `models`, in an empty folder, which is returned.
+
+    Args:
+        root: the folder.
+        least: of as few layers and channels as still have every kind of layer, for thousands of runs.
+    """
+    levels, layers, width, groups = (2, 1, 8, 4) if least else (4, 2, 32, 32)
     torch.manual_seed(0)
     vocabulary = _tokenizer(root / "plain" / "tokenizer")
-    _text_encoder(vocabulary).save_pretrained(root / "plain" / "text_encoder")
-    _vae().save_pretrained(root / "plain" / "vae")
-    _unet().save_pretrained(root / "plain" / "unet")
+    _text_encoder(vocabulary, layers).save_pretrained(root / "plain" / "text_encoder")
+    _vae(width, groups).save_pretrained(root / "plain" / "vae")
+    _unet(levels).save_pretrained(root / "plain" / "unet")
     (root / "plain" / "scheduler").mkdir()
     (root / "plain" / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     for other in ("lcm", "emoji"):
@@ -121,7 +133,7 @@ def make_models(root: Path) -> Path:
         for part in ("tokenizer", "text_encoder", "vae"):
             (root / other / part).symlink_to(root / "plain" / part)
     (root / "lcm" / "scheduler").symlink_to(root / "plain" / "scheduler")
-    _unet(time_cond_proj_dim=256).save_pretrained(root / "lcm" / "unet")
+    _unet(levels, time_cond_proj_dim=256).save_pretrained(root / "lcm" / "unet")
     (root / "emoji" / "unet_lcm").symlink_to(root / "lcm" / "unet")
     (root / "emoji" / "unet_teacher").symlink_to(root / "plain" / "unet")
     card = {

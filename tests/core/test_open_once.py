@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcm_core.cli.main import main
 from lcm_core.files import ldm_convert, safetensors, single_file
 from lcm_core.files.checkpoint import Checkpoint, read_component
 from lcm_core.pipeline.model import load_model
@@ -60,3 +61,26 @@ def test_a_file_is_checked_again_after_it_has_changed(models: Path, tmp_path: Pa
     file.write_bytes(content)
     with pytest.raises(single_file.InputError, match="damaged"):
         Checkpoint(file).take("vae")
+
+
+def test_info_opens_a_single_file_more_than_once(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = export("single-file", str(models / "emoji"), tmp_path)
+    capsys.readouterr()
+    opened = counted(monkeypatch, safetensors, "safe_open")
+    assert main(["info", str(file)]) == 0
+    assert opened == [file]
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert all("M parameters" in lines[name] for name in ("unet", "vae", "text_encoder"))
+
+
+def test_info_leaves_out_the_networks_of_a_damaged_file(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = export("single-file", str(models / "emoji"), tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert main(["info", str(file)]) == 2
+    assert "damaged" in capsys.readouterr().err

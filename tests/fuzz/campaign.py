@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, args.results.open("a") as file:
         models = Path(folder, "models")
         models.mkdir()
-        add_single_file(make_models(models))
+        add_single_file(make_models(models, least=True))
         with closing(start_worker(Path(folder, "work"), models)) as worker:
             for name, number in remaining(rows, args.inputs):
                 ran, faults = run_seed(worker, kinds[name](models), number)

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.conftest import models
+from tests.core.conftest import make_models
 from tests.fuzz.guards import Worker
 from tests.fuzz.kinds import add_single_file, start_worker
 
-__all__ = ["models", "tiny_models", "worker"]
 collect_ignore = [] if sys.platform == "linux" else ["test_inputs.py", "test_known.py", "test_worker.py"]
 """Forks and /proc; what is found there is no different on other systems."""
 
 
 @pytest.fixture(scope="session")
-def tiny_models(models: Path) -> Path:
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`plain`, `lcm` and `emoji`, which are folders, and `plain.safetensors`."""
-    return add_single_file(models)
+    return add_single_file(make_models(tmp_path_factory.mktemp("models"), least=True))
 
 
 @pytest.fixture(scope="session")

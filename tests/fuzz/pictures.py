@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from functools import cache
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -56,15 +57,21 @@ def with_exif(text: bytes, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def _bomb() -> bytes:
+    """A small file with a text of 100 MB."""
+    return png(json.dumps({"prompt": "x" * 100_000_000}).encode(), b"zTXt")
+
+
 @st.composite
 def picture_case(draw: st.DrawFn, models: Path) -> Case:
     """An odd picture, given to a command that reads its settings."""
     text, about = draw(odd_json(settings_of(models)))
     kind = draw(st.sampled_from(["tEXt", "tEXt", "zTXt", "iTXt", "JPEG", "WEBP", "bomb"]))
     if kind == "bomb":
-        text = json.dumps({"prompt": "x" * 100_000_000}).encode()
-    chunk = b"zTXt" if kind == "bomb" else kind.encode()
-    content = with_exif(text, kind) if kind in ("JPEG", "WEBP") else png(text, chunk)
+        content = _bomb()
+    else:
+        content = with_exif(text, kind) if kind in ("JPEG", "WEBP") else png(text, kind.encode())
     if draw(st.integers(0, 9)) == 0:
         content, more = draw(damaged(content, within=2000))
         about = f"{about}; {more}"
