@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from lcm_core.files.safetensors import check_file
-
-from .test_cache import parse
+from tests.trainer.cache.conftest import parse
 
 SCRIPT = """
 import os, random, signal, sys, time
