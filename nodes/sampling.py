@@ -245,8 +245,28 @@ def sample(
     x = initial_latents(model.noise, sigmas[0], image if bool(image.any()) else None)
     if name == "lcm":
         return sample_lcm(model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    last: dict[str, Any] = {}
+
+    def each(step: dict[str, Any]) -> None:
+        last.update(step)
+        if callback is not None:
+            callback(step)
+
     with sampling.without_boundary() if isinstance(sampling, LcmSampling) else nullcontext():
-        x = sample_tcd(model, x, sigmas, extra_args, callback, disable, noise_sampler, process, gamma)
-    mask = extra_args.get("denoise_mask")
-    # The last step of tcd ends at timestep 0, which leaves a trace of noise where the image was to be kept.
-    return x if mask is None else torch.lerp(image, x, mask.to(x))
+        x = sample_tcd(model, x, sigmas, extra_args, each, disable, noise_sampler, process, gamma)
+        mask = _mask_at(model, last["sigma"].expand(len(x)), extra_args)
+    if mask is None or sigmas[-1] > 0:
+        return x
+    # tcd ends at timestep 0, with a trace of noise, which belongs only where the image was painted over; `denoised` has
+    # the kept parts of the image in it already.
+    return torch.lerp(last["denoised"], x, mask.to(x))
+
+
+def _mask_at(model: Any, sigma: Tensor, extra_args: dict[str, Any]) -> Tensor | None:
+    """What the host painted over at a noise level (B,); patches such as Differential Diffusion change it."""
+    mask: Tensor | None = extra_args.get("denoise_mask")
+    change = extra_args.get("model_options", {}).get("denoise_mask_function")
+    if mask is None or change is None:
+        return mask
+    changed: Tensor = change(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
+    return changed

@@ -405,10 +405,19 @@ def test_the_stock_nodes_know_ours_and_are_told_what_they_do_wrong(findings: Any
 
 
 def test_the_hosts_patches_do_what_they_do_with_the_stock_nodes(findings: Any) -> None:
-    """With LoRA, HyperTile, PAG, areas and masks of prompts, ControlNet, noise masks and Differential Diffusion, LCM
-    KSampler paints what the stock lcm paints from the same noise; and tcd in two halves (Split Sigmas) what it paints
-    at once."""
+    """More than 41 usual graphs (patches, merges, LoRAs, ControlNets, areas, masks, guiders): LCM KSampler and LCM
+    Sampler paint what the stock lcm paints from the same noise, and each graph changes the picture; tcd in two halves
+    (Split Sigmas) is what it paints at once."""
     found = findings["patches"]
+    assert len(found["apart"]) >= 55  # older hosts lack some of the nodes
     assert {name: apart for name, apart in found["apart"].items() if not apart <= 1e-4} == {}
     assert {name: moved for name, moved in found["moved"].items() if name != "plain" and not moved > 1e-3} == {}
     assert found["split"] <= 1e-5
+
+
+def test_tcd_applies_a_mask_once(findings: Any) -> None:
+    """Without fresh noise tcd is Euler's method: half way down it is where the host's own Euler is, with hard and soft
+    masks and with Differential Diffusion; at the end only the trace of noise of timestep 0 is between them."""
+    found = findings["patches"]["trajectories"]
+    assert {name: apart for name, (apart, _) in found.items() if not apart <= 1e-4} == {}
+    assert {name: apart for name, (_, apart) in found.items() if not apart <= 0.1} == {}
