@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from lcm_core.errors import InputError
-from lcm_core.files.checkpoint import read_component, save_single_file
+from lcm_core.files.checkpoint import AS_FLOW, read_component, save_single_file
 from lcm_core.files.safetensors import check_file
 from lcm_core.pipeline.sources import find_source
 
@@ -21,7 +22,12 @@ from .host import say, schema
 from .model_patches import inspect_model
 
 _FOLDERS = ("checkpoints", "diffusion_models")
-_SHIPPED = {"emoji (shipped with LCM Suite)": "lcm", "emoji teacher (shipped with LCM Suite)": "teacher"}
+_SHIPPED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "emoji (shipped with LCM Suite)": ("lcm", ()),
+    "emoji teacher (shipped with LCM Suite)": ("teacher", ()),
+    "emoji teacher as a flow model (shipped with LCM Suite)": ("teacher", (AS_FLOW,)),
+}
+"""Names in the list; which network, and marks of its file."""
 
 
 class LCMCheckpointLoader(io.ComfyNode):
@@ -96,7 +102,7 @@ def _names() -> list[str]:
 
 def _find(name: str) -> str:
     if name in _SHIPPED:
-        return _unpack(_SHIPPED[name])
+        return _unpack(*_SHIPPED[name])
     for folder in _FOLDERS:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
@@ -104,13 +110,13 @@ def _find(name: str) -> str:
     raise InputError(f"{name} is not in models/checkpoints or models/diffusion_models; put it there, or choose another")
 
 
-def _unpack(unet: str) -> str:
+def _unpack(unet: str, marks: Sequence[str]) -> str:
     """The shipped model as one file in the host's temporary folder, which it empties by itself."""
     source = find_source("emoji", unet)
-    file = Path(folder_paths.get_temp_directory(), f"lcm_suite_emoji_{unet}.safetensors")
+    file = Path(folder_paths.get_temp_directory(), f"lcm_suite_emoji_{unet}{'_flow' if marks else ''}.safetensors")
     if file.exists():
         return str(file)
     places = {"unet": source.unet, "vae": source.vae, "text_encoder": source.text}
     parts = {part: read_component(place, part) for part, place in places.items()}
-    save_single_file(file, parts, source.info, metadata=source.recommended.metadata())
+    save_single_file(file, parts, source.info, metadata=source.recommended.metadata(), marks=marks)
     return str(file)

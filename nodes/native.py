@@ -13,9 +13,14 @@ from typing import Any
 
 import comfy.sd
 import torch
-from comfy import clip_model, sd1_clip, supported_models, supported_models_base
+from comfy import clip_model, model_base, sd1_clip, supported_models, supported_models_base
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import ModelType
+from torch import Tensor
 
+from lcm_core.diffusion.as_flow import as_flow
+from lcm_core.diffusion.diffusion import Diffusion
+from lcm_core.files.checkpoint import AS_FLOW
 from lcm_core.files.safetensors import read_json
 from lcm_core.pipeline.sources import CARD, MODELS
 
@@ -26,6 +31,7 @@ _CARD = read_json(FOLDER / CARD)
 _UNET = read_json(FOLDER / "unet_lcm" / "config.json")
 _VAE = read_json(FOLDER / "vae" / "config.json")
 _TEXT = read_json(FOLDER / "text_encoder" / "config.json")
+_DIFFUSION = Diffusion(prediction_type="v_prediction")
 _COND_PROJ = "time_embed.cond_proj.weight"
 
 
@@ -81,9 +87,19 @@ class EmojiText(sd1_clip.SD1ClipModel):
         super().__init__(device, dtype, dict(model_options or {}), clip_model=EmojiEncoder)
 
 
-class Emoji(supported_models.SD15):
-    """The embedded model: SD 1.x with fewer channels."""
+class FlowUNet(UNetModel):
+    """The embedded model's U-Net, which predicts v, asked as a flow model: for eps - x0 at s = timesteps / 1000."""
 
+    def forward(self, x: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Like x; see `lcm_core.diffusion.as_flow`."""
+        flow = as_flow(super().forward, _DIFFUSION)
+        return flow(x, timesteps / 1000, *args, **kwargs)
+
+
+class Emoji(supported_models.SD15):
+    """The embedded model: SD 1.x with fewer channels; in a file with the mark `AS_FLOW` it is a flow model."""
+
+    is_flow = False
     unet_config = {  # noqa: RUF012  # how a file is recognised
         "model_channels": _UNET["block_out_channels"][0],
         "context_dim": _UNET["cross_attention_dim"],
@@ -96,9 +112,24 @@ class Emoji(supported_models.SD15):
 
     def model_type(self, state_dict: Mapping[str, Any], prefix: str = "") -> ModelType:
         """SD 1.x always predicts noise; this model does as its file says."""
+        if AS_FLOW in state_dict:
+            return ModelType.FLOW
         return ModelType.V_PREDICTION if "v_pred" in state_dict else ModelType.EPS
 
-    def process_unet_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def get_model(self, state_dict: Mapping[str, Any], prefix: str = "", device: Any = None) -> Any:
+        """The host's model, with the network that its kind needs."""
+        kind = self.model_type(state_dict, prefix)
+        network = FlowUNet if kind == ModelType.FLOW else UNetModel
+        model = model_base.BaseModel(self, model_type=kind, device=device, unet_model=network)
+        self.is_flow = kind == ModelType.FLOW
+        return model
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the mark of a flow model."""
+        state: dict[str, Tensor] = super().process_unet_state_dict_for_saving(state_dict)
+        return {**state, AS_FLOW: torch.tensor([])} if self.is_flow else state
+
+    def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Settle a full LCM's guidance at the model's default, since ComfyUI has no `cond_proj`.
 
         A loader that keeps guidance free takes `cond_proj` out of the file before ComfyUI sees it.
@@ -140,7 +171,7 @@ def _recognising(initialise: Any) -> Any:
     return init
 
 
-def _is_own_vae(sd: Mapping[str, torch.Tensor]) -> bool:
+def _is_own_vae(sd: Mapping[str, Tensor]) -> bool:
     widths = {"encoder.conv_in.weight": _VAE["block_out_channels"][0], "decoder.conv_out.weight": 3}
     widths["decoder.conv_in.weight"] = _VAE["block_out_channels"][-1]
     return all(key in sd and sd[key].shape[0] == width for key, width in widths.items())

@@ -45,15 +45,36 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--lora", action="append", type=parse_lora, metavar="PATH[:STRENGTH]", help="LoRA to merge; may be repeated"
     )
+    parser.add_argument(
+        "--flow",
+        action="store_true",
+        help="for ComfyUI: the embedded model as a flow model with the same pictures, by a change of variables "
+        "(default network: teacher)",
+    )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Read, merge, cast, write."""
+    if args.flow:
+        _check_flow(args)
     if args.to in HOSTS:
         _to_host(args)
     else:
         _to_layout(args)
+
+
+def _check_flow(args: argparse.Namespace) -> None:
+    """Refuse, before any work, `--flow` where there is no flow model to be had; choose the teacher."""
+    from lcm_core.pipeline.sources import find_source
+
+    source = find_source(args.model)
+    if args.to != "comfyui" or not source.is_shipped or source.info.prediction_type != "v_prediction":
+        raise InputError(
+            f"--flow makes a flow model of the embedded model for '--to comfyui', not of {args.model} for '--to "
+            f"{args.to}'; leave it out"
+        )
+    args.unet = args.unet or "teacher"
 
 
 def _to_layout(args: argparse.Namespace) -> None:
@@ -100,11 +121,16 @@ def _to_host(args: argparse.Namespace) -> None:
 
 
 def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> list[Path]:
+    from lcm_core.files.checkpoint import AS_FLOW
+
     components = _components(source, args.lora or (), args.dtype)
     name = f"{source.root.stem}_{source.chosen}" if source.chosen else source.root.stem
     recommended = _recommended(source, components, args.lora or ())
     words = _own_words(source, components)
-    return host.export_checkpoint(args.path, name, components, source.info, words, recommended.metadata())
+    given = (components, source.info, words, recommended.metadata())
+    if args.flow:
+        return host.export_checkpoint(args.path, f"{name}_flow", *given, marks=[AS_FLOW])
+    return host.export_checkpoint(args.path, name, *given)
 
 
 def _recommended(source: Source, components: Mapping[str, Component], loras: Any) -> Recommended:

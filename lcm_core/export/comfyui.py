@@ -6,7 +6,7 @@ the LCM Suite nodes add to ComfyUI (`nodes/native.py`); its files hold weights a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lcm_core.errors import InputError
@@ -41,6 +41,7 @@ def export_checkpoint(
     info: ModelInfo,
     tokenizer_files: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    marks: Collection[str] = (),
 ) -> list[Path]:
     """Put a model into ComfyUI's list of checkpoints. An earlier export of the same name is replaced.
 
@@ -51,6 +52,7 @@ def export_checkpoint(
         info: its family, prediction type and noise schedule.
         tokenizer_files: name to text, for a model with a vocabulary of its own.
         metadata: more safetensors metadata.
+        marks: see `save_single_file`.
 
     Returns:
         The files that were written.
@@ -62,7 +64,7 @@ def export_checkpoint(
     file = folder / CHECKPOINTS / f"{name}.safetensors"
     if file.exists() and CONFIG_KEY not in read_metadata(file):
         raise InputError(f"{file} exists and is no export of LCM Suite; move or rename it first")
-    save_single_file(file, components, info, tokenizer_files, metadata)
+    save_single_file(file, components, info, tokenizer_files, metadata, marks)
     return [file]
 
 

@@ -15,6 +15,7 @@ from lcm_core.files.components import COMPONENTS, Component, ModelInfo
 from lcm_core.files.folder import save_component, save_diffusers, scheduler_config
 from lcm_core.files.safetensors import PathLike, check_finite, read_safetensors, write_safetensors
 from lcm_core.files.single_file import (
+    AS_FLOW,
     CONFIG_KEY,
     TOKENIZER_KEY,
     Checkpoint,
@@ -25,6 +26,7 @@ from lcm_core.files.single_file import (
 )
 
 __all__ = [
+    "AS_FLOW",
     "COMPONENTS",
     "CONFIG_KEY",
     "TOKENIZER_KEY",

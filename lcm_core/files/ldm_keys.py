@@ -23,7 +23,8 @@ OPENCLIP_PREFIXES: dict[str, tuple[str, ...]] = {
 # Training state, schedules that are recomputed, and markers: not weights of any network.
 IGNORED = re.compile(
     r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|posterior_\w+|logvar|lvlb_weights"
-    r"|scale_factor|denoiser\..*|model_ema\..*|loss\..*|first_stage_model\.loss\..*|v_pred|ztsnr)$"
+    r"|scale_factor|denoiser\..*|model_ema\..*|loss\..*|first_stage_model\.loss\..*|v_pred|ztsnr"
+    r"|lcm_suite\..*)$"
 )
 
 _RESNET = {

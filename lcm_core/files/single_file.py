@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ CONFIG_KEY = "lcm_suite.config"
 """Safetensors metadata: JSON of each network's configuration, for what shapes cannot tell (heads, groups, scaling)."""
 TOKENIZER_KEY = "lcm_suite.tokenizer"
 """Safetensors metadata: JSON of the tokenizer's files, name to text, for models with a vocabulary of their own."""
+AS_FLOW = "lcm_suite.as_flow"
+"""Empty weight of a v-prediction model that ComfyUI is to load as a flow model (`lcm_core.diffusion.as_flow`)."""
 # Spread of a norm's bias above which an SD 2.x U-Net was trained for v-prediction; ComfyUI's rule of thumb.
 _V_PREDICTION_SPREAD = 0.09
 _MODELSPEC = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -170,6 +172,7 @@ def save_single_file(
     info: ModelInfo,
     tokenizer_files: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    marks: Collection[str] = (),
 ) -> None:
     """Write networks as one checkpoint in the ldm layout that the web UIs read.
 
@@ -179,10 +182,11 @@ def save_single_file(
         info: family and schedule; v-prediction and zero terminal SNR are marked as hosts expect (`v_pred`, `ztsnr`).
         tokenizer_files: name to text; only for a model with a vocabulary of its own.
         metadata: more safetensors metadata.
+        marks: names of empty weights that tell a host more, such as `AS_FLOW`.
     """
     state = ldm_convert.diffusers_to_ldm({name: part.tensors for name, part in components.items()}, info.family)
-    marks = {"v_pred": info.prediction_type == "v_prediction", "ztsnr": info.zero_terminal_snr}
-    state |= {name: torch.tensor([]) for name, marked in marks.items() if marked}
+    known = {"v_pred": info.prediction_type == "v_prediction", "ztsnr": info.zero_terminal_snr}
+    state |= {name: torch.tensor([]) for name in (*(name for name, marked in known.items() if marked), *marks)}
     stated = {name: part.config for name, part in components.items()} | {"scheduler": scheduler_config(info)}
     extra = {CONFIG_KEY: json.dumps(stated)}
     if info.prediction_type in _MODELSPEC:

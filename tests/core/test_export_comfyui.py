@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from lcm_core.cli.main import main
 from lcm_core.diffusion.guidance import guidance_bias
-from lcm_core.files.checkpoint import read_component, read_info, read_safetensors
+from lcm_core.files.checkpoint import AS_FLOW, read_component, read_info, read_safetensors
 from lcm_core.files.recommended import read_recommended
 
 COND_PROJ = "model.diffusion_model.time_embed.cond_proj.weight"
@@ -22,6 +23,19 @@ def comfyui(tmp_path: Path) -> Path:
     """The folders of a ComfyUI that was just installed."""
     (tmp_path / "comfyui" / "models" / "checkpoints").mkdir(parents=True)
     return tmp_path / "comfyui"
+
+
+@pytest.fixture
+def velocity(models: Path, tmp_path: Path) -> Path:
+    """The shipped model, said to predict v."""
+    folder = tmp_path / "velocity"
+    folder.mkdir()
+    for part in (models / "emoji").iterdir():
+        if part.name != "model.json":
+            (folder / part.name).symlink_to(part)
+    card = (models / "emoji" / "model.json").read_text(encoding="utf-8")
+    (folder / "model.json").write_text(card.replace('"epsilon"', '"v_prediction"'), encoding="utf-8")
+    return folder
 
 
 def _export(models: Path, comfyui: Path, *options: str) -> int:
@@ -51,15 +65,27 @@ def test_a_shipped_model_goes_there_whole(models: Path, comfyui: Path) -> None:
     assert Image.open(comfyui / "input" / "lcm_suite_hole.png").getchannel("A").getextrema() == (0, 255)
 
 
-def test_the_prediction_type_is_marked_as_comfyui_reads_it(models: Path, comfyui: Path, tmp_path: Path) -> None:
+def test_the_teacher_as_a_flow_model(
+    models: Path, velocity: Path, comfyui: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own file with the mark that makes ComfyUI load it as a flow model; to lcm_core it is the model that it was.
+    What cannot be one is refused, before anything is written."""
+    command = ["export", "--path", str(comfyui), "--flow", "--model"]
+    assert main([*command, str(velocity), "--to", "comfyui"]) == 0
+    assert _files(comfyui) == ["models/checkpoints/velocity_teacher_flow.safetensors"]
+    file = comfyui / "models" / "checkpoints" / "velocity_teacher_flow.safetensors"
+    assert {AS_FLOW, "v_pred"} <= read_safetensors(file)[0].keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_info(file).prediction_type == "v_prediction"
+    for model, host in ((velocity, "a1111"), (file, "comfyui"), (models / "emoji", "comfyui")):
+        assert main([*command, str(model), "--to", host]) == 2
+        assert "--flow makes a flow model of the embedded model" in capsys.readouterr().err
+    assert len(_files(comfyui)) == 1
+
+
+def test_the_prediction_type_is_marked_as_comfyui_reads_it(models: Path, comfyui: Path, velocity: Path) -> None:
     """Wrong when a v-prediction model would be sampled as one that predicts noise, or the other way round."""
-    velocity = tmp_path / "velocity"
-    velocity.mkdir()
-    for part in (models / "emoji").iterdir():
-        if part.name != "model.json":
-            (velocity / part.name).symlink_to(part)
-    card = (models / "emoji" / "model.json").read_text(encoding="utf-8")
-    (velocity / "model.json").write_text(card.replace('"epsilon"', '"v_prediction"'), encoding="utf-8")
     for folder, expected in ((models / "emoji", "epsilon"), (velocity, "v_prediction")):
         assert main(["export", "--to", "comfyui", "--path", str(comfyui), "--model", str(folder)]) == 0
         for kind in ("lcm", "teacher"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_core.files.checkpoint import read_component, save_single_file
+from lcm_core.files.checkpoint import AS_FLOW, read_component, save_single_file
 from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from lcm_core.networks.lora_layers import add_lora, lora_state_dict
@@ -81,6 +81,8 @@ def layout(folder: Path, prediction: str) -> dict[str, Model]:
         parts = {part: read_component(place, part) for part, place in places.items()}
         info = replace(source.info, prediction_type=prediction)
         save_single_file(checkpoints / f"{name}.safetensors", parts, info)
+        if name == "cfg":
+            save_single_file(checkpoints / "flow.safetensors", parts, info, marks=[AS_FLOW])
         models[name] = load_model("emoji", "cpu", torch.float32, unet=unet)
         models[name].diffusion = replace(models[name].diffusion, prediction_type=prediction)
         models[name].vae = AsLatents(models[name].vae)  # type: ignore[assignment]
@@ -372,14 +374,16 @@ def test_a_full_lcm_keeps_its_guidance_through_the_hosts_own_nodes(findings: Any
 
 
 def test_a_trained_flow_paints_as_the_model_that_it_was_made_of(findings: Any) -> None:
-    """The embedded teacher, as a flow model by the exact change of variables: the same pictures by lcm and by euler,
-    with guidance; a LoRA that is distilled of it works in the stock loader and the stock KSampler."""
+    """The embedded teacher's file with the mark of a flow model, from the stock loader: the same pictures by lcm and by
+    euler, with guidance; a LoRA that is distilled of it works in the stock loader and the stock KSampler; saved by the
+    host it is the flow model again."""
     found = findings["flow_teacher"]
     assert "flow with shift 1" in found["info"]
     assert max(found["lcm"], found["euler"]) <= 1e-3  # of pictures in [0, 1]
     assert found["left over"] == []
     assert found["moved"] > 0.01
     assert all(0 < loss < 10 for loss in found["losses"])
+    assert found["saved"] <= 1e-3
 
 
 def test_a_saved_checkpoint_states_its_sampling(findings: Any) -> None:
