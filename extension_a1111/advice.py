@@ -11,9 +11,10 @@ from typing import Any
 from modules import shared
 
 from extension_a1111 import host
+from extension_a1111.architecture import checkpoint_width, context_width
 from extension_a1111.guidance_embedding import no_embedding, read_cond_proj
-from extension_a1111.loras import find_loras, read_accelerated
-from extension_a1111.options import Options, read_options
+from extension_a1111.loras import find_loras, kind_of_name, read_accelerated
+from extension_a1111.options import SAMPLERS, Options, read_options
 from extension_a1111.recommendation import (
     MOST_STEPS,
     USUAL_FULL,
@@ -26,6 +27,7 @@ from extension_a1111.recommendation import (
 from lcm_core.files.recommended import Recommended
 
 NOTHING = "No LCM-LoRA in the prompt, and the checkpoint is no LCM: nothing was changed."
+_PLAIN_STEPS, _PLAIN_GUIDANCE = 20, 7.0  # what the hosts' own pages begin with
 
 
 def apply(p: Any, args: Sequence[Any], axes: Mapping[str, Any]) -> None:
@@ -58,6 +60,48 @@ def offer(
     grid = advised.recommended.original_steps or Options.original_steps  # not what an earlier model left
     said = html.escape(f"{advised.text(host.say())}.")
     return advised.sampler, advised.steps, advised.guidance_scale, gamma, grid, said
+
+
+def put_right(
+    prompt: str,
+    negative_prompt: str,
+    sampler_name: str,
+    steps: int,
+    cfg_scale: float,
+    gamma: float,
+    original_steps: int,
+) -> tuple[str, str, str, int, float, float, int, str]:
+    """New values for the page so that nothing is left to remark on, and what to say about them.
+
+    A plain checkpoint with a sampler of ours gets an LCM-LoRA that fits it, or the host's first sampler where there is
+    none; a negative prompt that a full LCM does not read is cleared.
+    """
+    numbers = (int(steps), float(cfg_scale))
+    try:
+        file = host.chosen_checkpoint()
+        is_plain = sampler_name in SAMPLERS and file is not None and _advise(file, prompt, *numbers) is None
+        lora = _fitting_lora(file) if is_plain and file is not None else None
+    except ValueError as error:
+        said = html.escape(str(error))
+        return prompt, negative_prompt, sampler_name, *numbers, gamma, original_steps, said
+    if is_plain and file is not None and lora is None:
+        words = "{model} is no LCM, and no LCM-LoRA for it was found: its usual sampler, steps and CFG are set."
+        said = html.escape(host.say()(words, model=file.stem))
+        usual = (host.first_sampler(), _PLAIN_STEPS, _PLAIN_GUIDANCE)
+        return prompt, negative_prompt, *usual, gamma, original_steps, said
+    if lora is not None:
+        prompt = f"{prompt} <lora:{lora}:1>".strip()
+    *settings, said = offer(prompt, sampler_name, *numbers, gamma, original_steps)
+    if settings[0] in SAMPLERS and _is_full_lcm(file):
+        negative_prompt = ""
+    return prompt, negative_prompt, *settings, said
+
+
+def fit_refiner(none: str, sampler_name: str, named: str) -> str:
+    """The page's refiner, or `none` where one of the two models is a full LCM and the other is not."""
+    refiner, file = host.checkpoint_named(named), host.chosen_checkpoint()
+    fits = refiner is None or sampler_name not in SAMPLERS or _is_full_lcm(refiner) == _is_full_lcm(file)
+    return named if fits else none
 
 
 def check_guidance_embedding(p: Any) -> None:
@@ -96,6 +140,15 @@ def _request(p: Any) -> Request:
 
 def _is_full_lcm(file: Path | None) -> bool:
     return file is not None and read_cond_proj(file) is not None
+
+
+def _fitting_lora(checkpoint: Path) -> str | None:
+    """The first LoRA of the host whose name says that it is for few steps, and that fits a checkpoint."""
+    width = checkpoint_width(checkpoint)
+    for name, file in host.all_loras():
+        if kind_of_name(name) and width is not None and context_width(file) == width:
+            return name
+    return None
 
 
 def _stated(advised: Recommendation, options: Options) -> dict[str, float]:

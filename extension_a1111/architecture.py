@@ -12,6 +12,8 @@ from lcm_core.errors import InputError
 from lcm_core.files.lora_keys import parse_key
 from lcm_core.files.safetensors import check_file
 
+FLOW = "const"
+"""What `prediction_of` calls a network that predicts a rectified flow's velocity, as Forge does."""
 _CONTEXT = "attn2.to_k.weight"
 _PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}
 _OTHER_PROCESSES = ("EDM", "X0", "IMG_TO_IMG", "CONST", "COSMOS_RFLOW")
@@ -25,12 +27,13 @@ def check_network(name: str, network: nn.Module, prediction_type: str) -> None:
     """Refuse models that have no timesteps to skip.
 
     Raises:
-        InputError: SD3, Flux and other flow models; networks of another kind than SD 1.x, SD 2.x and SDXL.
+        InputError: networks of another kind than SD 1.x, SD 2.x and SDXL; SD3, Flux and other flow models are among
+            them in hosts that cannot mix their noise.
     """
     if prediction_type not in ("epsilon", "v_prediction") or not hasattr(network, "time_embed"):
         raise InputError(
             f"{name} is no model for LCM or TCD, which skip the timesteps of SD 1.x, SD 2.x and SDXL; "
-            "for SD3, Flux and others of their kind choose a sampler such as Euler"
+            "for SD3, Flux and others of their kind choose a sampler such as Euler, or use Forge"
         )
 
 

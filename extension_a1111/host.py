@@ -20,11 +20,11 @@ from urllib.parse import quote
 from modules import sd_models, sd_samplers, sd_samplers_common, shared
 from torch import nn
 
-from extension_a1111.architecture import check_network, prediction_of
+from extension_a1111.architecture import FLOW, check_network, prediction_of
 from extension_a1111.denoising import PositiveRows
-from extension_a1111.schedules import get_sigmas_host
+from extension_a1111.schedules import flow_of_levels, get_sigmas_host
 from extension_a1111.translation import Say, speaker
-from lcm_core.diffusion.process import VariancePreserving, abar_from_sigma
+from lcm_core.diffusion.process import Process, VariancePreserving, abar_from_sigma
 
 try:  # 1.9 split schedules from samplers
     from modules import sd_schedulers
@@ -58,9 +58,21 @@ def time_embed() -> nn.Module:
     return unet().get_submodule("time_embed")
 
 
+def _is_flow() -> bool:
+    """Whether the model is a rectified flow in a host that mixes pictures and noise as flows want it.
+
+    Forge and Neo do, by their predictor; reForge and A1111 add the noise to the picture whatever the model.
+    """
+    predictor = getattr(_patched(), "predictor", None)
+    return predictor is not None and prediction_of(predictor) == FLOW
+
+
 def check_supported() -> None:
-    """Refuse a loaded model that LCM and TCD cannot sample from; see `check_network`."""
+    """Refuse a loaded model that LCM and TCD cannot sample from; see `check_network` and `flow_of_levels`."""
     process = _process()
+    if _is_flow():
+        flow_of_levels(checkpoint_file().stem, process.sigmas)
+        return
     if process is None:
         prediction = "v_prediction" if getattr(shared.sd_model, "parameterization", "eps") == "v" else "epsilon"
     else:
@@ -68,8 +80,8 @@ def check_supported() -> None:
     check_network(checkpoint_file().stem, unet(), prediction)
 
 
-def noise_process(model_wrap: Any = None) -> VariancePreserving:
-    """The noise levels of the loaded model, which options such as zero terminal SNR may have changed.
+def noise_process(model_wrap: Any = None) -> Process:
+    """The noise levels of the loaded model, which options (zero terminal SNR, a flow's shift) may have changed.
 
     Args:
         model_wrap: A1111's denoiser, which has them in `sigmas`; None reads the model itself.
@@ -77,6 +89,8 @@ def noise_process(model_wrap: Any = None) -> VariancePreserving:
     source = _process() or model_wrap
     if source is None:
         return VariancePreserving(shared.sd_model.alphas_cumprod)
+    if _is_flow():
+        return flow_of_levels(checkpoint_file().stem, source.sigmas)
     return VariancePreserving(abar_from_sigma(source.sigmas.cpu().double()))
 
 
@@ -88,9 +102,14 @@ def checkpoint_file() -> Path:
 def refiner_file(p: Any) -> Path | None:
     """The file of the model that a request goes over to in the middle; None without one."""
     named = getattr(p, "refiner_checkpoint", None)
-    if named in (None, "", "None", "none") or not 0 < (getattr(p, "refiner_switch_at", None) or 0) < 1:
+    if named in ("None", "none") or not 0 < (getattr(p, "refiner_switch_at", None) or 0) < 1:
         return None
-    info = sd_models.get_closet_checkpoint_match(named)
+    return checkpoint_named(named)
+
+
+def checkpoint_named(title: str | None) -> Path | None:
+    """The file of a checkpoint by its title, or what is left of it, in the host's lists; None where it is in none."""
+    info = sd_models.get_closet_checkpoint_match(title) if title else None
     return Path(info.filename) if info else None
 
 
@@ -115,6 +134,12 @@ def lora_file(name: str) -> Path | None:
         networks.list_available_networks()
         on_disk = _listed_lora(networks, name)
     return Path(on_disk.filename) if on_disk is not None else None
+
+
+def all_loras() -> Iterator[tuple[str, Path]]:
+    """Every LoRA in the host's own list: its name in the prompt, and its file."""
+    for name, on_disk in getattr(sys.modules.get("networks"), "available_networks", {}).items():
+        yield name, Path(on_disk.filename)
 
 
 def _listed_lora(networks: Any, name: str) -> Any:
@@ -216,6 +241,18 @@ def register_samplers(entries: Sequence[tuple[str, Callable[[Any], Any], list[st
     sd_samplers.all_samplers_map.update({sampler.name: sampler for sampler in every})
     sd_samplers.set_samplers()
     _forget_pairs()
+
+
+def first_sampler() -> str:
+    """The sampler that the host's page begins with."""
+    return str(sd_samplers.all_samplers[0].name)
+
+
+def name_setting(setting: str, name: str) -> None:
+    """Have a pasted infotext set an option whose name the host writes into infotexts but does not read (Neo: NGMS)."""
+    known = shared.opts.data_labels.get(setting)
+    if known is not None and not known.infotext:
+        known.infotext = name
 
 
 def register_schedule(name: str, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,31 @@ from lcm_core.errors import InputError
 
 LCM_SAMPLER = "LCM Suite"
 TCD_SAMPLER = "TCD Suite"
+SAMPLERS = (LCM_SAMPLER, TCD_SAMPLER)
 AUTO_FIELD = "LCM Suite auto"
 """Name by which pasting finds `Options.auto`; no infotext has it."""
 GAMMA_FIELD = "TCD gamma"
 """Name in the infotext of `Options.gamma`."""
 ORIGINAL_STEPS_FIELD = "LCM original steps"
 """Name in the infotext of `Options.original_steps`."""
+_HOST_DEFAULTS = {
+    "ENSD": 0,
+    "NGMS": 0.0,
+    "NGMS all steps": False,
+    "SGM noise multiplier": False,
+    "Skip Early CFG": 0.0,
+    "Noise multiplier": 1.0,
+    "Extra noise": 0.0,
+    "Noise Schedule": "Default",
+    "Pad conds": False,
+    "Pad conds v0": False,
+    "Token merging ratio": 0.0,
+    "Token merging ratio hr": 0.0,
+    "Downcast alphas_cumprod": False,
+    "Tiling": False,
+}
+"""Settings of the hosts that change our pictures, by their names in an infotext, which leaves out these defaults."""
+_CLIP_SKIP = re.compile(r"\bClip skip: (\d+)(?:,|$)", re.MULTILINE)
 _KINDS: dict[str, Callable[[Any], Any]] = {"auto": bool, "gamma": float, "original_steps": int, "guidance": float}
 _ARGS = ("auto", "gamma", "original_steps")
 
@@ -52,14 +72,27 @@ class Options:
         return said
 
 
-def reset_unnamed(params: dict[str, Any]) -> None:
-    """Add the defaults of what a pasted infotext, as `params`, does not name, or the page would keep another value.
+def reset_unnamed(infotext: str, params: dict[str, Any], skipped: Sequence[str] = ()) -> None:
+    """Add the defaults of what a pasted infotext does not name, or the page would keep another value.
 
-    No infotext switches `auto` on: a picture names what it was made with, which `auto` might change.
+    No infotext switches `auto` on: a picture names what it was made with, which `auto` might change. Of the host's own
+    settings those are added that change pictures of our samplers; other pictures are the host's business.
+
+    Args:
+        infotext: as it was pasted.
+        params: what the host has read in it; changed in place.
+        skipped: names that the user does not want to be pasted.
     """
     params.setdefault(AUTO_FIELD, False)
     params.setdefault(GAMMA_FIELD, Options.gamma)
     params.setdefault(ORIGINAL_STEPS_FIELD, Options.original_steps)
+    if params.get("Sampler") not in SAMPLERS:
+        return
+    clip_skip = _CLIP_SKIP.findall(infotext)
+    named = {"Clip skip": clip_skip[-1]} if clip_skip else {}  # Neo leaves it out of `params`
+    for name, value in {**_HOST_DEFAULTS, **named}.items():
+        if name not in skipped:
+            params.setdefault(name, value)
 
 
 def read_options(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> Options:

@@ -83,19 +83,24 @@ def remarks(request: Request, advised: Recommendation | None, say: Say = english
         found.append(
             say(
                 "{model} is no LCM and no LCM-LoRA is in the prompt, so few steps give a poor picture; "
-                "add an LCM-LoRA or choose another sampler.",
+                "the button in the accordion adds an LCM-LoRA or sets another sampler.",
                 model=request.checkpoint,
             )
         )
     if request.is_full_lcm and request.has_negative:
-        found.append(say("{model} is a full LCM, which reads no negative prompt.", model=request.checkpoint))
+        found.append(
+            say(
+                "{model} is a full LCM, which reads no negative prompt; the button in the accordion clears it.",
+                model=request.checkpoint,
+            )
+        )
     if request.refiner is not None and request.refiner_is_full_lcm != request.is_full_lcm:
         full, plain = request.checkpoint, request.refiner
         full, plain = (full, plain) if request.is_full_lcm else (plain, full)
         found.append(
             say(
                 "{full} is a full LCM and {plain} is none, so that the refiner's guidance is wrong; "
-                "choose two of one kind.",
+                "the button in the accordion takes the refiner out.",
                 full=full,
                 plain=plain,
             )

@@ -17,7 +17,8 @@ from extension_a1111.loras import find_loras
 from extension_a1111.options import LCM_SAMPLER, TCD_SAMPLER, Options
 from extension_a1111.schedules import fit_remarks, fit_steps, fit_strength, get_sigmas_padded
 from lcm_core.diffusion.guidance import Model
-from lcm_core.diffusion.samplers import initial_latents, sample_lcm, sample_tcd
+from lcm_core.diffusion.process import RectifiedFlow, VariancePreserving
+from lcm_core.diffusion.samplers import sample_lcm, sample_tcd
 
 SCHEDULE = ("lcm_skip", "LCM Skip")
 
@@ -76,9 +77,9 @@ class SuiteSampler(KDiffusionSampler):
         """A new picture from noise `x`."""
         self._begin(p, steps, 1.0)
         if not host.scales_noise_itself():
-            # The host multiplies by sigma; unit variance at the start takes sqrt(1 + sigma^2).
-            sigma = self.get_sigmas(p, self.count)[0].item()
-            x = initial_latents(x, sigma) / sigma
+            # The host multiplies by sigma; unit variance for the network can take another factor.
+            sigma = self.get_sigmas(p, self.count)[0]
+            x = x * (host.noise_process(self.model_wrap).initial_scale(sigma) / sigma).item()
         return super().sample(p, x, *args, steps=self.count, **kwargs)
 
     def sample_img2img(
@@ -111,9 +112,9 @@ class SuiteSampler(KDiffusionSampler):
         process = host.noise_process(self.model_wrap)
         guided, extra_args = self._guided(model, dict(extra_args or {}))
         if self.name == LCM_SAMPLER:
-            return sample_lcm(consistency(guided, process), x, sigmas, extra_args, callback, disable, self._noise)
-        options: dict[str, Any] = {"gamma": self.suite.gamma, "process": process}
-        return sample_tcd(guided, x, sigmas, extra_args, callback, disable, self._noise, **options)
+            model = consistency(guided, process) if isinstance(process, VariancePreserving) else guided
+            return sample_lcm(model, x, sigmas, extra_args, callback, disable, self._noise, process)
+        return sample_tcd(guided, x, sigmas, extra_args, callback, disable, self._noise, process, self.suite.gamma)
 
     def initialize(self, p: Any) -> dict[str, Any]:
         """As the host's, without eta, which this sampler has not: at 0 its infotext would leave out ENSD."""
@@ -138,6 +139,9 @@ class SuiteSampler(KDiffusionSampler):
 
     def _fit(self, p: Any, steps: int, strength: float) -> None:
         """Take as many steps as the grid has at this strength; hires fix would else end after its first pass."""
+        self.strength, self.count = strength, steps
+        if isinstance(host.noise_process(self.model_wrap), RectifiedFlow):
+            return  # any strength has any number of steps
         grid = self.suite.original_steps
         self.strength = fit_strength(grid, strength)
         self.count = fit_steps(steps, grid, self.strength)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from extension_a1111.translation import Say, english
 from lcm_core.diffusion.grids import get_sigmas_lcm
-from lcm_core.diffusion.process import VariancePreserving
+from lcm_core.diffusion.process import Process, RectifiedFlow
+from lcm_core.errors import InputError
 
 ORIGINAL_STEPS = 50
 """Timesteps of the usual grid (arXiv 2310.04378 Sec. 4.3)."""
 
 
 def get_sigmas_padded(
-    process: VariancePreserving,
+    process: Process,
     num_inference_steps: int,
     host_steps: int,
     original_steps: int = ORIGINAL_STEPS,
@@ -32,6 +33,22 @@ def get_sigmas_padded(
     """
     sigmas = get_sigmas_lcm(process, num_inference_steps, original_steps, strength)
     return torch.cat([sigmas[:1].expand(max(host_steps - num_inference_steps, 0)), sigmas])
+
+
+def flow_of_levels(name: str, levels: Tensor) -> RectifiedFlow:
+    """A flow from its host's table of noise levels, (N,) rising to 1: even steps moved by a shift.
+
+    Raises:
+        InputError: another table; `name` is the model's.
+    """
+    table = levels.detach().cpu().double()
+    half = float(table[len(table) // 2 - 1])
+    if 0 < half < 1:
+        process = RectifiedFlow(half / (1 - half))
+        even = torch.arange(1, len(table) + 1, dtype=torch.float64) / len(table)
+        if torch.allclose(table, process.shifted(even), rtol=0, atol=1e-4):
+            return process
+    raise InputError(f"{name} has noise levels that LCM and TCD do not know; choose a sampler such as Euler")
 
 
 def fit_steps(num_inference_steps: int, original_steps: int = ORIGINAL_STEPS, strength: float = 1.0) -> int:
@@ -59,7 +76,7 @@ def fit_remarks(asked: int, steps: int, strength: float, fitted: float, say: Say
     return found
 
 
-def get_sigmas_host(process: VariancePreserving, host_steps: int) -> Tensor:
+def get_sigmas_host(process: Process, host_steps: int) -> Tensor:
     """The grid as a schedule for any sampler, (host_steps + 1,); one of more steps than usual where more are asked for.
 
     For image to image at a low strength hosts ask for many times the steps that they use, and must get that many.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -20,9 +21,13 @@ from extension_a1111.options import (
 )
 from lcm_core.errors import InputError
 
-_WANTED = ("prompt", "sampling", "steps", "cfg_scale")
+_WANTED = ("prompt", "neg_prompt", "sampling", "steps", "cfg_scale")
+_REFINER = "checkpoint"
 _SECTION = ("lcm_suite", "LCM Suite")
-_HELP = "Both set sampler, steps and CFG where an LCM-LoRA or an LCM is in use."
+_HELP = (
+    "Both set sampler, steps and CFG where an LCM-LoRA or an LCM is in use; "
+    "the button also puts right what is remarked on below a picture."
+)
 
 
 class LcmSuite(scripts.Script):
@@ -30,8 +35,9 @@ class LcmSuite(scripts.Script):
 
     def __init__(self) -> None:
         super().__init__()
+        self.connected: set[str] = set()
         self.page: dict[str, Any] = {}  # the host's own components, by the end of their ids
-        self.offer: tuple[Any, Any, Any, Any] | None = None
+        self.ours: tuple[Any, Any, Any, Any] | None = None  # the button, two sliders, and what it says
 
     def title(self) -> str:
         return LCM_SAMPLER
@@ -42,7 +48,7 @@ class LcmSuite(scripts.Script):
     def ui(self, is_img2img: bool) -> list[Any]:
         with gr.Accordion(LCM_SAMPLER, open=False, elem_id=self.elem_id("lcm_suite")):
             with gr.Row():
-                button = gr.Button("Use settings for few steps", elem_id=self.elem_id("lcm_suite_offer"))
+                button = gr.Button("Set what suits the models", elem_id=self.elem_id("lcm_suite_offer"))
                 auto = gr.Checkbox(
                     bool(shared.opts.data.get("lcm_suite_auto", False)),
                     label="Apply automatically",
@@ -63,14 +69,14 @@ class LcmSuite(scripts.Script):
                 )
         self.infotext_fields = [(auto, AUTO_FIELD), (gamma, GAMMA_FIELD), (original_steps, ORIGINAL_STEPS_FIELD)]
         self.paste_field_names = [GAMMA_FIELD, ORIGINAL_STEPS_FIELD]
-        self.offer = (button, gamma, original_steps, said)
+        self.ours = (button, gamma, original_steps, said)
         self._connect()
         return [auto, gamma, original_steps]
 
     def after_component(self, component: Any, **kwargs: Any) -> None:
         """Remember the host's own components; which of them come before `ui` is up to the user's settings."""
         tab, _, name = (kwargs.get("elem_id") or "").partition("_")
-        if name in _WANTED and tab == ("img2img" if self.is_img2img else "txt2img"):
+        if name in (*_WANTED, _REFINER) and tab == ("img2img" if self.is_img2img else "txt2img"):
             self.page[name] = component
             self._connect()
 
@@ -84,13 +90,23 @@ class LcmSuite(scripts.Script):
             p.comment(str(error))
 
     def _connect(self) -> None:
-        if self.offer is None or not all(name in self.page for name in _WANTED):
+        """Connect the button with what is there by now."""
+        if self.ours is None:
             return
-        (button, gamma, original_steps, said), self.offer = self.offer, None
-        prompt, *settings = (self.page[name] for name in _WANTED)
-        settings += [gamma, original_steps]
-        # Without the queue, so that the button answers while a picture is being made.
-        button.click(advice.offer, inputs=[prompt, *settings], outputs=[*settings, said], queue=False)
+        button, gamma, original_steps, said = self.ours
+        if all(name in self.page for name in _WANTED):
+            prompts_and_settings = [self.page[name] for name in _WANTED] + [gamma, original_steps]
+            self._click(button, "put_right", advice.put_right, prompts_and_settings, [*prompts_and_settings, said])
+        if "sampling" in self.page and _REFINER in self.page:  # not in every host, nor with every setting
+            refiner = self.page[_REFINER]
+            fit = functools.partial(advice.fit_refiner, refiner.value)
+            self._click(button, "fit_refiner", fit, [self.page["sampling"], refiner], [refiner])
+
+    def _click(self, button: Any, name: str, work: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        if name not in self.connected:
+            self.connected.add(name)
+            # without the queue, so that the button answers while a picture is being made
+            button.click(work, inputs=inputs, outputs=outputs, queue=False)
 
 
 def _add_settings() -> None:
@@ -109,6 +125,10 @@ def _add_settings() -> None:
         ("lcm_suite_distil_folder", "", "Distillation: folder of the runs (empty: outputs/lcm-distil)", None, None),
     ):
         shared.opts.add_option(name, shared.OptionInfo(default, label, component, span, section=_SECTION))
+
+
+def _complete(infotext: str, params: dict[str, Any]) -> None:
+    reset_unnamed(infotext, params, getattr(shared.opts, "infotext_skip_pasting", None) or ())
 
 
 def _add_axes() -> None:
@@ -150,4 +170,5 @@ def _add_axes_or_say() -> None:
 sampler.register()
 script_callbacks.on_ui_settings(_add_settings)
 script_callbacks.on_before_ui(_add_axes_or_say)
-script_callbacks.on_infotext_pasted(lambda _, params: reset_unnamed(params))
+script_callbacks.on_infotext_pasted(_complete)
+host.name_setting("s_min_uncond", "NGMS")

@@ -14,6 +14,8 @@ from torch import nn
 from extension_a1111.architecture import prediction_of
 from extension_a1111.folders import CHECKPOINT_OPTIONS, LORA_OPTIONS, option_folders
 from extension_a1111.forge_models import replace_ours
+from extension_a1111.schedules import get_sigmas_padded
+from lcm_core.diffusion.process import RectifiedFlow
 from lcm_core.diffusion.schedule import get_alphas_cumprod
 from lcm_core.errors import InputError
 
@@ -97,11 +99,42 @@ def test_network_and_noise_levels_are_found_in_every_host(fake_host: Any, wrappe
     torch.testing.assert_close(host.noise_process().alphas_cumprod.double(), ALPHAS.double(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("wrapper", [Wrapper(predictor=predictor("const")), Wrapper(model_sampling=sampling(CONST))])
-def test_flow_models_are_refused_in_every_host(fake_host: Any, wrapper: Wrapper) -> None:
+def flow_predictor(levels: torch.Tensor) -> Any:
+    found = predictor("const")
+    found.sigmas = levels
+    return found
+
+
+def discrete_flow(shift: float) -> torch.Tensor:
+    """Forge's table for SD3 and its kin, and for Flux with shift e^mu."""
+    even = torch.arange(1, 1001) / 1000
+    return shift * even / (1 + (shift - 1) * even)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 3.158])
+def test_flow_models_are_known_by_their_predictor(fake_host: Any, shift: float) -> None:
+    """Also without the layers that Stable Diffusion's network has."""
+    wrapper = Wrapper(predictor=flow_predictor(discrete_flow(shift)))
+    wrapper.diffusion_model = nn.ModuleDict()
     load(fake_host, wrapper)
-    with pytest.raises(InputError, match="mine is no model for LCM or TCD"):
-        fake_host.load("extension_a1111.host").check_supported()
+    host = fake_host.load("extension_a1111.host")
+    host.check_supported()
+    process = host.noise_process()
+    assert isinstance(process, RectifiedFlow)
+    assert process.shift == pytest.approx(shift, rel=1e-5)
+    wanted = [shift * u / (1 + (shift - 1) * u) for u in (1, 0.75, 0.5, 0.25)]
+    torch.testing.assert_close(get_sigmas_padded(process, 4, 4), torch.tensor([*wanted, 0.0]), rtol=1e-5, atol=0)
+
+
+def test_flow_models_are_refused_where_noise_cannot_be_mixed(fake_host: Any) -> None:
+    """reForge adds noise to the picture, whatever the model; an unknown table is refused everywhere."""
+    load(fake_host, Wrapper(model_sampling=sampling(CONST)))
+    host = fake_host.load("extension_a1111.host")
+    with pytest.raises(InputError, match=r"mine is no model for LCM or TCD, .* or use Forge"):
+        host.check_supported()
+    load(fake_host, Wrapper(predictor=predictor("const")))
+    with pytest.raises(InputError, match="mine has noise levels that LCM and TCD do not know"):
+        host.check_supported()
 
 
 def test_prediction_by_class_and_by_name() -> None:

@@ -19,8 +19,31 @@ def test_the_infotext_names_what_the_sampler_reads_defaults_too() -> None:
 def test_pasting_resets_what_the_picture_does_not_name() -> None:
     """A picture of an earlier version, or of another sampler, names none of these."""
     params = {"Steps": "4", "TCD gamma": "0.7"}
-    reset_unnamed(params)
+    reset_unnamed("", params)
     assert params == {"Steps": "4", "TCD gamma": "0.7", "LCM original steps": 50, "LCM Suite auto": False}
+
+
+@pytest.mark.parametrize("sampler", ["LCM Suite", "TCD Suite"])
+def test_pasting_resets_the_hosts_settings_that_change_our_pictures(sampler: str) -> None:
+    """A picture made without ENSD does not name it, and the page may have it on."""
+    params: dict[str, object] = {"Sampler": sampler, "NGMS": "3"}
+    reset_unnamed("", params, skipped=["Skip Early CFG"])
+    assert params["ENSD"] == 0
+    assert params["NGMS"] == "3"
+    assert params["Noise multiplier"] == 1
+    assert "Skip Early CFG" not in params
+    other: dict[str, object] = {"Sampler": "Euler a"}
+    reset_unnamed("", other)
+    assert "ENSD" not in other
+
+
+def test_clip_skip_is_read_where_the_host_leaves_it_out() -> None:
+    """Neo drops it from what it has read; elsewhere the host's own reading stays."""
+    text = "a cat, Clip skip: 3\nSteps: 4, Sampler: LCM Suite, Clip skip: 2, RNG: CPU"
+    for read, wanted in (({}, "2"), ({"Clip skip": "1"}, "1")):
+        params: dict[str, object] = {"Sampler": "LCM Suite", **read}
+        reset_unnamed(text, params)
+        assert params["Clip skip"] == wanted
 
 
 def test_args_in_order_and_axes_above_them() -> None:

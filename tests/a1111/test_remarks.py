@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +56,9 @@ def test_a_plain_checkpoint_without_a_lora_is_said() -> None:
 
 def test_a_negative_prompt_that_a_full_lcm_does_not_read_is_said() -> None:
     full = replace(RIGHT, is_full_lcm=True, guidance_scale=8.0, has_negative=True)
-    assert remarks(full, advised(full, lora=False)) == ["dream is a full LCM, which reads no negative prompt."]
+    assert remarks(full, advised(full, lora=False)) == [
+        "dream is a full LCM, which reads no negative prompt; the button in the accordion clears it."
+    ]
     assert remarks(replace(full, sampler="Euler a"), advised(full, lora=False)) == []
 
 
@@ -93,6 +97,56 @@ def test_a_request_is_read_with_its_negative_prompt_and_refiner(fake_host: Any, 
     assert len(said) == 2
     assert said[0].startswith("LCM Suite: dream is no LCM")
     assert said[1].startswith("LCM Suite: full is a full LCM and dream is none")
+
+
+@pytest.fixture
+def page(fake_host: Any, tmp_path: Path) -> Iterator[Any]:
+    """`advice` in a host with the checkpoints dream and full, the first of them chosen, and one LCM-LoRA for each."""
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    cond_proj = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(4, 2)}
+    lora = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k.lora_down.weight"
+    save_file({key: torch.zeros(4, 768)}, tmp_path / "dream.safetensors")
+    save_file({key: torch.zeros(4, 768), **cond_proj}, tmp_path / "full.safetensors")
+    save_file({lora: torch.zeros(4, 2048)}, tmp_path / "lcm_xl.safetensors")
+    save_file({lora: torch.zeros(4, 768)}, tmp_path / "lcm_sd15.safetensors")
+    files = {file.stem: SimpleNamespace(filename=str(file)) for file in sorted(tmp_path.iterdir())}
+    fake_host.sd_models.get_closet_checkpoint_match = files.get
+    fake_host.sd_models.select_checkpoint = lambda: files[fake_host.chosen]
+    fake_host.sd_samplers.all_samplers = [SimpleNamespace(name="DPM++ 2M")]
+    fake_host.chosen = "dream"
+    networks: Any = ModuleType("networks")
+    networks.available_networks = {name: file for name, file in files.items() if name.startswith("lcm")}
+    sys.modules["networks"] = networks
+    yield SimpleNamespace(advice=fake_host.load("extension_a1111.advice"), host=fake_host, networks=networks)
+    del sys.modules["networks"]
+
+
+def test_the_button_adds_a_lora_that_fits_a_plain_checkpoint(page: Any) -> None:
+    answer = page.advice.put_right("a cat", "fog", "LCM Suite", 4, 1.0, 0.3, 50)
+    assert answer[:7] == ("a cat <lora:lcm_sd15:1>", "fog", "LCM Suite", 4, 1.0, 0.3, 50)
+    assert answer[7].startswith("lcm_sd15 is made for few steps")
+
+
+def test_the_button_sets_the_hosts_sampler_where_no_lora_fits(page: Any) -> None:
+    del page.networks.available_networks["lcm_sd15"]
+    answer = page.advice.put_right("a cat", "fog", "TCD Suite", 4, 1.0, 0.3, 50)
+    assert answer[:5] == ("a cat", "fog", "DPM++ 2M", 20, 7.0)
+    assert "no LCM-LoRA for it was found" in answer[7]
+    nothing = page.advice.put_right("a cat", "fog", "Euler a", 25, 6.0, 0.3, 50)
+    assert nothing[:5] == ("a cat", "fog", "Euler a", 25, 6.0)
+
+
+def test_the_button_clears_what_a_full_lcm_does_not_read(page: Any) -> None:
+    page.host.chosen = "full"
+    answer = page.advice.put_right("a cat", "fog", "LCM Suite", 4, 8.0, 0.3, 50)
+    assert answer[:5] == ("a cat", "", "LCM Suite", 4, 8.0)
+
+
+def test_the_button_takes_out_a_refiner_of_the_other_kind(page: Any) -> None:
+    assert page.advice.fit_refiner("None", "LCM Suite", "full") == "None"
+    assert page.advice.fit_refiner("None", "LCM Suite", "dream") == "dream"
+    assert page.advice.fit_refiner("None", "Euler", "full") == "full"
+    assert page.advice.fit_refiner("", "LCM Suite", "") == ""
 
 
 @pytest.mark.parametrize(

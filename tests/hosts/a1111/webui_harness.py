@@ -163,6 +163,11 @@ class WebUI:
         """Change the checkpoint."""
         self.call("/sdapi/v1/options", {"sd_model_checkpoint": checkpoint})
 
+    def title(self, checkpoint: str) -> str:
+        """A checkpoint's name in the page's lists."""
+        known = self.call("/sdapi/v1/sd-models")
+        return str(next(model["title"] for model in known if model["model_name"] == checkpoint))
+
     def reload_ui(self) -> None:
         """What the button "Reload UI" does."""
         before = self.read_log().count(_STARTED)

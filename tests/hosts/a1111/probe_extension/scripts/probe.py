@@ -1,4 +1,10 @@
-"""For tests: says what the U-Net was asked and what a paste would fill in, reloads the page, repeats requests."""
+"""For tests: says what the U-Net was asked and what a paste would fill in, reloads the page, repeats requests.
+
+It can also turn the loaded model into a flow with a predictor of Forge's own and a network that knows the picture.
+"""
+
+import inspect
+from types import SimpleNamespace
 
 import torch
 from modules import infotext_utils, script_callbacks, scripts, shared
@@ -6,6 +12,8 @@ from modules import infotext_utils, script_callbacks, scripts, shared
 _NETWORKS = ("UNetModel", "IntegratedUNet2DConditionModel", "OpenAIWrapper")  # the last is around SDXL's UNetModel
 _calls = []
 _comments = []
+_fed = []
+_predictors = []
 
 
 class Probe(scripts.Script):
@@ -59,10 +67,50 @@ def _paste(request: dict):
     return {"values": values, "settings": {name: value for _, name, value in overridden}}
 
 
+def _become_flow(request: dict):
+    """`{"kind": class of the predictor, "shift", "x0": each value of the picture's latents}`; without a kind: undo."""
+    model = shared.sd_model.forge_objects.unet.model
+    if _predictors:
+        model.predictor = _predictors.pop()
+        del model.diffusion_model.forward
+    if request.get("kind"):
+        _predictors.append(model.predictor)
+        model.predictor = _predictor(**request)
+        model.diffusion_model.forward = _velocity(model.predictor, request["x0"])
+    return {}
+
+
+def _predictor(kind, shift, x0):
+    from backend.modules import k_prediction
+
+    made = getattr(k_prediction, kind)
+    if "model_config" in inspect.signature(made).parameters:  # Neo
+        return made(SimpleNamespace(sampling_settings={"shift": shift}))
+    return made() if kind == "PredictionFlux" else made(shift=shift)
+
+
+def _velocity(predictor, x0):
+    def forward(x, t, *args, **options):
+        half = torch.tensor([0.5])
+        s = t / float(predictor.timestep(half) / half)
+        _fed.append([float(s[0]), float(x.mean()), float(x.std())])
+        return (x - x0) / s.reshape(-1, 1, 1, 1)
+
+    return forward
+
+
+def _take_fed():
+    taken = list(_fed)
+    _fed.clear()
+    return taken
+
+
 def _add_routes(demo, app):
     app.add_api_route("/probe/calls", _take, methods=["GET"])
     app.add_api_route("/probe/comments", _say, methods=["GET"])
     app.add_api_route("/probe/paste", _paste, methods=["POST"])
+    app.add_api_route("/probe/flow", _become_flow, methods=["POST"])
+    app.add_api_route("/probe/fed", _take_fed, methods=["GET"])
     app.add_api_route("/probe/reload", _reload, methods=["GET"])
 
 
