@@ -76,14 +76,14 @@ def put_right(
     A plain checkpoint with a sampler of ours gets an LCM-LoRA that fits it, or the host's first sampler where there is
     none; a negative prompt that a full LCM does not read is cleared.
     """
-    numbers = (int(steps), float(cfg_scale))
+    steps, cfg_scale = int(steps), float(cfg_scale)
     try:
         file = host.chosen_checkpoint()
-        is_plain = sampler_name in SAMPLERS and file is not None and _advise(file, prompt, *numbers) is None
+        is_plain = sampler_name in SAMPLERS and file is not None and _advise(file, prompt, steps, cfg_scale) is None
         lora = _fitting_lora(file) if is_plain and file is not None else None
     except ValueError as error:
         said = html.escape(str(error))
-        return prompt, negative_prompt, sampler_name, *numbers, gamma, original_steps, said
+        return prompt, negative_prompt, sampler_name, steps, cfg_scale, gamma, original_steps, said
     if is_plain and file is not None and lora is None:
         words = "{model} is no LCM, and no LCM-LoRA for it was found: its usual sampler, steps and CFG are set."
         said = html.escape(host.say()(words, model=file.stem))
@@ -91,10 +91,10 @@ def put_right(
         return prompt, negative_prompt, *usual, gamma, original_steps, said
     if lora is not None:
         prompt = f"{prompt} <lora:{lora}:1>".strip()
-    *settings, said = offer(prompt, sampler_name, *numbers, gamma, original_steps)
-    if settings[0] in SAMPLERS and _is_full_lcm(file):
+    offered = offer(prompt, sampler_name, steps, cfg_scale, gamma, original_steps)
+    if offered[0] in SAMPLERS and _is_full_lcm(file):
         negative_prompt = ""
-    return prompt, negative_prompt, *settings, said
+    return prompt, negative_prompt, *offered
 
 
 def fit_refiner(none: str, sampler_name: str, named: str) -> str:

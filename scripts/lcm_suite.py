@@ -4,6 +4,7 @@ The host reads the root folder's `scripts` only. It looks for its classes in thi
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from modules import errors, script_loading, scripts
@@ -12,8 +13,13 @@ _ROOT = Path(scripts.basedir())
 if str(_ROOT) not in sys.path:
     sys.path.append(str(_ROOT))
 
+_paths = sorted((_ROOT / "extension_a1111" / "scripts").glob("*.py"))
+if find_spec("modules.sd_samplers_kdiffusion") is None:
+    print("LCM Suite: this web UI has none of the samplers that the extension builds on; SD.Next has its own LCM")
+    _paths = []
+
 # Loaded by path and not imported: a reload of the page clears all callbacks, and an import would not set them again.
-for _path in sorted((_ROOT / "extension_a1111" / "scripts").glob("*.py")):
+for _path in _paths:
     try:
         _module = script_loading.load_module(str(_path))
         globals().update({name: value for name, value in vars(_module).items() if not name.startswith("_")})

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HOST = {
     "modules/__init__.py": "",
+    "modules/sd_samplers_kdiffusion.py": "",
     "modules/errors.py": "def report(message, exc_info=False):\n    print('report:', message)\n",
     "modules/scripts.py": "folder = ''\n\n\ndef basedir():\n    return folder\n",
     # as in the web UI
@@ -62,17 +63,27 @@ def extension(tmp_path: Path) -> Path:
     return tmp_path / "suite"
 
 
+def load_twice(extension: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LOAD.format(folder=str(extension))]
+    return subprocess.run(command, cwd=extension.parent / "host", capture_output=True, text=True, check=False)
+
+
 def test_scripts_are_run_at_every_reload_and_a_broken_one_costs_only_itself(extension: Path) -> None:
     """Callbacks are cleared by a reload, so the scripts must run again; their helpers need not."""
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD.format(folder=str(extension))],
-        cwd=extension.parent / "host",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = load_twice(extension)
     once = ["a", "report: LCM Suite: broken.py could not be loaded", "c", "['A', 'C']"]
     assert result.stdout.splitlines() == ["helper", *once, *once], result.stderr
+
+
+def test_a_web_ui_without_k_diffusion_is_told_in_one_line(extension: Path) -> None:
+    """SD.Next, which paints with diffusers: three tracebacks otherwise, and a page without its own LCM being named."""
+    (extension.parent / "host" / "modules" / "sd_samplers_kdiffusion.py").unlink()
+    result = load_twice(extension)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4, result.stderr
+    assert lines[0] == lines[2]
+    assert lines[0].startswith("LCM Suite: this web UI has none of the samplers")
+    assert lines[1] == lines[3] == "[]"
 
 
 def test_nothing_else_lies_in_the_folder_that_the_host_reads() -> None:

@@ -1,8 +1,9 @@
 """The real web UIs that the tests in this folder run against.
 
-A1111_PATH, FORGE_PATH, NEO_PATH (Forge Neo) and REFORGE_PATH name their checkouts, the folders that hold launch.py;
-A1111_PYTHON and so on the Python of each where it is not in the checkout's `venv`. Models, settings and pictures go
-elsewhere. Run: `pytest -m host tests/hosts/a1111`. reForge cannot load the embedded model: see `test_reforge.py`.
+A1111_PATH, FORGE_PATH, NEO_PATH (Forge Neo), REFORGE_PATH and CLASSIC_PATH (Forge Classic) name their checkouts, the
+folders that hold launch.py; A1111_PYTHON and so on the Python of each where it is not in the checkout's `venv`. Models,
+settings and pictures go elsewhere. Run: `pytest -m host tests/hosts/a1111`. The last two cannot load the embedded
+model: see `test_reforge.py`.
 """
 
 from __future__ import annotations

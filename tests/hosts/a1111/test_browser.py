@@ -95,7 +95,7 @@ def teach(page: Any, folder: Path, name: str, steps: int) -> None:
     fill(page, "#lcm_distil_data", folder)
     fill(page, "#lcm_distil_steps", steps)
     fill(page, "#lcm_distil_batch", 1)
-    fill(page, "#lcm_distil_more", "--samples 0 --preview-every 5 --save-every 1 --device cpu")
+    fill(page, "#lcm_distil_more", "--samples 0 --resolution 64 --preview-every 5 --save-every 1 --device cpu")
 
 
 def test_distil_starts_once_survives_a_reload_stops_and_finishes(webui: WebUI, page: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""reForge, which builds networks in their usual sizes only: a Stable Diffusion 1.5 of full size with random weights.
+"""reForge and Forge Classic, which build networks in their usual sizes only: an SD 1.5 of that size, random weights.
 
 Its pictures mean nothing, but must be the same everywhere. It takes 4 GB of disk, which REFORGE_MODELS may name a
 folder for to keep it between runs, and 10 GB of memory.
@@ -37,7 +37,7 @@ from ldm_patched.modules.model_base import ModelType, model_sampling
 from ldm_patched.modules.supported_models import SD15
 sys.path.append({root!r})
 from extension_a1111.architecture import prediction_of
-kinds = [kind for kind in ModelType if kind.name in ("EPS", "V_PREDICTION", "V_PREDICTION_EDM", "FLOW")]
+kinds = [kind for kind in ModelType if kind.name in ("EPS", "V_PREDICTION", "V_PREDICTION_EDM", "FLOW")]  # if known
 made = {{kind.name: model_sampling(SD15({{}}), kind) for kind in kinds}}
 print()
 print(json.dumps({{name: [prediction_of(found), len(found.sigmas)] for name, found in made.items()}}))
@@ -86,12 +86,12 @@ def make_lora(file: Path) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def reforge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    path = os.environ.get("REFORGE_PATH")
+@pytest.fixture(scope="module", params=["REFORGE", "CLASSIC"])
+def reforge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    path = os.environ.get(f"{request.param}_PATH")
     if not path:
-        pytest.skip("REFORGE_PATH is not set to a checkout of reForge")
-    server = WebUI("REFORGE", Path(path), tmp_path_factory.mktemp("reforge"))
+        pytest.skip(f"{request.param}_PATH is not set to a checkout of the web UI")
+    server = WebUI(request.param, Path(path), tmp_path_factory.mktemp("reforge"))
     models = server.data / "models"
     (models / "Stable-diffusion").mkdir(parents=True)
     (models / "Lora").mkdir()
@@ -142,7 +142,7 @@ def test_its_own_noise_processes_are_understood(reforge: WebUI) -> None:
     assert found["EPS"] == ["epsilon", 1000]
     assert found["V_PREDICTION"] == ["v_prediction", 1000]
     assert found["V_PREDICTION_EDM"][0] not in ("epsilon", "v_prediction")
-    assert found["FLOW"][0] not in ("epsilon", "v_prediction")
+    assert found.get("FLOW", ["no such kind"])[0] not in ("epsilon", "v_prediction")
 
 
 @pytest.mark.parametrize(("sampler", "guidance_scale", "batch"), [("LCM Suite", 1.0, 1), ("TCD Suite", 2.0, 2)])

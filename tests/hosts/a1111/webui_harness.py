@@ -1,4 +1,4 @@
-"""Starts a real web UI (A1111, Forge, Forge Neo or reForge) with this repository as its extension, and speaks to it.
+"""Starts a real web UI (A1111, Forge, Neo, reForge or Classic) with this repository as its extension, and speaks to it.
 
 Models, extensions and settings lie in a folder of the test's own (`--data-dir`), so that the checkout stays as it is.
 """
@@ -34,10 +34,11 @@ _CPU = {
     "FORGE": "--always-cpu --all-in-fp32",
     "NEO": "--cpu --force-fp32",
     "REFORGE": "--always-cpu --all-in-fp32 --no-download-sd-model --no-hashing",
+    "CLASSIC": "--always-cpu --all-in-fp32 --no-download-sd-model --no-hashing",
 }
 """Flags for the CPU by kind of web UI."""
 KINDS = ("A1111", "FORGE", "NEO")
-"""Those that can load the embedded model; reForge builds Stable Diffusion in its usual sizes only."""
+"""Those that can load the embedded model; the others build Stable Diffusion in its usual sizes only."""
 _SETTINGS = {  # noise as everywhere, no downloads for previews, and no second copy of pictures
     "randn_source": "CPU",
     "live_previews_enable": False,
@@ -62,9 +63,9 @@ class HttpError(Exception):
 class WebUI:
     """A running web UI."""
 
-    def __init__(self, kind: str, checkout: Path, data: Path) -> None:
+    def __init__(self, kind: str, checkout: Path, data: Path, with_extension: bool = True) -> None:
         self.kind = kind
-        """One of `KINDS`, or REFORGE."""
+        """One of `KINDS`, REFORGE or CLASSIC."""
         self.checkout = checkout.resolve()
         self.data = data
         self.is_forge = (checkout / "modules_forge").is_dir()
@@ -72,12 +73,13 @@ class WebUI:
         self.upscaler = "None" if kind == "NEO" else "Latent"
         """For hires fix; Neo has no latent one."""
         self.log = data / "webui.log"
-        self._prepare()
+        self._prepare(with_extension)
 
-    def _prepare(self) -> None:
+    def _prepare(self, with_extension: bool) -> None:
         extensions = self.data / "extensions"
         extensions.mkdir(parents=True, exist_ok=True)
-        (extensions / "lcm-suite").symlink_to(ROOT, target_is_directory=True)
+        if with_extension:
+            (extensions / "lcm-suite").symlink_to(ROOT, target_is_directory=True)
         (extensions / "probe").symlink_to(PROBE, target_is_directory=True)
         (self.data / "modules").symlink_to(self.checkout / "modules")  # what `export` knows a web UI by
         if self.is_forge:
