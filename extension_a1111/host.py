@@ -179,6 +179,13 @@ def say() -> Say:
     return speaker(getattr(shared.opts, "localization", None))
 
 
+def apply_noise_multiplier(p: Any) -> None:
+    """Take a request's own "Noise multiplier for img2img", which hosts read before its settings are in force."""
+    multiplier = (getattr(p, "override_settings", None) or {}).get("initial_noise_multiplier")
+    if multiplier is not None and hasattr(p, "initial_noise_multiplier"):
+        p.initial_noise_multiplier = float(multiplier)
+
+
 def cfg_scale(p: Any) -> float:
     """The CFG slider of the current pass: Forge has one of its own for hires."""
     hires = getattr(p, "hr_cfg", None) if getattr(p, "is_hr_pass", False) else None

@@ -15,6 +15,7 @@ from extension_a1111.options import (
     GAMMA_FIELD,
     LCM_SAMPLER,
     ORIGINAL_STEPS_FIELD,
+    SAMPLERS,
     Options,
     read_options,
     reset_unnamed,
@@ -88,6 +89,8 @@ class LcmSuite(scripts.Script):
             advice.apply(p, args, axes)
         except InputError as error:
             p.comment(str(error))
+        if p.sampler_name in SAMPLERS:
+            host.apply_noise_multiplier(p)
 
     def _connect(self) -> None:
         """Connect the button with what is there by now."""

@@ -155,6 +155,19 @@ def test_samplers_say_that_they_use_the_noise_seed_delta(fake_host: Any) -> None
     ]
 
 
+def test_a_requests_own_noise_multiplier_counts(fake_host: Any) -> None:
+    """The host takes the page's, before the request's own settings are in force: a pasted picture differed."""
+    host = fake_host.load("extension_a1111.host")
+    p = SimpleNamespace(override_settings={"initial_noise_multiplier": 0.8}, initial_noise_multiplier=1.0)
+    host.apply_noise_multiplier(p)
+    assert p.initial_noise_multiplier == 0.8
+    for settings in ({}, None):
+        p = SimpleNamespace(override_settings=settings, initial_noise_multiplier=0.5)
+        host.apply_noise_multiplier(p)
+        assert p.initial_noise_multiplier == 0.5
+    host.apply_noise_multiplier(SimpleNamespace(override_settings={"initial_noise_multiplier": 0.8}))  # text to image
+
+
 def test_a_lora_that_has_just_been_written_is_found(fake_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's list is of its start, or of the last refresh; it reads the folder again itself for unknown names."""
     networks: Any = ModuleType("networks")

@@ -86,21 +86,25 @@ def make_lora(file: Path) -> None:
     )
 
 
+def put_models(models: Path, kept: Path) -> None:
+    """Into a web UI's folder, from one where they are made if they are not there yet."""
+    if not (kept / "random_full.safetensors").exists():
+        make_checkpoints(kept)
+    checkpoints = models / "Stable-diffusion"
+    checkpoints.mkdir(parents=True)
+    for name in ("random", "random_full"):
+        (checkpoints / f"{name}.safetensors").symlink_to(kept / f"{name}.safetensors")
+    (models / "Lora").mkdir()
+    make_lora(models / "Lora" / "lcm_few.safetensors")
+
+
 @pytest.fixture(scope="module", params=["REFORGE", "CLASSIC"])
 def reforge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     path = os.environ.get(f"{request.param}_PATH")
     if not path:
         pytest.skip(f"{request.param}_PATH is not set to a checkout of the web UI")
     server = WebUI(request.param, Path(path), tmp_path_factory.mktemp("reforge"))
-    models = server.data / "models"
-    (models / "Stable-diffusion").mkdir(parents=True)
-    (models / "Lora").mkdir()
-    kept = Path(os.environ.get("REFORGE_MODELS") or tmp_path_factory.mktemp("models"))
-    if not (kept / "random_full.safetensors").exists():
-        make_checkpoints(kept)
-    for name in ("random", "random_full"):
-        (models / "Stable-diffusion" / f"{name}.safetensors").symlink_to(kept / f"{name}.safetensors")
-    make_lora(models / "Lora" / "lcm_few.safetensors")
+    put_models(server.data / "models", Path(os.environ.get("REFORGE_MODELS") or tmp_path_factory.mktemp("models")))
     try:
         server.start()
         yield server
