@@ -17,6 +17,9 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.pipeline import PictureOptions, Pipeline
 
+_LONGEST_LINE = 1000
+"""Letters of a message; a prompt or a name that it repeats may be longer than anybody reads."""
+
 
 def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """A subcommand whose --help ends in an example."""
@@ -158,7 +161,13 @@ def note(message: str) -> None:
     """Something that the user should know but that stops nothing; on a line of its own, even above a moving bar."""
     from tqdm import tqdm
 
-    tqdm.write(f"note: {message}", file=sys.stderr)
+    tqdm.write(one_line(f"note: {message}"), file=sys.stderr)
+
+
+def one_line(message: str) -> str:
+    """A message on a line of its own, without its middle where it repeats a text that is too long to be read."""
+    line = " ".join(message.split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
 
 
 def plural(count: int, thing: str) -> str:

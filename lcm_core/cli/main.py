@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from lcm_core import __version__
 from lcm_core.cli import compare, export, generate, info, interpolate, serve
-from lcm_core.cli.common import note
+from lcm_core.cli.common import note, one_line
 from lcm_core.errors import InputError, is_out_of_memory
 
 USER_ERROR = 2
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage and message."""
-        self.exit(USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+        self.exit(USER_ERROR, one_line(f"error: {message}; see {self.prog} --help") + "\n")
 
 
 class _Parser(Parser):
@@ -105,5 +105,5 @@ def _accept_all_letters() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
     return code

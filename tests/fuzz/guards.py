@@ -16,8 +16,8 @@ from typing import Any
 
 MEMORY = 2 << 30
 """Bytes of peak memory, everything imported included."""
-LINE = 2000
-"""Letters of an error beyond the command line's own: more is no line that anybody reads."""
+LINE = 1100
+"""Letters of an error: more is no line that anybody reads."""
 ANSWER_SECONDS = 300.0
 """How long an answer may take, a crowded machine included; the worker itself ends a command that hangs long before."""
 END_SECONDS = 10.0
@@ -97,8 +97,7 @@ class Worker:
         must_be_empty = (
             answer["code"] != 0 and case.program == "lcm_core.__main__"
         )  # the trainer goes on from its files
-        longest = LINE + sum(map(len, argv))  # an error may repeat what was typed
-        return [*_ending(answer, said, longest), *_left_behind(before, self.root, must_be_empty)]
+        return [*_ending(answer, said), *_left_behind(before, self.root, must_be_empty)]
 
     def _make_folders(self) -> None:
         for folder in (self.inputs, self.output, self.temporary, self.home, self.streams):
@@ -139,7 +138,7 @@ def _put(path: Path, content: Content) -> None:
         os.mkfifo(path)
 
 
-def _ending(answer: Mapping[str, Any], said: str, longest: int) -> Iterator[str]:
+def _ending(answer: Mapping[str, Any], said: str) -> Iterator[str]:
     """Faults of how the command ended: 0, or 2 and one line."""
     yield from answer["seen"]
     if answer["hung"]:
@@ -155,7 +154,7 @@ def _ending(answer: Mapping[str, Any], said: str, longest: int) -> Iterator[str]
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     if answer["code"] == 2 and (len(lines) != 1 or not said.rstrip().endswith(lines[0].rstrip())):
         yield f"no line of its own for the error: {said[-300:]}"
-    if any(len(line) > longest for line in lines):
+    if any(len(line) > LINE for line in lines):
         yield f"an error of {len(lines[0])} letters: {lines[0][:200]}"
     if answer["code"] == 2 and "out of memory" in said:
         yield "ran out of memory"

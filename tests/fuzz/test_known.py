@@ -33,6 +33,7 @@ PICTURES: dict[str, Changes] = {
     "nested too deep": {"mask": "<deep>"},
     "a long word for a number": {"width": "x" * 5000},
     "a number too long": {"guidance_scale": 10**400},
+    "a long name of a file": {"tokenizer": "x" * 5000},
 }
 CONFIGS: dict[str, tuple[str, Changes]] = {
     "no width of heads": ("unet", {"attention_head_dim": -1}),
@@ -54,6 +55,8 @@ COMMANDS = {
     "a name of 300 letters": ("generate", "a cat", "--output", "x" * 300 + ".png"),
     "a name with a null byte": ("generate", "a cat", "--output", "\0.png"),
     "a long prompt in EXIF": ("generate", "word " * 20_000, "--output", "a.jpg"),
+    "a long word that is no argument": ("generate", "a cat", "x" * 5000),
+    "a line that is no argument": ("generate", "a cat", "a\nb"),
 }
 
 
