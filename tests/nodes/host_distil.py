@@ -18,7 +18,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from host_families import SIZES, empty, prompt, tiny
+from host_models import SIZES, empty, prompt, tiny
 from safetensors.torch import load_file
 
 import nodes

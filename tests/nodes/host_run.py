@@ -23,10 +23,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
-import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -34,8 +31,9 @@ sys.path += [str(Path(__file__).parent), str(ROOT)]  # behind the host's, as the
 
 from host_distil import try_distil_families, try_flow_teacher  # noqa: E402
 from host_families import try_families  # noqa: E402
+from host_loras import try_distiller, try_lora, try_stated  # noqa: E402
 from host_patches import try_patches  # noqa: E402
-from host_trials import message_of, try_guidance, try_saved, try_stock_nodes  # noqa: E402
+from host_trials import apart, message_of, try_guidance, try_saved, try_stock_nodes  # noqa: E402
 
 
 def load_suite() -> dict[str, Any]:
@@ -57,7 +55,7 @@ class Suite:
     """The nodes, and what they are tried on."""
 
     def __init__(self) -> None:
-        self.nodes = load_suite()
+        self.nodes, self.folder = load_suite(), FOLDER
         self.tensors = load_file(FOLDER / "tensors.safetensors")
         self.prompts = {name: [[self.tensors.pop(name), {}]] for name in ("positive", "negative", "other")}
         self.models: dict[str, Any] = {}
@@ -91,11 +89,6 @@ def paint_cases(suite: Suite) -> dict[str, str]:
             messages[str(number)] = str(error)
     save_file(results, FOLDER / "results.safetensors")
     return messages
-
-
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference."""
-    return float((a - b).abs().max())
 
 
 def try_sampling(suite: Suite) -> dict[str, Any]:
@@ -174,37 +167,6 @@ def try_travel(suite: Suite) -> dict[str, Any]:
     }
 
 
-def try_stated(suite: Suite) -> dict[str, Any]:
-    """A checkpoint, a LoRA and a new student whose files state how they want to be sampled."""
-    phased, _, vae, info = suite.load("phased.safetensors")
-    plain = suite.load("cfg.safetensors")[0]
-    with_lora, _, saved = suite.run("LCMLoraConvert", model=plain, lora_name="phased.safetensors", save_as="phased too")
-    again = suite.run("LCMLoraConvert", model=plain, lora_name=saved)[0]
-    wanted = {"sampler": "tcd", "gamma": 0.0, "original_steps": 10}
-    student, previews = learn_tcd(suite, plain, vae)
-    own = {"seed": 0, "guidance_scale": 1.0}
-    return {
-        "info": info,
-        "lora info": [suite.run("LCMApply", model=model)[1] for model in (with_lora, again)],
-        "auto": [apart(suite.paint(model), suite.paint(model, **wanted)) for model in (phased, with_lora, again)],
-        "other grid": apart(suite.paint(phased), suite.paint(phased, **wanted | {"original_steps": 50})),
-        "lcm": apart(suite.paint(phased), suite.paint(phased, sampler="lcm")),
-        "nothing stated": apart(suite.paint(plain), suite.paint(plain, sampler="lcm")),
-        "student": suite.run("LCMApply", model=student)[1],
-        "preview": apart(previews[-1:], vae.decode(suite.paint(student, **own))),
-        "preview by lcm": apart(previews[-1:], vae.decode(suite.paint(student, sampler="lcm", **own))),
-    }
-
-
-def learn_tcd(suite: Suite, model: Any, vae: Any) -> tuple[Any, Any]:
-    """A student of two steps by tcd, and its previews."""
-    inputs = {"latents": {"samples": suite.tensors["training"]}, "vae": vae, "method": "tcd", "output_name": "curve"}
-    prompts = {name: suite.prompts[name] for name in ("positive", "negative")}
-    options = {"steps": 2, "batch_size": 2, "rank": 4, "w": 1.0, "preview_every": 2}
-    student, _, _, previews, _ = suite.run("LCMDistiller", model=model, **inputs, **prompts, **options)
-    return student, previews
-
-
 def try_bad_input(suite: Suite) -> dict[str, str]:
     """What the nodes say to input that cannot work."""
     full, plain = suite.load("full.safetensors")[0], suite.load("cfg.safetensors")[0]
@@ -225,73 +187,6 @@ def try_bad_input(suite: Suite) -> dict[str, str]:
         "full": message_of(suite.run, "LCMDistiller", model=full),
         "nothing": message_of(suite.run, "LCMDistiller", model=plain),
         "broken": message_of(suite.run, "LCMCheckpointLoader", ckpt_name="broken.safetensors"),
-    }
-
-
-def try_lora(suite: Suite) -> dict[str, Any]:
-    """A LoRA in peft's layout onto a model, and into a file."""
-    plain = suite.load("cfg.safetensors")[0]
-    model, _, name = suite.run("LCMLoraConvert", model=plain, lora_name="peft.safetensors", save_as="converted")
-    again = suite.run("LCMLoraConvert", model=plain, lora_name=name)[0]
-    before, after = suite.paint(plain), suite.paint(model)
-    return {
-        "layers": len(model.patches),
-        "moved": apart(before, after),
-        "again": apart(after, suite.paint(again)),
-        "name": name,
-    }
-
-
-def try_distiller(suite: Suite) -> dict[str, Any]:
-    """A run that is interrupted, continued and used; what it leaves of the MODEL that it was given."""
-    model, _, vae, _ = suite.load("cfg.safetensors")
-    comfy.model_management.unload_all_models()  # puts back what earlier trials merged into its weights
-    before = {name: value.clone() for name, value in model.model.state_dict().items()}
-    inputs = {
-        "model": model,
-        "vae": vae,
-        "latents": {"samples": suite.tensors["training"]},
-        "positive": suite.prompts["positive"],
-        "negative": suite.prompts["negative"],
-        "output_name": "learnt",
-        "batch_size": 2,
-        "rank": 4,
-        "learning_rate": 1e-3,
-        "preview_every": 2,
-        "w": 1.0,
-    }
-    file = FOLDER / "models" / "loras" / "learnt.safetensors"
-    # The host tells its page of each step through this; a user who presses the button after the second one:
-    comfy.utils.set_progress_bar_global_hook(
-        lambda value, *_, **__: comfy.model_management.interrupt_current_processing(value == 2)
-    )
-    interrupted = ""
-    try:
-        suite.run("LCMDistiller", steps=4, **inputs)
-    except comfy.model_management.InterruptProcessingException:
-        interrupted = "kept" if file.exists() else "lost"
-    comfy.utils.set_progress_bar_global_hook(None)
-    log = FOLDER / "output" / "lcm_suite" / "learnt" / "log.jsonl"
-    first = len(log.read_text().splitlines())
-    distilled, state, name, previews, loss = suite.run("LCMDistiller", steps=4, **inputs)
-    other = {"seed": 7, "learning_rate": 2e-3}
-    asked = message_of(suite.run, "LCMDistiller", steps=4, **inputs | other)
-    after = model.model.state_dict()
-    stock = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)[0]
-    return {
-        "interrupted": interrupted,
-        "steps": [first, *(json.loads(line)["step"] for line in log.read_text().splitlines())],
-        "unchanged": all(torch.equal(value, after[name]) for name, value in before.items()),
-        "name": name,
-        "keys": sorted(state),
-        "layers": len(distilled.patches),
-        "moved": apart(suite.paint(model), suite.paint(distilled)),
-        "stock loader": apart(suite.paint(stock), suite.paint(distilled)),
-        "previews": list(previews.shape),
-        "preview": apart(previews[-1:], vae.decode(suite.paint(distilled, seed=0, guidance_scale=1.0))),
-        "loss": list(loss.shape),
-        "asked": asked,
-        "changed": message_of(suite.run, "LCMDistiller", steps=4, **inputs | {"rank": 2}),
     }
 
 

@@ -7,9 +7,15 @@ from typing import Any
 import comfy.sample
 import comfy.sd
 import folder_paths
+import torch
 from comfy_extras import nodes_model_advanced
 
 import nodes
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).abs().max())
 
 
 def message_of(function: Any, *args: Any, **kwargs: Any) -> str:
