@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from quality_report import show
-from quality_trials import PAPER_W, Settings, Trial, list_trials, train
+from quality_trials import PAPER_W, Trial, Values, list_trials, train
 from torch import Tensor
 from torch.nn import functional
 
@@ -87,7 +87,7 @@ class Table:
         wanted = {**dict(zip(self.labels, labels, strict=True)), **more}
         return any(all(row[column] == str(value) for column, value in wanted.items()) for row in self.rows)
 
-    def add(self, labels: Sequence[object], cost: Settings, scores: Sequence[Settings]) -> None:
+    def add(self, labels: Sequence[object], cost: Values, scores: Sequence[Values]) -> None:
         """More lines, which have labels and cost in common."""
         about = {**dict(zip(self.labels, labels, strict=True)), **cost}
         everything = [*self.rows, *({**about, **row} for row in scores)]
@@ -103,7 +103,7 @@ def run_trial(trial: Trial, table: Table, evaluation: Evaluation, args: argparse
     if table.has(*labels):
         return
     guidance = 1.0 if trial.student == "lora" else 2.0
-    rows: list[Settings] = []
+    rows: list[Values] = []
 
     def use(model: Model) -> None:
         rows.extend(score(trial.name, model, evaluation, STEPS, guidance_scale=guidance))
@@ -115,13 +115,13 @@ def run_trial(trial: Trial, table: Table, evaluation: Evaluation, args: argparse
     (args.work / trial.folder / "run" / "state.safetensors").unlink()  # large, and done with
 
 
-def score(name: str, model: Model, evaluation: Evaluation, steps: Sequence[int], **options: Any) -> list[Settings]:
+def score(name: str, model: Model, evaluation: Evaluation, steps: Sequence[int], **options: Any) -> list[Values]:
     """Scores at each number of steps."""
     rows = evaluate_rows(name, model, evaluation, steps, progress=True, **options)
     return [{key: value for key, value in row.items() if key != "model"} for row in rows]
 
 
-def describe_cost(args: argparse.Namespace, samples: int = 0, seconds: float = 0.0) -> Settings:
+def describe_cost(args: argparse.Namespace, samples: int = 0, seconds: float = 0.0) -> Values:
     """What a line took, and where."""
     machine = ", ".join(describe_machine(torch.device(args.device)).values())
     return {"samples_seen": samples, "seconds": f"{seconds:.0f}", "pictures": args.samples, "machine": machine}

@@ -23,8 +23,8 @@ from trainer.run import train as train_student
 from trainer.setup import examine
 from trainer.validation import painter
 
-Settings = dict[str, Any]
-BASE: dict[str, Settings] = {
+Values = dict[str, Any]
+BASE: dict[str, Values] = {
     "lora": {
         "method": {"w_min": 1.0, "w_max": 1.0},
         "student": {"kind": "lora", "rank": 16},
@@ -37,8 +37,8 @@ BASE: dict[str, Settings] = {
     },
 }
 """What all methods share. The embedded teacher is best at w = 1 (guidance scale 2)."""
-COMMON: Settings = {"batch_size": 32, "warmup_steps": 20, "cooldown": 0.5, "ema_decay": 0.95, "tensorboard": False}
-METHODS: dict[str, Settings] = {
+COMMON: Values = {"batch_size": 32, "warmup_steps": 20, "cooldown": 0.5, "ema_decay": 0.95, "tensorboard": False}
+METHODS: dict[str, Values] = {
     "lcd": {"kind": "lcd"},
     "tcd": {"kind": "tcd"},
     "tcd, half to 0": {"kind": "tcd", "clean_share": 0.5},
@@ -48,7 +48,7 @@ METHODS: dict[str, Settings] = {
 }
 DMD2_RATE = 0.2
 """dmd2's learning rate, as a share of the others'."""
-COARSE: dict[str, Settings] = {
+COARSE: dict[str, Values] = {
     "tcd, k = 100": {"kind": "tcd", "original_steps": 10, "grid_jitter": True},
     "segmented, k = 125": {"kind": "segmented", "original_steps": 8},
     "segmented, k = 125, 2 phases": {"kind": "segmented", "original_steps": 8, "phases": 2},
@@ -56,7 +56,7 @@ COARSE: dict[str, Settings] = {
 """Grids as coarse as a teacher can stand whose 8 steps are as good as its 25."""
 LONGER = 5.0
 """How much longer full models on a coarse grid are trained once more."""
-VARIETY: dict[str, Settings] = {
+VARIETY: dict[str, Values] = {
     "lognormal timesteps": {"method": {"timestep_sampling": "lognormal"}},
     "jittered timesteps": {"method": {"grid_jitter": True}},
     "noise offset": {"method": {"noise_offset": 0.1}},
@@ -77,7 +77,7 @@ class Trial:
     name: str
     student: str
     seed: int
-    settings: Settings = field(default_factory=dict)
+    settings: Values = field(default_factory=dict)
     share: float = 1.0
     """Of the time that it trains."""
     begins_with: Trial | None = None

@@ -29,13 +29,13 @@ from lcm_core.diffusion.diffusion import Diffusion
 from trainer.config import LoopConfig
 from trainer.data.cache import Batch
 from trainer.distributed import Processes
-from trainer.loop import Callback, train
+from trainer.loop import AfterStep, train
 from trainer.methods.config import MethodConfig
 from trainer.methods.method import get_method, make_sample
 from trainer.students import Student
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where batches come from: `trainer.data.cache.LatentCache`, or `Latents`."""
 
     def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> Sequence[Any]:
@@ -75,13 +75,13 @@ class Latents:
 
 def distill(
     student: Student,
-    data: Source,
+    data: BatchSource,
     diffusion: Diffusion,
     method: MethodConfig,
     loop: LoopConfig,
     folder: Path,
     caption_dropout: float = 0.0,
-    callback: Callback | None = None,
+    callback: AfterStep | None = None,
     processes: Processes | None = None,
 ) -> None:
     """Train a student, from the last saved state in `folder` to the last step.

@@ -19,7 +19,7 @@ from torch import nn
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device
-from lcm_core.pipeline.sources import Source
+from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
 from trainer.data.cache import open_data, plan_cache
 from trainer.data.hashing import FileHashes
@@ -217,7 +217,7 @@ def _network(unet: Mapping[str, Any], config: DistillConfig, size: tuple[int, in
     return network
 
 
-def _caching_memory(source: Source, device: torch.device, side: int, batch: int) -> int:
+def _caching_memory(source: ModelSource, device: torch.device, side: int, batch: int) -> int:
     """Text encoders, then the VAE, which are loaded one after the other."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 

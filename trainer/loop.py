@@ -30,7 +30,7 @@ SCHEDULES = ("trapezoid", "constant", "linear", "cosine")
 LossFunction = Callable[[int, torch.Generator], Tensor | Iterable[Tensor]]
 """(step, generator) -> the batch's scalar loss; or parts of it to be added up, each freed before the next is asked for.
 Of several processes each gives its own share, and the sum over all is the loss."""
-Callback = Callable[[int, float], None]
+AfterStep = Callable[[int, float], None]
 """(step, loss), after each step. It may raise to end the run, whose state is saved then."""
 
 
@@ -71,7 +71,7 @@ def train(
     config: LoopConfig,
     folder: Path,
     ema: nn.Module | None = None,
-    callback: Callback | None = None,
+    callback: AfterStep | None = None,
     processes: Processes | None = None,
     critic: nn.Module | None = None,
 ) -> None:

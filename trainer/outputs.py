@@ -24,7 +24,7 @@ from lcm_core.files.lora import save_lora
 from lcm_core.files.recommended import SCHEDULERS, Recommended
 from lcm_core.files.safetensors import write_json, write_safetensors
 from lcm_core.networks.lora_layers import lora_state_dict, transformer_lora_state_dict
-from lcm_core.pipeline.sources import CARD, MODELS, Source
+from lcm_core.pipeline.sources import CARD, MODELS, ModelSource
 from trainer.config import DistillConfig
 from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
 from trainer.methods.method import sampling_of
@@ -43,7 +43,7 @@ def run_name(config: DistillConfig) -> str:
     return config.name or Path(config.output).resolve().name
 
 
-def write_weights(config: DistillConfig, student: Student, source: Source, info: ModelInfo) -> list[Path]:
+def write_weights(config: DistillConfig, student: Student, source: ModelSource, info: ModelInfo) -> list[Path]:
     """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file.
 
     Raises:
@@ -73,7 +73,7 @@ def recommended_of(config: DistillConfig, info: ModelInfo) -> Recommended:
     return replace(said, shift=info.shift) if info.prediction_type == "flow" else said
 
 
-def read_parts(source: Source, vae: str = "") -> dict[str, Component]:
+def read_parts(source: ModelSource, vae: str = "") -> dict[str, Component]:
     """All networks of a model but its U-Net, as stored; the VAE is another one's where that is given."""
     parts = {"vae": read_component(vae or source.vae, "vae")}
     names = [name for name in list_components(source.text) if name.startswith("text_encoder")] or ["text_encoder"]
@@ -87,7 +87,7 @@ def _unet_component(student: Student) -> Component:
 
 
 def _write_folder(
-    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, recommended: Recommended
+    folder: Path, components: Mapping[str, Component], info: ModelInfo, source: ModelSource, recommended: Recommended
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of this run, before more steps were asked for
     with new_folder(folder) as temporary:
@@ -99,7 +99,7 @@ def _write_folder(
 
 
 def _write_file(
-    file: Path, components: Mapping[str, Component], info: ModelInfo, source: Source, metadata: Mapping[str, str]
+    file: Path, components: Mapping[str, Component], info: ModelInfo, source: ModelSource, metadata: Mapping[str, str]
 ) -> None:
     own_words = components["text_encoder"].config.get("vocab_size") != _CLIP_WORDS
     words = source.read_tokenizers().get("tokenizer") if own_words else None

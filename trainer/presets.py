@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-Settings = dict[str, Any]
+Values = dict[str, Any]
+"""Values of a configuration, by section and name."""
 
-_LORA: Settings = {
+_LORA: Values = {
     "method": {"w_min": 7.5, "w_max": 7.5},  # of arXiv 2311.05556; a LoRA does not read w
     "student": {"kind": "lora", "rank": 64},
     "training": {"steps": 2000, "batch_size": 16, "learning_rate": 1e-4, "ema_decay": 0.95},
 }
-_FULL: Settings = {
+_FULL: Values = {
     "method": {"w_min": 2.0, "w_max": 14.0},
     "student": {"kind": "full", "gradient_checkpointing": True},
     "training": {"steps": 10_000, "batch_size": 32, "learning_rate": 8e-6, "ema_decay": 0.999, "accumulation": 2},
 }
 
-PRESETS: dict[str, tuple[str, Settings]] = {
+PRESETS: dict[str, tuple[str, Values]] = {
     "emoji": (
         "the embedded model: minutes on a CPU, to see how everything works",
         {

@@ -16,7 +16,7 @@ from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.unet import exact_output, load_unet
 from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import open_network
-from lcm_core.pipeline.sources import Source, find_source
+from lcm_core.pipeline.sources import ModelSource, find_source
 from trainer.config import DistillConfig, StudentConfig
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
 from trainer.distill import distill
@@ -121,7 +121,7 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
 
 
 def transformer_student(
-    source: Source, config: StudentConfig, device: torch.device, precision: torch.dtype, **options: Any
+    source: ModelSource, config: StudentConfig, device: torch.device, precision: torch.dtype, **options: Any
 ) -> Student:
     """A LoRA on the network of a flow model."""
     call = open_network(source, device, precision)

@@ -16,7 +16,7 @@ from lcm_core.files.checkpoint import ModelInfo, read_component
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.device import choose_device
 from lcm_core.pipeline.model import diffusion_of
-from lcm_core.pipeline.sources import Source, find_source
+from lcm_core.pipeline.sources import ModelSource, find_source
 from trainer.config import DistillConfig
 from trainer.data.teacher import Teacher, find_teacher
 from trainer.distill import for_method
@@ -57,7 +57,7 @@ class Setup:
     """What a run has found out before it trains."""
 
     config: DistillConfig
-    source: Source
+    source: ModelSource
     info: ModelInfo
     diffusion: Diffusion
     processes: Processes
@@ -107,7 +107,7 @@ def examine(config: DistillConfig) -> Setup:
     return setup
 
 
-def check_flow(config: DistillConfig, source: Source) -> None:
+def check_flow(config: DistillConfig, source: ModelSource) -> None:
     """Refuse what is for U-Nets alone.
 
     Raises:
@@ -201,7 +201,7 @@ def _changes(setup: Setup) -> list[str]:
     return [] if before == rate else [f"the learning rate is {rate:g} from here on, no longer {before:g}"]
 
 
-def check_start(config: DistillConfig, teacher: Source) -> None:
+def check_start(config: DistillConfig, teacher: ModelSource) -> None:
     """Refuse a start that is not there, or of another shape than the student.
 
     Raises:

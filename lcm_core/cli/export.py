@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lcm_core.files.checkpoint import Component
     from lcm_core.files.lora_keys import Part
     from lcm_core.files.recommended import Recommended
-    from lcm_core.pipeline.sources import Source
+    from lcm_core.pipeline.sources import ModelSource
 
 HOSTS = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge"}
 """Programs with a module of their own in `lcm_core.export`, and their names."""
@@ -120,7 +120,7 @@ def _to_host(args: argparse.Namespace) -> None:
     print("\n".join(f"{HOSTS[args.to]}: {file}" for file in written))
 
 
-def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> list[Path]:
+def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: ModelSource) -> list[Path]:
     from lcm_core.files.checkpoint import AS_FLOW
 
     components = _components(source, args.lora or (), args.dtype)
@@ -133,7 +133,7 @@ def _checkpoint_to_host(args: argparse.Namespace, host: Any, source: Source) -> 
     return host.export_checkpoint(args.path, name, *given)
 
 
-def _recommended(source: Source, components: Mapping[str, Component], loras: Any) -> Recommended:
+def _recommended(source: ModelSource, components: Mapping[str, Component], loras: Any) -> Recommended:
     """How the copy wants to be sampled: like the model itself."""
     from lcm_core.pipeline.sources import find_lora, recommended_for
 
@@ -141,13 +141,13 @@ def _recommended(source: Source, components: Mapping[str, Component], loras: Any
     return recommended_for(source, is_full, [find_lora(path, source.root) for path, _ in loras])
 
 
-def _own_words(source: Source, components: Mapping[str, Component]) -> dict[str, str] | None:
+def _own_words(source: ModelSource, components: Mapping[str, Component]) -> dict[str, str] | None:
     """The tokenizer's files of a model whose vocabulary is not CLIP's."""
     own = components["text_encoder"].config.get("vocab_size") != _CLIP_WORDS
     return source.read_tokenizers().get("tokenizer") if own else None
 
 
-def _components(source: Source, loras: Any, dtype: str | None) -> dict[str, Component]:
+def _components(source: ModelSource, loras: Any, dtype: str | None) -> dict[str, Component]:
     """All networks of a model, as stored, but with `loras` merged and cast to `dtype`."""
     from lcm_core.files.checkpoint import read_component
 
@@ -162,7 +162,7 @@ def _components(source: Source, loras: Any, dtype: str | None) -> dict[str, Comp
     return components
 
 
-def _merge(source: Source, components: dict[str, Component], loras: Any) -> None:
+def _merge(source: ModelSource, components: dict[str, Component], loras: Any) -> None:
     """Put the LoRAs into the components' weights, in the number format that these are stored in."""
     import torch
 

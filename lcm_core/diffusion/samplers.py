@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 Callback = Callable[[dict[str, Any]], object]
+"""k-diffusion's: called in each step with a dict of `i`, `x`, `sigma`, `sigma_hat` and `denoised`."""
 
 
 class Step(NamedTuple):

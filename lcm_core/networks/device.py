@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component, check_finite
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 Device = str | torch.device
 LARGE_ON_CPU = 50_000_000
 """With fewer weights, converting to bfloat16 costs a U-Net more than it saves: 34 ms instead of 23 for 9 million."""
@@ -77,12 +77,12 @@ def choose_memory_format(device: Device, memory_format: torch.memory_format | No
 
 
 def assemble(
-    build: Callable[[], Network],
+    build: Callable[[], Module],
     component: Component,
     device: torch.device,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
-) -> Network:
+) -> Module:
     """Build a network without initialising it and give it a component's weights; frozen, and in evaluation mode.
 
     Raises:
@@ -110,7 +110,7 @@ def assemble(
     return network.to(memory_format=memory_format).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 
-def build_network(build: Callable[[], Network], component: Component) -> Network:
+def build_network(build: Callable[[], Module], component: Component) -> Module:
     """Build a network from a component's configuration, without memory for its weights.
 
     Raises:

@@ -15,6 +15,7 @@ from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
 from lcm_core.diffusion.interpolation import interpolate, travel_noise_sampler
 from lcm_core.diffusion.process import Process
 from lcm_core.diffusion.samplers import (
+    Callback,
     NoiseSampler,
     initial_latents,
     initial_noise,
@@ -31,7 +32,6 @@ from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.model import Model
 from lcm_core.pipeline.settings import Settings, check_size
 
-Callback = Callable[[dict[str, Any]], object]
 Conditioning = dict[str, Any]
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
 """From a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""

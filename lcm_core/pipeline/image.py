@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-Settings = Mapping[str, Any]
+StoredSettings = Mapping[str, Any]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SETTINGS_KEY = "lcm_suite"
@@ -131,7 +131,7 @@ def _to_tensor(image: Image) -> Tensor:
 # --- stills with their settings ---------------------------------------------------------------------------------------
 
 
-def save_image(image: Image, path: str | os.PathLike[str], settings: Settings | None = None) -> None:
+def save_image(image: Image, path: str | os.PathLike[str], settings: StoredSettings | None = None) -> None:
     """Write a PNG, JPEG or WebP (by suffix) with `settings` inside; `read_settings` gives them back.
 
     A PNG also gets the `parameters` text that the common web UIs read.
@@ -142,7 +142,7 @@ def save_image(image: Image, path: str | os.PathLike[str], settings: Settings | 
     write_bytes(path, encode_image(image, Path(path).suffix, settings))
 
 
-def encode_image(image: Image, suffix: str, settings: Settings | None = None) -> bytes:
+def encode_image(image: Image, suffix: str, settings: StoredSettings | None = None) -> bytes:
     """The bytes that `save_image` writes; they depend on the picture and the settings alone."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -165,7 +165,7 @@ def encode_image(image: Image, suffix: str, settings: Settings | None = None) ->
     return buffer.getvalue()
 
 
-def check_storable(path: str | os.PathLike[str], settings: Settings) -> None:
+def check_storable(path: str | os.PathLike[str], settings: StoredSettings) -> None:
     """Refuse, before a picture is painted, settings that its file could not hold.
 
     Raises:
@@ -198,7 +198,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return parse_json(text, f"{path} holds no settings of this suite: its text", remedy)
 
 
-def _settings_text(settings: Settings) -> str:
+def _settings_text(settings: StoredSettings) -> str:
     """Half characters, which paths may hold on Linux, are no text for a file."""
     return json.dumps(_whole(settings), sort_keys=True)
 
@@ -211,7 +211,7 @@ def _whole(value: Any) -> Any:
     return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def parameters_text(settings: Settings) -> str:
+def parameters_text(settings: StoredSettings) -> str:
     """The settings in the text form that A1111, Forge and most galleries read from a PNG."""
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):

@@ -29,7 +29,7 @@ from lcm_core.networks.device import choose_device
 from lcm_core.networks.unet import UNet
 from lcm_core.networks.vae import VAE
 from lcm_core.pipeline.options import PictureOptions
-from lcm_core.pipeline.parts import Network, Text, check_has_vae, open_network, open_text, open_vae
+from lcm_core.pipeline.parts import DenoisingNetwork, Text, check_has_vae, open_network, open_text, open_vae
 from lcm_core.pipeline.settings import Settings
 from lcm_core.pipeline.sources import find_lora, find_source, recommended_for
 
@@ -45,7 +45,7 @@ class Model:
 
     name: str
     """As the user gave it."""
-    unet: Network
+    unet: DenoisingNetwork
     vae: VAE
     text: Text
     diffusion: Diffusion
@@ -208,7 +208,7 @@ def load_model(
     return model
 
 
-def merge_loras(unet: Network, text: Text, loras: Sequence[tuple[Lora, float]]) -> None:
+def merge_loras(unet: DenoisingNetwork, text: Text, loras: Sequence[tuple[Lora, float]]) -> None:
     """Merge LoRAs into the U-Net and the text encoders, for good.
 
     Raises:
@@ -226,7 +226,7 @@ def merge_loras(unet: Network, text: Text, loras: Sequence[tuple[Lora, float]]) 
     text.clear_cache()
 
 
-def _check_channels(root: Path, unet: Network, vae: VAE) -> None:
+def _check_channels(root: Path, unet: DenoisingNetwork, vae: VAE) -> None:
     if isinstance(unet, UNet) and unet.in_channels != vae.latent_channels:
         raise InputError(
             f"the U-Net of {root} takes {unet.in_channels} channels but the VAE gives {vae.latent_channels}; "

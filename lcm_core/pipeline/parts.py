@@ -15,18 +15,18 @@ from lcm_core.networks.device import choose_dtype
 from lcm_core.networks.text_encoder import TextEncoder, load_text
 from lcm_core.networks.unet import UNet, load_unet
 from lcm_core.networks.vae import VAE, load_vae
-from lcm_core.pipeline.sources import Source
+from lcm_core.pipeline.sources import ModelSource
 
 Dtype = str | torch.dtype | None
-Network = UNet | Transformer
+DenoisingNetwork = UNet | Transformer
 Text = TextEncoder | TransformerText
 
 _SDXL_SCALING_FACTOR = 0.13025
 
 
 def open_network(
-    source: Source, device: torch.device, dtype: Dtype = None, memory_format: torch.memory_format | None = None
-) -> Network:
+    source: ModelSource, device: torch.device, dtype: Dtype = None, memory_format: torch.memory_format | None = None
+) -> DenoisingNetwork:
     """The network that predicts, frozen and in evaluation mode.
 
     Raises:
@@ -37,7 +37,7 @@ def open_network(
     return load_transformer(source.family, source.root, source.scheduler, device, choose_dtype(device, dtype))
 
 
-def as_network(source: Source, model: Any) -> Network:
+def as_network(source: ModelSource, model: Any) -> DenoisingNetwork:
     """A network of this model that is loaded already, ready to be called."""
     if source.family is None:
         return UNet(model)
@@ -45,7 +45,7 @@ def as_network(source: Source, model: Any) -> Network:
 
 
 def open_text(
-    source: Source,
+    source: ModelSource,
     device: torch.device,
     dtype: Dtype = None,
     tokenizer: PathLike | None = None,
@@ -68,7 +68,7 @@ def open_text(
 
 
 def open_vae(
-    source: Source,
+    source: ModelSource,
     device: torch.device,
     dtype: Dtype = None,
     memory_format: torch.memory_format | None = None,
@@ -90,7 +90,7 @@ def open_vae(
     return vae
 
 
-def check_clip_skip(source: Source, clip_skip: int) -> None:
+def check_clip_skip(source: ModelSource, clip_skip: int) -> None:
     """Refuse to skip layers of a flow model's text encoders.
 
     Raises:
@@ -100,7 +100,7 @@ def check_clip_skip(source: Source, clip_skip: int) -> None:
         raise InputError(f"clip_skip is for Stable Diffusion; {source.root} is a flow model, leave it out")
 
 
-def check_has_vae(source: Source, path: PathLike | None = None) -> None:
+def check_has_vae(source: ModelSource, path: PathLike | None = None) -> None:
     """Refuse a single file that has no VAE, where no other one is given.
 
     Raises:

@@ -7,13 +7,14 @@ different sizes; so a picture is the same, bit for bit, whatever is made beside 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lcm_core.diffusion.interpolation import plan_frames
+from lcm_core.diffusion.samplers import Callback
 from lcm_core.errors import InputError
 from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
 from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
@@ -24,9 +25,8 @@ from lcm_core.pipeline.settings import Settings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    Source = str | os.PathLike[str] | Image
+    ImageInput = str | os.PathLike[str] | Image
 
-Callback = Callable[[dict[str, Any]], object]
 DEFAULT_STRENGTH = 0.6
 
 
@@ -44,7 +44,7 @@ class Keyframe:
 
     prompt: str = ""
     seed: int = 0
-    image: Source | None = None
+    image: ImageInput | None = None
     """Input picture, for image to image; give one to every keyframe or to none."""
 
 
@@ -104,8 +104,8 @@ class Pipeline:
         sampler: str | None = None,
         original_steps: int | None = None,
         strength: float | None = None,
-        image: Source | None = None,
-        mask: Source | None = None,
+        image: ImageInput | None = None,
+        mask: ImageInput | None = None,
         timesteps: Sequence[int] | None = None,
         upscale: float | None = None,
         upscale_strength: float | None = None,
@@ -147,7 +147,7 @@ class Pipeline:
         images = list(self.paint(pictures, image, mask, batch_size, callback))
         return Result(images, [self.describe(picture, image, mask).said for picture in pictures])
 
-    def resolve(self, options: PictureOptions, image: Source | None = None) -> Settings:
+    def resolve(self, options: PictureOptions, image: ImageInput | None = None) -> Settings:
         """Options with all that they leave open chosen by the model.
 
         Args:
@@ -174,8 +174,8 @@ class Pipeline:
     def paint(
         self,
         pictures: Sequence[Settings],
-        image: Source | None = None,
-        mask: Source | None = None,
+        image: ImageInput | None = None,
+        mask: ImageInput | None = None,
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Iterator[Image]:
@@ -223,12 +223,14 @@ class Pipeline:
         """Steps of the sampler that one picture takes, in all passes."""
         return sum(len(run.sigmas) - 1 for run in plan_passes(self.model, settings))
 
-    def describe(self, settings: Settings, image: Source | None = None, mask: Source | None = None) -> PictureOptions:
+    def describe(
+        self, settings: Settings, image: ImageInput | None = None, mask: ImageInput | None = None
+    ) -> PictureOptions:
         """All that makes a picture again, as far as its input pictures were given by their paths."""
         paths = [os.fspath(path) if isinstance(path, (str, os.PathLike)) else None for path in (image, mask)]
         return PictureOptions(**asdict(settings), image=paths[0], mask=paths[1]) | self.model.describe()
 
-    def _size(self, image: Source) -> tuple[int, int]:
+    def _size(self, image: ImageInput) -> tuple[int, int]:
         """The model's own size, in the proportions of the input image."""
         side, multiple = self.model.resolution, self.model.size_multiple
         width, height = open_image(image).size
@@ -236,7 +238,7 @@ class Pipeline:
         width, height = (max(round(length * scale / multiple), 1) * multiple for length in (width, height))
         return width, height
 
-    def _inputs(self, pictures: Sequence[Settings], image: Source | None, mask: Source | None = None) -> Inputs:
+    def _inputs(self, pictures: Sequence[Settings], image: ImageInput | None, mask: ImageInput | None = None) -> Inputs:
         model, first = self.model, pictures[0]
         size = (first.width, first.height)
         negative = None

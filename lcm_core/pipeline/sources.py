@@ -34,7 +34,7 @@ _CARD_NAMES = {"schedule": "beta_schedule"}
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where the parts of a model lie; `unet`, `vae` and `text` are the model itself unless it is a shipped one."""
 
     root: Path
@@ -70,7 +70,7 @@ class Source:
         }
 
 
-def find_source(name: PathLike, unet: str | None = None) -> Source:
+def find_source(name: PathLike, unet: str | None = None) -> ModelSource:
     """Find a model by name or path, without loading it.
 
     Raises:
@@ -83,10 +83,10 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
         if (family := find_family(root)) is not None:
             return _flow_source(root, family)
         if root.is_dir():
-            return Source(root, root, root, root, read_info(root), recommended=read_recommended(root))
+            return ModelSource(root, root, root, root, read_info(root), recommended=read_recommended(root))
         opened = Checkpoint(root)
         said = recommended_in(opened.metadata, str(root))
-        return Source(root, root, root, root, read_info(opened), recommended=said, opened=opened)
+        return ModelSource(root, root, root, root, read_info(opened), recommended=said, opened=opened)
     chosen = unet or "lcm"
     if chosen not in SHIPPED_UNETS:
         raise InputError(f"unknown unet {unet!r}; choose {' or '.join(SHIPPED_UNETS)}")
@@ -100,17 +100,19 @@ def find_source(name: PathLike, unet: str | None = None) -> Source:
     check_scheduler(stated, root / CARD)
     names = {item.name for item in fields(ModelInfo)}
     info = replace(read_info(folder), **{name: value for name, value in stated.items() if name in names})
-    return Source(root, folder, root / "vae", root / "text_encoder", info, chosen, _of_card(card, chosen, root / CARD))
+    return ModelSource(
+        root, folder, root / "vae", root / "text_encoder", info, chosen, _of_card(card, chosen, root / CARD)
+    )
 
 
-def _flow_source(root: Path, family: FlowFamily) -> Source:
+def _flow_source(root: Path, family: FlowFamily) -> ModelSource:
     file = root / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.is_file() else {}
     info = ModelInfo(family.name, "flow", num_train_timesteps=scheduler.get("num_train_timesteps", 1000))
     said = Recommended("euler", teacher_steps=family.steps, teacher_guidance_scale=family.guidance_scale)
     said |= read_recommended(root)
     network, vae = root / "transformer", root / "vae"
-    return Source(root, network, vae, root, info, recommended=said, family=family, scheduler=scheduler)
+    return ModelSource(root, network, vae, root, info, recommended=said, family=family, scheduler=scheduler)
 
 
 def find_model(name: PathLike) -> Path:
@@ -184,7 +186,7 @@ def find_lora(path: PathLike, root: Path) -> Path:
     )
 
 
-def recommended_for(source: Source, guidance_embedding: bool, loras: Sequence[Path] = ()) -> Recommended:
+def recommended_for(source: ModelSource, guidance_embedding: bool, loras: Sequence[Path] = ()) -> Recommended:
     """How a model with `loras` merged wants to be sampled, by what the files of both say.
 
     Args:

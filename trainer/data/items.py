@@ -42,7 +42,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Source:
+class FoundData:
     """What was found in the data, in an order that depends on names alone."""
 
     items: list[Item]

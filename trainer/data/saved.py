@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
-from trainer.data.items import CAPTION_KEYS, Item, Skipped, Source, decode, find_caption, read_bytes
+from trainer.data.items import CAPTION_KEYS, FoundData, Item, Skipped, decode, find_caption, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +18,7 @@ def is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def read_saved(path: Path) -> Source:
+def read_saved(path: Path) -> FoundData:
     """List the rows of a saved data set; of several splits, `train`.
 
     Raises:
@@ -38,7 +38,7 @@ def read_saved(path: Path) -> Source:
             items.append(Item(key, caption, partial(_open_row, rows, number, column, key)))
         except InputError as error:
             skipped.append((key, str(error)))
-    return Source(items, sorted({Path(file["filename"]) for file in table.cache_files}), skipped)
+    return FoundData(items, sorted({Path(file["filename"]) for file in table.cache_files}), skipped)
 
 
 def _load(path: Path) -> Any:

@@ -15,9 +15,9 @@ from trainer.data.items import (
     LONE_CAPTION,
     OTHER_PICTURES,
     PICTURES,
+    FoundData,
     Item,
     Skipped,
-    Source,
     clean,
     decode,
     find_caption,
@@ -33,12 +33,12 @@ from trainer.data.tars import find_tars, read_tars
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Item", "Source", "read_prompts", "read_source"]
+__all__ = ["FoundData", "Item", "read_prompts", "read_source"]
 
 METADATA = "metadata.jsonl"
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> FoundData:
     """List the pictures of a folder, of webdataset tars, or of a folder saved by `datasets`; nothing is decoded yet.
 
     Raises:
@@ -55,7 +55,7 @@ def read_source(path: Path) -> Source:
     return source
 
 
-def _read_any(path: Path) -> Source:
+def _read_any(path: Path) -> FoundData:
     if path.is_dir() and is_saved(path):
         return read_saved(path)
     if tars := find_tars(path):
@@ -86,7 +86,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_folder(root: Path) -> Source:
+def read_folder(root: Path) -> FoundData:
     """The images in a folder and its subfolders, sorted by path; hidden files are left out.
 
     `metadata.jsonl` speaks for the images that it names, a text file beside the image for the others.
@@ -110,7 +110,7 @@ def read_folder(root: Path) -> Source:
         except InputError as error:
             skipped.append((name, str(error)))
     skipped += [(name, LONE_CAPTION) for name in sorted([*stated, *(texts - used)])]
-    return Source(items, [root / name for name in pictures], skipped)
+    return FoundData(items, [root / name for name in pictures], skipped)
 
 
 def _open_file(path: Path, key: str) -> Image:

@@ -18,9 +18,9 @@ from trainer.data.items import (
     LONE_CAPTION,
     OTHER_PICTURES,
     PICTURES,
+    FoundData,
     Item,
     Skipped,
-    Source,
     clean,
     decode,
     find_caption,
@@ -61,14 +61,14 @@ def find_tars(path: Path) -> list[Path]:
     return tars
 
 
-def read_tars(paths: list[Path]) -> Source:
+def read_tars(paths: list[Path]) -> FoundData:
     """List the pictures in tars, in their order. Of a damaged tar, those before the damage are used."""
     items: list[Item] = []
     skipped: Skipped = []
     for path in paths:
         for stem, members in _groups(path, skipped).items():
             _add(path, stem, members, items, skipped)
-    return Source(items, paths, skipped)
+    return FoundData(items, paths, skipped)
 
 
 def _groups(path: Path, skipped: Skipped) -> dict[str, dict[str, Span]]:

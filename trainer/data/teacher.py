@@ -16,13 +16,13 @@ from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.tokenizer import find_tokenizer
 from lcm_core.networks.vae import VAE
 from lcm_core.pipeline.parts import Text, check_clip_skip, check_has_vae, open_text, open_vae
-from lcm_core.pipeline.sources import CARD, Source, find_model, find_source
+from lcm_core.pipeline.sources import CARD, ModelSource, find_model, find_source
 from trainer.data.hashing import hash_folder, hash_json, hash_tensors
 
 _FEW_STEPS = 4
 
 
-def find_teacher(name: PathLike) -> Source:
+def find_teacher(name: PathLike) -> ModelSource:
     """The parts of a model that is to teach; of a shipped one, with its teacher's U-Net.
 
     Raises:
@@ -49,7 +49,7 @@ class Teacher:
     """Last layers of its CLIP text encoder that are left out."""
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> ModelSource:
         """Where its networks lie."""
         return find_teacher(self.name)
 

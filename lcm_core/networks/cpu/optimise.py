@@ -21,7 +21,7 @@ from torch.nn import functional
 from lcm_core.errors import InputError
 from lcm_core.networks.cpu.packed import FoldedUpsample, PackedConv2d, PackedLinear, attention, can_pack
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 LONG = 1024
 """Tokens from which on `packed.attention` beats torch's fused kernel."""
@@ -32,7 +32,7 @@ _TRANSFORMER_PARTS = {
 _RESNET_PARTS = {"ResnetBlock2D", "GroupNorm", "Conv2d", "Linear", "SiLU", "Dropout"}
 
 
-def optimise_unet(unet: Network) -> Network:
+def optimise_unet(unet: Module) -> Module:
     """Make a frozen UNet2DConditionModel fast on this machine's CPU, in place.
 
     Merge LoRA files before: afterwards the weights lie packed inside the layers, and the network can only be called. It

@@ -2,5 +2,5 @@
 
 from typing import Any, TypeAlias
 
-Network: TypeAlias = Any
+AnyModule: TypeAlias = Any
 """A network of diffusers or transformers, whose settings and sub-modules no type checker can see."""

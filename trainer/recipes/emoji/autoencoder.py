@@ -14,7 +14,7 @@ from lcm_core.networks.unet import set_attention
 from trainer.cuda_graphs import graphed
 from trainer.data.prefetch import Prefetch
 from trainer.loop import LoopConfig, step_generator, train
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.compute import autocast, place
 from trainer.recipes.emoji.data import Drawings
 from trainer.recipes.emoji.scenes import paste, random_ground
@@ -37,12 +37,12 @@ WATCH_EVERY = 250
 """Steps between two looks at held-out drawings."""
 
 
-def build_vae() -> Network:
+def build_vae() -> AnyModule:
     """An untrained AutoencoderKL: 8 pixels a latent, 4 channels, 6 million weights."""
     from diffusers import AutoencoderKL
 
     blocks = 4
-    vae: Network = AutoencoderKL(
+    vae: AnyModule = AutoencoderKL(
         block_out_channels=WIDTHS,
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -55,7 +55,9 @@ def build_vae() -> Network:
     return vae
 
 
-def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0) -> Network:
+def train_vae(
+    drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
+) -> AnyModule:
     """Train on the drawings that are not held out. Returns the averaged VAE, its latents normalised.
 
     `folder/psnr.jsonl` says how well held-out drawings are reconstructed on the way.
@@ -89,12 +91,12 @@ def train_vae(drawings: Drawings, config: LoopConfig, folder: Path, device: torc
     return normalise_latents(ema, drawings.on_white(seen), device)
 
 
-def build_tiny_vae() -> Network:
+def build_tiny_vae() -> AnyModule:
     """An untrained AutoencoderTiny for the same latents: a fifteenth of the weights, without normalisation."""
     from diffusers import AutoencoderTiny
 
     widths = (32,) * len(WIDTHS)
-    tiny: Network = AutoencoderTiny(
+    tiny: AnyModule = AutoencoderTiny(
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
         num_encoder_blocks=(1, 1, 2, 2),
@@ -104,8 +106,8 @@ def build_tiny_vae() -> Network:
 
 
 def train_tiny_vae(
-    vae: Network, drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
-) -> Network:
+    vae: AnyModule, drawings: Drawings, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
+) -> AnyModule:
     """Train a tiny VAE that encodes and decodes the same scaled latents as the full one. Returns its average."""
     tiny = place(build_tiny_vae(), device)
     ema = copy.deepcopy(tiny).requires_grad_(False)
@@ -133,7 +135,7 @@ def held_out_sample(drawings: Drawings, count: int = 32) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: Network, images: Tensor, device: torch.device) -> float:
+def psnr(vae: AnyModule, images: Tensor, device: torch.device) -> float:
     """Mean peak signal-to-noise ratio in dB of uint8 pictures (N, 3, S, S) after the VAE; the signal spans [-1, 1]."""
     ratios = []
     for batch in images.split(8):
@@ -183,7 +185,7 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def normalise_latents(vae: Network, images: Tensor, device: torch.device) -> Network:
+def normalise_latents(vae: AnyModule, images: Tensor, device: torch.device) -> AnyModule:
     """Fold each latent channel's mean and spread into the VAE: `latents * SCALING_FACTOR` gets mean 0 and spread 1.
 
     The last layer of the encoder and the first of the decoder are linear, so the pictures stay the same.
@@ -203,6 +205,6 @@ def normalise_latents(vae: Network, images: Tensor, device: torch.device) -> Net
 
 
 @torch.no_grad()
-def encode_mean(vae: Network, images: Tensor, device: torch.device) -> Tensor:
+def encode_mean(vae: AnyModule, images: Tensor, device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) -> unscaled latents (B, 4, H/8, W/8), the posterior's mean, float32."""
     return vae.encode(to_unit(images).to(device)).latent_dist.mean.float()

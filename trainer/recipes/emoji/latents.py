@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from trainer.data.prefetch import Prefetch
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, encode_mean
 from trainer.recipes.emoji.data import Drawings
 from trainer.recipes.emoji.scenes import Scene, draw_scene, resize
@@ -79,7 +79,7 @@ class CaptionedLatents:
 
 
 def encode_pool(
-    vae: Network,
+    vae: AnyModule,
     drawings: Drawings,
     chosen: Tensor,
     tokenizer: Any,
@@ -108,7 +108,7 @@ def encode_pool(
 
 
 def _parts(
-    vae: Network,
+    vae: AnyModule,
     drawings: Drawings,
     chosen: Tensor,
     scenes: list[Scene],

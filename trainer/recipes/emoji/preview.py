@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, encode_mean, held_out_sample
 from trainer.recipes.emoji.icons import load_drawings
 from trainer.recipes.emoji.teacher import DIFFUSION, build_unet
@@ -34,7 +34,7 @@ STEPS = 25
 """Of the deterministic sampler."""
 
 
-def averaged(folder: Path, network: Network, prefix: str = "") -> Network:
+def averaged(folder: Path, network: AnyModule, prefix: str = "") -> AnyModule:
     """The network with its moving average from a stage's state.
 
     Raises:
@@ -50,7 +50,7 @@ def averaged(folder: Path, network: Network, prefix: str = "") -> Network:
 
 
 @torch.no_grad()
-def paint(unet: Network, context: Tensor, null: Tensor, pixels: int, guidance_scale: float) -> Tensor:
+def paint(unet: AnyModule, context: Tensor, null: Tensor, pixels: int, guidance_scale: float) -> Tensor:
     """Latents (B, 4, h, w) for text embeddings (B, 77, D), by DDIM."""
     x = torch.randn(len(context), 4, pixels // 8, pixels // 8, generator=torch.Generator().manual_seed(0))
     times = torch.linspace(999, 0, STEPS + 1).long()

@@ -15,7 +15,7 @@ from lcm_core.files.atomic import atomic_write
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import read_json, read_safetensors, write_json
 from lcm_core.pipeline.model import Model, load_model
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.benchmark import FIRST_FILE, load_benchmark, load_first_features
 from trainer.recipes.emoji.card import model_card
 from trainer.recipes.emoji.data import SHIPPED, save_shipped
@@ -83,7 +83,7 @@ def get_first_table(recipe: Recipe, folder: Path, models: dict[str, Model], rows
 
 
 def assemble(
-    recipe: Recipe, folder: Path, networks: Mapping[str, Network], loras: Mapping[str, dict[str, Tensor]]
+    recipe: Recipe, folder: Path, networks: Mapping[str, AnyModule], loras: Mapping[str, dict[str, Tensor]]
 ) -> None:
     """Write the model, in half precision, as a folder that `lcm_core` loads; networks and LoRAs by their places."""
     for name, network in networks.items():

@@ -18,7 +18,7 @@ from lcm_core.files.atomic import new_folder
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from trainer.config import LoopConfig
 from trainer.methods.config import LcdConfig
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.autoencoder import train_tiny_vae, train_vae
 from trainer.recipes.emoji.data import STYLE_HELD_OUT, Drawings
 from trainer.recipes.emoji.features import FeatureNetwork, load_features, save_features, train_features
@@ -91,27 +91,27 @@ class Recipe:
         return self.options.folder(stage)
 
 
-def get_vae(recipe: Recipe) -> Network:
+def get_vae(recipe: Recipe) -> AnyModule:
     from diffusers import AutoencoderKL
 
-    def make(folder: Path) -> Mapping[str, Network]:
+    def make(folder: Path) -> Mapping[str, AnyModule]:
         config, workers = recipe.options.loop("vae"), recipe.options.workers
         return {"vae": train_vae(recipe.drawings, config, folder, recipe.device, workers)}
 
     return _cached(recipe, "vae", {"vae": AutoencoderKL}, make)["vae"]
 
 
-def get_tiny_vae(recipe: Recipe, vae: Network) -> Network:
+def get_tiny_vae(recipe: Recipe, vae: AnyModule) -> AnyModule:
     from diffusers import AutoencoderTiny
 
-    def make(folder: Path) -> Mapping[str, Network]:
+    def make(folder: Path) -> Mapping[str, AnyModule]:
         config, workers = recipe.options.loop("tiny"), recipe.options.workers
         return {"vae": train_tiny_vae(vae, recipe.drawings, config, folder, recipe.device, workers)}
 
     return _cached(recipe, "tiny", {"vae": AutoencoderTiny}, make)["vae"]
 
 
-def get_latents(recipe: Recipe, vae: Network) -> CaptionedLatents:
+def get_latents(recipe: Recipe, vae: AnyModule) -> CaptionedLatents:
     """The VAE's latents of all drawings that are not held out, and of scenes made from them, in several sizes."""
     options = recipe.options
     seen, folder = recipe.drawings.indices(held_out=False), recipe.folder("latents")
@@ -120,28 +120,28 @@ def get_latents(recipe: Recipe, vae: Network) -> CaptionedLatents:
     )
 
 
-def get_teacher(recipe: Recipe, data: CaptionedLatents) -> dict[str, Network]:
+def get_teacher(recipe: Recipe, data: CaptionedLatents) -> dict[str, AnyModule]:
     """U-Net ("unet") and text encoder ("text_encoder")."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    def make(folder: Path) -> Mapping[str, Network]:
+    def make(folder: Path) -> Mapping[str, AnyModule]:
         return train_teacher(data, recipe.options.loop("teacher"), folder, recipe.device, recipe.options.workers)
 
     return _cached(recipe, "teacher", {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}, make)
 
 
-def get_lcm(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, Network]) -> Network:
+def get_lcm(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, AnyModule]) -> AnyModule:
     from diffusers import UNet2DConditionModel
 
-    def make(folder: Path) -> Mapping[str, Network]:
+    def make(folder: Path) -> Mapping[str, AnyModule]:
         config = recipe.options.loop("lcm")
         return {"unet": distil_full(data, teacher, DISTILLATION, config, folder, recipe.device)}
 
     return _cached(recipe, "lcm", {"unet": UNet2DConditionModel}, make)["unet"]
 
 
-def get_lora(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, Network]) -> dict[str, Tensor]:
+def get_lora(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, AnyModule]) -> dict[str, Tensor]:
     """The LCM-LoRA's tensors in kohya's layout."""
 
     def make(folder: Path) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def get_lora(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, Netwo
     return _cached_lora(recipe, "lora", make)
 
 
-def get_style(recipe: Recipe, vae: Network, teacher: Mapping[str, Network]) -> dict[str, Tensor]:
+def get_style(recipe: Recipe, vae: AnyModule, teacher: Mapping[str, AnyModule]) -> dict[str, Tensor]:
     """The style LoRA's tensors in kohya's layout."""
 
     def make(folder: Path) -> dict[str, Tensor]:
@@ -178,8 +178,8 @@ def _cached(
     recipe: Recipe,
     stage: str,
     classes: dict[str, Any],
-    make: Callable[[Path], Mapping[str, Network]],
-) -> dict[str, Network]:
+    make: Callable[[Path], Mapping[str, AnyModule]],
+) -> dict[str, AnyModule]:
     """The stage's networks from its folder; trained and stored there first where they are not."""
     result = recipe.folder(stage) / "result"
     if not result.exists():

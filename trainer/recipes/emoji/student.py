@@ -17,7 +17,7 @@ from trainer.config import LoopConfig, StudentConfig
 from trainer.data.cache import Batch
 from trainer.distill import distill
 from trainer.methods.config import MethodConfig
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.compute import precision
 from trainer.recipes.emoji.latents import CaptionedLatents
 from trainer.recipes.emoji.teacher import DIFFUSION, LATE_SIZES
@@ -30,7 +30,7 @@ class EncodedCaptions:
     """The drawings with captions in varied words, which are encoded as they are drawn."""
 
     data: CaptionedLatents
-    text_encoder: Network
+    text_encoder: AnyModule
 
     def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> list[tuple[Tensor, Tensor]]:
         """Random latents, all of one size of picture, each with its caption's tokens."""
@@ -51,12 +51,12 @@ class EncodedCaptions:
 
 def distil_full(
     data: CaptionedLatents,
-    teacher: Mapping[str, Network],
+    teacher: Mapping[str, AnyModule],
     method: MethodConfig,
     config: LoopConfig,
     folder: Path,
     device: torch.device,
-) -> Network:
+) -> AnyModule:
     """Latent consistency distillation of the whole U-Net. The target network is the average, and the result."""
     unet = teacher["unet"].to(device)
     exact_output(unet)
@@ -71,7 +71,7 @@ def distil_full(
 
 def distil_lora(
     data: CaptionedLatents,
-    teacher: Mapping[str, Network],
+    teacher: Mapping[str, AnyModule],
     method: MethodConfig,
     config: LoopConfig,
     rank: int,
@@ -89,7 +89,7 @@ def distil_lora(
 def _distil(
     student: Student,
     data: CaptionedLatents,
-    teacher: Mapping[str, Network],
+    teacher: Mapping[str, AnyModule],
     method: MethodConfig,
     config: LoopConfig,
     folder: Path,

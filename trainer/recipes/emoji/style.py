@@ -14,7 +14,7 @@ from lcm_core.networks.unet import exact_output
 from trainer.config import LoopConfig, StudentConfig
 from trainer.data.prefetch import Prefetch
 from trainer.loop import step_generator, train
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.compute import precision
 from trainer.recipes.emoji.latents import CaptionedLatents
 from trainer.recipes.emoji.teacher import CAPTION_DROPOUT, LATE_SIZES, NoisedBatch, add_noise, diffusion_loss
@@ -23,7 +23,7 @@ from trainer.students import lora_student, unet_network
 
 def train_style(
     data: CaptionedLatents,
-    teacher: Mapping[str, Network],
+    teacher: Mapping[str, AnyModule],
     config: LoopConfig,
     rank: int,
     folder: Path,

@@ -15,7 +15,7 @@ from lcm_core.networks.unet import set_attention
 from trainer.cuda_graphs import graphed
 from trainer.data.prefetch import Prefetch
 from trainer.loop import LoopConfig, step_generator, train
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.compute import autocast, place
 from trainer.recipes.emoji.latents import CaptionedLatents
 from trainer.recipes.emoji.words import CONTEXT_WIDTH, build_text_encoder
@@ -33,7 +33,7 @@ PREDICTION_TYPE = "v_prediction"
 DIFFUSION = Diffusion(prediction_type=PREDICTION_TYPE)
 
 
-def build_unet(**overrides: Any) -> Network:
+def build_unet(**overrides: Any) -> AnyModule:
     """An untrained U-Net: Stable Diffusion 1.x's blocks, a fifth as wide and less, so that LoRA names fit both."""
     from diffusers import UNet2DConditionModel
 
@@ -45,14 +45,14 @@ def build_unet(**overrides: Any) -> Network:
         "cross_attention_dim": CONTEXT_WIDTH,
         "norm_num_groups": 32,
     }
-    unet: Network = UNet2DConditionModel(**(settings | overrides))
+    unet: AnyModule = UNet2DConditionModel(**(settings | overrides))
     set_attention(unet, "bmm")
     return unet
 
 
 def train_teacher(
     data: CaptionedLatents, config: LoopConfig, folder: Path, device: torch.device, workers: int = 0
-) -> dict[str, Network]:
+) -> dict[str, AnyModule]:
     """Train U-Net and text encoder to predict v. Returns both, averaged: "unet" and "text_encoder"."""
     networks = {"unet": build_unet(), "text_encoder": build_text_encoder(len(data.tokenizer))}
     if device.type == "cuda":

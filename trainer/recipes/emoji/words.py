@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_core.files.atomic import atomic_write
-from trainer.recipes.emoji import Network
+from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.colours import HUES
 from trainer.recipes.emoji.data import STYLE_TEMPLATES, TEMPLATES, Drawings
 from trainer.recipes.emoji.icons import SETS
@@ -45,7 +45,7 @@ def build_tokenizer(drawings: Drawings, folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def build_text_encoder(vocabulary_size: int) -> Network:
+def build_text_encoder(vocabulary_size: int) -> AnyModule:
     """An untrained CLIPTextModel, two layers of width 128."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
