@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lcm_core.files.checkpoint import Component, list_components, read_component
-from lcm_core.pipeline.sources import Source
+from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
 from trainer.data.teacher import Teacher
 from trainer.methods.method import get_method
@@ -37,7 +37,7 @@ def trained_networks(config: DistillConfig) -> int:
     return 2 if get_method(config.method).needs_critic else 1
 
 
-def result_size(config: DistillConfig, source: Source, unet: Component, trained: int) -> int:
+def result_size(config: DistillConfig, source: ModelSource, unet: Component, trained: int) -> int:
     """A LoRA in float16; or the whole model, twice: as a folder and as one file."""
     if config.student.kind == "lora":
         return 2 * trained
@@ -46,7 +46,7 @@ def result_size(config: DistillConfig, source: Source, unet: Component, trained:
     return 2 * (2 * trained + stored)
 
 
-def encoders(source: Source) -> list[str]:
+def encoders(source: ModelSource) -> list[str]:
     """Names of a model's text encoders."""
     names = [name for name in list_components(source.text) if name.startswith("text_encoder")]
     return names or ["text_encoder"]

@@ -16,7 +16,7 @@ from lcm_core.networks.lora_layers import Which
 from lcm_core.pipeline.model import Model
 from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import as_network
-from lcm_core.pipeline.sources import Source
+from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
 from trainer.data.hashing import hash_tensors
@@ -101,7 +101,7 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[PictureOptions], 
     return scores
 
 
-def is_scored(config: DistillConfig, source: Source) -> bool:
+def is_scored(config: DistillConfig, source: ModelSource) -> bool:
     """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from."""
     return bool(config.report.samples) and (source.is_shipped or bool(config.data.path))
 

@@ -10,7 +10,7 @@ from torch import nn
 from lcm_core.networks.device import LARGE_ON_CPU
 from trainer.students import choose_precision
 
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -23,7 +23,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
-def place(network: AnyModule, device: torch.device) -> AnyModule:
+def place(network: Module, device: torch.device) -> Module:
     """The network on its device, with the layout that trains fastest there.
 
     On a CPU that is the plain one: convolutions gain little from channels last, and the backward pass of group
