@@ -42,6 +42,9 @@ async def comfy_entrypoint() -> Any:
         from .nodes.without_trainer import NODES
     else:
         from .nodes.catalogue import NODES
+        from .nodes.panel import register as register_panel
+
+        register_panel()
 
     class LCMSuite(ComfyExtension):
         async def get_node_list(self) -> list[Any]:

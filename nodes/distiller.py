@@ -20,6 +20,7 @@ from .attachments import attach_recommended
 from .host import say, schema
 from .lora import lora_file
 from .model_patches import inspect_model
+from .panel import send
 from .training_data import TrainingData, encode_prompts, from_folder, from_latents
 from .training_run import ASK, IF_EXISTS, Run
 
@@ -177,6 +178,7 @@ class LCMDistiller(io.ComfyNode):
                 preview_every,
                 if_exists,
                 lambda text: say(cls, text, log=False),
+                lambda told: send(cls.hidden.unique_id if cls.hidden else None, told),
             )
             state = run.train(how, loop)
         say(cls, f"{run.summary()}; {target.name}")

@@ -29,7 +29,11 @@ def say(node: type[io.ComfyNode], text: str, log: bool = True) -> None:
     """Show a line of text on the node, and write it to the host's log."""
     if log:
         logging.info("%s: %s", node.__name__, text)
-    # Its server is loaded already where there is one; nodes also run without.
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = page_server()
     if server is not None and node.hidden is not None:
         server.send_progress_text(text, node.hidden.unique_id)
+
+
+def page_server() -> Any:
+    """The host's server; None where nodes run without one. Where there is one, it is loaded before them."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.lora import Lora, read_lora, save_lora
+from lcm_core.files.lora_keys import name_architecture, parse_key
 from lcm_core.files.recommended import Recommended, read_recommended
 from lcm_core.files.safetensors import read_metadata
 from lcm_core.pipeline.sources import MODELS
 
 from .attachments import attach_recommended
 from .host import say, schema
+from .model_patches import is_unet
 
 _MARK = "lcm_suite.saved_by"
 """Metadata of our own files; others are never overwritten."""
 _SHIPPED = {"emoji LCM-LoRA (shipped with LCM Suite)": MODELS / "emoji" / "lora" / "lcm_lora.safetensors"}
+_UNET = ("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_")
+"""What the layers of Stable Diffusion's U-Nets begin with."""
 _FORBIDDEN = frozenset('/\\:*?"<>|')  # folders and drives on any system, and what Windows has no names with
 _LONGEST = 200  # bytes: file systems take 255, and a file that is being written has a longer name
 
@@ -37,8 +41,8 @@ class LCMLoraConvert(io.ComfyNode):
             node_id="LCMLoraConvert",
             display_name="LCM LoRA Convert / Save",
             aliases=["LoraLoader", "peft", "diffusers lora", "kohya", "lora converter"],
-            description="Loads a LoRA in kohya's, diffusers' or peft's layout, tells you when it does not fit the "
-            "model, and can save it in kohya's layout, which every UI reads.",
+            description="Loads a LoRA in any layout, of Stable Diffusion or a flow model, tells you when it does not "
+            "fit the model, and can save it as every UI, or for flow models ComfyUI, reads it.",
             inputs=[
                 io.Combo.Input(
                     "lora_name",
@@ -89,9 +93,14 @@ class LCMLoraConvert(io.ComfyNode):
         lora, recommended = read_lora(path), _read_recommended(path)
         layers = {part: len(found) for part, found in lora.layers.items()}
         info = ", ".join(f"{count} layers of {part.replace('_', ' ')}" for part, count in layers.items())
-        if model is not None and (missing := check_fit(lora, model)):
-            info += f"; {len(missing)} of them are not in this model and are left out (first: '{missing[0]}')"
-        state = to_kohya(lora)
+        names: dict[str, str] = {}
+        if model is not None:
+            names, missing = match_layers(lora, model)
+            if missing:
+                info += f"; {len(missing)} of them are not in this model and are left out (first: '{missing[0]}')"
+        elif save_as.strip():
+            _check_unet(lora)
+        state = to_host(lora, names)
         if model is not None or clip is not None:
             model, clip = comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
         if model is not None:
@@ -104,41 +113,90 @@ class LCMLoraConvert(io.ComfyNode):
         return io.NodeOutput(model, clip, lora_name)
 
 
-def check_fit(lora: Lora, model: Any) -> list[str]:
-    """The layers of a LoRA that a model does not have; the host leaves them out, with no more than a line in its log.
+def match_layers(lora: Lora, model: Any) -> tuple[dict[str, str], list[str]]:
+    """What the host's loader calls a LoRA's layers in this model, by their flat names; and the layers that the model
+    does not have, which the host leaves out, with no more than a line in its log.
 
     Raises:
         InputError: the LoRA is for another kind of model: none of its layers is in this one, or one has another shape.
     """
     import comfy.lora  # not a part of every host-like runtime
 
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = model.model.state_dict()
-    layers = lora.layers.get("unet", {})
-    missing = [flat for flat in layers if f"lora_unet_{flat}" not in keys]
+    weights, layers = model.model.state_dict(), lora.layers.get("unet", {})
+    known: dict[str, tuple[str, Any]] = {}
+    for name, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        known.setdefault(parse_key(f"{name}.alpha").path.replace(".", "_"), (name, target))
+    missing = [flat for flat in layers if flat not in known]
     if missing and len(missing) == len(layers):
         raise InputError(
-            f"{lora.name} is for another kind of model: none of its {len(layers)} layers is in this one "
-            f"(first: '{missing[0]}'); use a LoRA made for this kind of model"
+            f"{lora.name} is for another kind of model{_kind_of(missing)}: none of its {len(layers)} layers is in this "
+            f"one (first: '{missing[0]}'); use a LoRA made for this kind of model"
         )
+    names = {}
     for flat, layer in layers.items():
-        name = keys.get(f"lora_unet_{flat}")
-        if name is not None and not layer.fits(shape := tuple(weights[name].shape)):
+        if flat not in known:
+            continue
+        name, target = known[flat]
+        if not layer.fits(shape := _shape(weights, target)):
             raise InputError(
                 f"{lora.name} is for another kind of model: its layer '{flat}' is for a weight of shape "
                 f"{layer.matrix_shape()}, this model's is {shape}; use a LoRA made for this kind of model"
             )
-    return missing
+        # of other models than Stable Diffusion the path itself, which the stock loader takes for every family
+        generic = isinstance(target, str) and not is_unet(model)
+        names[flat] = target.removesuffix(".weight") if generic else name
+    return names, missing
 
 
-def to_kohya(lora: Lora) -> dict[str, Tensor]:
-    """A LoRA as `lora_unet_*` and `lora_te*_*` tensors with alpha, which the host and all web UIs read."""
+def _check_unet(lora: Lora) -> None:
+    """Refuse a LoRA whose layers only its model can name.
+
+    Raises:
+        InputError: it is not for a U-Net of Stable Diffusion.
+    """
+    flats = list(lora.layers.get("unet", {}))
+    if flats and not _is_of_unet(flats):
+        raise InputError(
+            f"{lora.name} is not for Stable Diffusion{_kind_of(flats)}, and only its own model can name its "
+            "layers; connect the model, too"
+        )
+
+
+def _shape(weights: Mapping[str, Tensor], target: Any) -> tuple[int, ...]:
+    """Of a weight, or of a part of it, which the host names (weight, (dimension, start, length), ...)."""
+    if isinstance(target, str):
+        return tuple(weights[target].shape)
+    name, (dimension, _, length), *_ = target
+    shape = list(weights[name].shape)
+    shape[dimension] = length
+    return tuple(shape)
+
+
+def _kind_of(flats: Sequence[str]) -> str:
+    """In brackets, the kind of model that has layers of these names, where it is one without a U-Net."""
+    kind = None if _is_of_unet(flats) else next(filter(None, map(name_architecture, flats)), None)
+    return f" ({kind})" if kind else ""
+
+
+def _is_of_unet(flats: Sequence[str]) -> bool:
+    return any(flat.startswith(_UNET) for flat in flats)
+
+
+def to_host(lora: Lora, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A LoRA as the host, and for Stable Diffusion all web UIs, read it: kohya's tensors with alpha.
+
+    Args:
+        lora: any.
+        names: of layers in the model, by their flat names, where these are not kohya's `lora_unet_*`.
+    """
     first_encoder = "lora_te1_" if "text_encoder_2" in lora.layers else "lora_te_"
     prefixes = {"unet": "lora_unet_", "text_encoder": first_encoder, "text_encoder_2": "lora_te2_"}
     state: dict[str, Tensor] = {}
     for part, layers in lora.layers.items():
         for flat, layer in layers.items():
-            state |= {f"{prefixes[part]}{flat}.{name}": tensor for name, tensor in layer.to_kohya().items()}
+            name = names.get(flat) if part == "unet" else None
+            known = name or f"{prefixes[part]}{flat}"
+            state |= {f"{known}.{role}": tensor for role, tensor in layer.to_kohya().items()}
     return state
 
 

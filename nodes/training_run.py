@@ -39,6 +39,7 @@ from .memory import describe_memory
 from .model_patches import Facts, is_unet
 from .model_sampling import noise_scale_of
 from .network import PROMPT, HostNetwork
+from .panel import Panel, Show
 from .student import copy_model, fingerprint, lora_of, name_layers, target_modules
 from .training_data import TrainingData
 
@@ -73,6 +74,8 @@ class Run:
     """What to do with an earlier run of this name that was another one; of `IF_EXISTS`."""
     tell: Callable[[str], None]
     """Shows a line of text."""
+    show: Show = lambda told: None
+    """Shows what the page's panel is told."""
     steps: int = 0
     """Asked for, in all."""
     losses: list[float] = field(default_factory=list)
@@ -109,16 +112,22 @@ class Run:
         self.tell(self.memory)
         self.losses = self._logged()
         self.before = len(self.losses)
-        bar = comfy.utils.ProgressBar(loop.steps)
+        bar, panel = comfy.utils.ProgressBar(loop.steps), Panel(self.show, loop.steps, self.before)
+        panel.tell(self.losses, before=self._paint(student, recommended))
 
         def callback(step: int, loss: float) -> None:
             self.losses.append(loss)
             self.learnt = True
-            picture = None
+            sheet = None
             if (step + 1) % self.preview_every == 0 or step + 1 == loop.steps:
-                picture = ("JPEG", self._preview(student, recommended, step + 1, loop.steps), None)
-            bar.update_absolute(step + 1, loop.steps, picture)
-            self._tell(step, loop)
+                picture = self._preview(student, recommended, step + 1)
+                panel.tell(self.losses, after=picture)
+                sheet = ("JPEG", self._sheet(picture, loop.steps), None)
+            bar.update_absolute(step + 1, loop.steps, sheet)
+            if self._tell(step, loop):
+                panel.tell(self.losses)
+            if panel.wants_file():
+                self._save(student, names, recommended)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         try:
@@ -190,24 +199,30 @@ class Run:
         file = self.home / "log.jsonl"
         return [json.loads(line)["loss"] for line in file.read_text().splitlines()] if file.exists() else []
 
-    def _tell(self, step: int, loop: LoopConfig) -> None:
+    def _tell(self, step: int, loop: LoopConfig) -> bool:
+        """Say how far it is, if it is time to; whether it was."""
         now = time.monotonic()
         if now - self.told < _TELL_SECONDS and step + 1 < loop.steps:
-            return
+            return False
         mean = sum(self.losses[-50:]) / len(self.losses[-50:])
         self.tell(f"step {step + 1} of {loop.steps}, loss {mean:.4g}")
         self.told = now
+        return True
 
     def _save(self, student: Student, names: dict[str, str], recommended: Recommended) -> dict[str, Tensor]:
         state = lora_of(student, names)
         save_lora_file(self.target, state, recommended, _FAMILIES.get(self.facts.family))
         return state
 
-    def _preview(self, student: Student, recommended: Recommended, step: int, steps: int) -> Image.Image:
-        """The same prompt and noise every time, beside the loss plot; kept in a file."""
+    def _preview(self, student: Student, recommended: Recommended, step: int) -> Image.Image:
+        """The same prompt and noise every time; kept in a file."""
         picture = self._paint(student, recommended)
         with atomic_write(self.home / "previews" / f"step-{step:06d}.png") as temporary:
             picture.save(temporary)
+        return picture
+
+    def _sheet(self, picture: Image.Image, steps: int) -> Image.Image:
+        """A picture beside the loss plot."""
         plot = draw_loss(self.losses, steps)
         side = plot.height
         sheet = Image.new("RGB", (side + plot.width, side), "white")

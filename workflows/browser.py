@@ -37,6 +37,17 @@ _DRAW = """async ([api, name, note, sizes]) => {
   box.pos = [left - 480, top];
   return JSON.parse(JSON.stringify(graph.serialize()));
 }"""
+_GROUP = """async ([api, name, numbers, widgets]) => {
+  await app.loadApiJson(api, name);
+  const graph = app.graph;
+  for (const node of graph._nodes)
+    for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
+  graph.arrange(60);
+  const inside = graph._nodes.filter((node) => numbers.includes(String(node.id)));
+  const { node } = graph.convertToSubgraph(new Set(inside));
+  node.properties.proxyWidgets = widgets;
+  return JSON.parse(JSON.stringify(graph.serialize()));
+}"""
 _LOAD = "async (drawn) => { await app.loadGraphData(drawn); return (await app.graphToPrompt()).output; }"
 
 
@@ -66,6 +77,10 @@ class Browser:
     def draw(self, prompt: dict[str, Any], name: str, note: str) -> dict[str, Any]:
         """A workflow in API format as a graph with a note, in the UI's format."""
         return self.page.evaluate(_DRAW, [prompt, name, note, _SIZES])
+
+    def group(self, prompt: dict[str, Any], name: str, nodes: list[str], widgets: list[tuple[str, str]]) -> Any:
+        """A workflow in API format as a graph in which some nodes are one subgraph, which shows some widgets."""
+        return self.page.evaluate(_GROUP, [prompt, name, nodes, [list(widget) for widget in widgets]])
 
     def load(self, drawn: dict[str, Any]) -> dict[str, Any]:
         """Open a graph, and give it back in API format."""

@@ -7,68 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
-Link = list[Any]  # [node id, number of its output]
-Prompt = dict[str, dict[str, Any]]
-SIZE = 64  # pixels that the embedded model was trained at
-FULL_LCM = "emoji (shipped with LCM Suite)"
-TEACHER = "emoji teacher (shipped with LCM Suite)"
-LCM_LORA = "emoji LCM-LoRA (shipped with LCM Suite)"
-SKETCH = "lcm_suite_sketch.png"
-HOLE = "lcm_suite_hole.png"
-CONTROL = "emoji_canny.safetensors"
-
-
-class Graph:
-    """A workflow in API format that grows node by node."""
-
-    def __init__(self) -> None:
-        self.prompt: Prompt = {}
-
-    def add(self, kind: str, title: str = "", **inputs: Any) -> list[Link]:
-        """Add a node; returns links to its outputs (more than it has: the node decides)."""
-        number = str(len(self.prompt) + 1)
-        self.prompt[number] = {"inputs": inputs, "class_type": kind, "_meta": {"title": title or kind}}
-        return [[number, slot] for slot in range(5)]
-
-    def full_lcm(self) -> list[Link]:
-        """MODEL, CLIP, VAE of the full LCM."""
-        return self.add("LCMCheckpointLoader", "LCM Checkpoint Loader", ckpt_name=FULL_LCM)
-
-    def teacher_with_lora(self) -> list[Link]:
-        """MODEL, CLIP, VAE of an ordinary checkpoint, the MODEL with an LCM-LoRA."""
-        model, clip, vae, *_ = self.any_checkpoint()
-        settings = {"lora_name": LCM_LORA, "strength_model": 1.0, "strength_clip": 1.0, "save_as": ""}
-        return [self.add("LCMLoraConvert", "LCM-LoRA", model=model, **settings)[0], clip, vae]
-
-    def any_checkpoint(self) -> list[Link]:
-        """MODEL, CLIP, VAE of an ordinary checkpoint."""
-        return self.add("LCMCheckpointLoader", "Any checkpoint", ckpt_name=TEACHER)
-
-    def text(self, clip: Link, text: str, title: str = "Prompt") -> Link:
-        """CONDITIONING of a prompt."""
-        return self.add("CLIPTextEncode", title, text=text, clip=clip)[0]
-
-    def canvas(self, batch_size: int = 4, size: int = SIZE) -> Link:
-        """An empty LATENT."""
-        return self.add("EmptyLatentImage", "Size", width=size, height=size, batch_size=batch_size)[0]
-
-    def picture(self, file: str) -> list[Link]:
-        """IMAGE and MASK of an input picture."""
-        return self.add("LoadImage", "Your picture", image=file)
-
-    def paint(self, model: Link, positive: Link, latent: Link, title: str = "LCM KSampler", **settings: Any) -> Link:
-        """LATENT painted by LCM KSampler."""
-        usual = {"seed": 1, "steps": 4, "guidance_scale": 0.0, "sampler": "lcm", "strength": 1.0}
-        rest = {"gamma": 0.3, "original_steps": 50, "timesteps": ""}
-        links = {"model": model, "positive": positive, "latent_image": latent}
-        return self.add("LCMKSampler", title, **(usual | rest | settings), **links)[0]
-
-    def save(self, latent: Link, vae: Link, name: str) -> None:
-        """Decode and save."""
-        images = self.add("VAEDecode", "VAE Decode", samples=latent, vae=vae)[0]
-        self.add("SaveImage", "Save", filename_prefix=f"LCM Suite/{name}", images=images)
+from downloads import DOWNLOADS
+from graph import CONTROL, FLOW, HOLE, SIZE, SKETCH, Graph, Prompt
 
 
 def text_to_image(g: Graph) -> None:
@@ -114,7 +55,7 @@ def image_to_image(g: Graph) -> None:
       first one starts at exactly that noise.
     """
     model, clip, vae, *_ = g.full_lcm()
-    scaled = _scaled(g, g.picture(SKETCH)[0])
+    scaled = g.scaled(g.picture(SKETCH)[0])
     latent = g.add("VAEEncode", "VAE Encode", pixels=scaled, vae=vae)[0]
     four = g.add("RepeatLatentBatch", "How many", samples=latent, amount=4)[0]
     positive = g.text(clip, "red apple, fluent style")
@@ -165,7 +106,7 @@ def controlnet(g: Graph) -> None:
       comes with a small T2I-Adapter, which stands in for one.
     """
     model, clip, vae, *_ = g.full_lcm()
-    edges = g.add("Canny", "Outlines", image=_scaled(g, g.picture(SKETCH)[0]), low_threshold=0.2, high_threshold=0.4)[0]
+    edges = g.add("Canny", "Outlines", image=g.scaled(g.picture(SKETCH)[0]), low_threshold=0.2, high_threshold=0.4)[0]
     g.add("PreviewImage", "What the ControlNet sees", images=edges)
     control = g.add("ControlNetLoader", "ControlNet", control_net_name=CONTROL)[0]
     prompts = {
@@ -240,7 +181,7 @@ def distil(g: Graph) -> None:
     slow = {"seed": 1, "steps": 20, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "denoise": 1.0}
     prompts = {"positive": positive, "negative": negative}
     examples = g.add("KSampler", "20 steps", model=model, latent_image=g.canvas(8), **slow, **prompts)[0]
-    training = {"output_name": "my_lcm_lora", "steps": 60, "batch_size": 4, "learning_rate": 0.001, "rank": 8, "w": 1.0}
+    training = {"output_name": "my_lcm_lora", "steps": 40, "batch_size": 2, "learning_rate": 0.001, "rank": 8, "w": 1.0}
     rest = {"method": "lcd", "preview_every": 20, "seed": 1, "folder": "", "resolution": SIZE}
     rest["if_exists"] = "ask"
     links = {"model": model, "clip": clip, "vae": vae, "latents": examples, "positive": positive}
@@ -268,9 +209,22 @@ def steps_grid(g: Graph) -> None:
     g.add("SaveImage", "Save", filename_prefix="LCM Suite/steps grid", images=grid)
 
 
-def _scaled(g: Graph, image: Link) -> Link:
-    settings = {"upscale_method": "area", "width": SIZE, "height": SIZE, "crop": "center"}
-    return g.add("ImageScale", "Scale", image=image, **settings)[0]
+def flow_model(g: Graph) -> None:
+    """# A flow model in 4 steps
+
+    SD3, Flux, Z-Image, Qwen-Image, Wan and their kin are flow models. All nodes of LCM Suite take them; *LCM KSampler*
+    and *LCM Apply* see from the MODEL what it is.
+
+    - **Your own model**: load it with the stock nodes, with a few-step LoRA of its family in *LCM-LoRA*.
+    - The embedded model is the emoji teacher as a flow model, by a change of variables; it paints the same pictures,
+      and its LoRA fits.
+    - **KSampler**: sampler *lcm* or *lcm_suite*, scheduler *simple* or *lcm_grid*, cfg 1.
+    """
+    model, clip, vae = g.teacher_with_lora(FLOW)
+    positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
+    settings = {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "lcm_suite", "scheduler": "lcm_grid", "denoise": 1.0}
+    links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
+    g.save(g.add("KSampler", "KSampler", **settings, **links)[0], vae, "flow model")
 
 
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
@@ -284,16 +238,19 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "LCM 08 Latent travel animation": latent_travel,
     "LCM 09 Distil your own LCM-LoRA": distil,
     "LCM 10 Compare steps in a grid": steps_grid,
+    "LCM 11 Flow model in 4 steps": flow_model,
 }
+"""Those that run at once, on the embedded model."""
+_ALL = WORKFLOWS | DOWNLOADS
 
 
 def prompt_of(name: str) -> Prompt:
     """A workflow in API format."""
     graph = Graph()
-    WORKFLOWS[name](graph)
+    _ALL[name](graph)
     return graph.prompt
 
 
 def note_of(name: str) -> str:
     """What a workflow is and what to change in it, in Markdown."""
-    return inspect.cleandoc(WORKFLOWS[name].__doc__ or "")
+    return inspect.cleandoc(_ALL[name].__doc__ or "")

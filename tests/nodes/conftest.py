@@ -39,6 +39,14 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             del sys.modules[name]
 
 
+@pytest.fixture(scope="session")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the trials in a real ComfyUI found (host_run.py), which runs once for all tests."""
+    from tests.nodes.host_setup import run_trials
+
+    return run_trials(tmp_path_factory.mktemp("host"))
+
+
 @pytest.fixture
 def model_sampling() -> Any:
     """nodes/model_sampling.py, which needs no host."""

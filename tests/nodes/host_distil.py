@@ -19,7 +19,7 @@ import comfy.utils
 import folder_paths
 import torch
 from host_models import SIZES, empty, prompt, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nodes
 
@@ -94,6 +94,8 @@ def distil(suite: Any, family: str) -> dict[str, Any]:
     after = inputs["model"].model.state_dict()
     unchanged = all(torch.equal(value, after[key]) for key, value in before.items())
     painted = [paint(suite, family, model) for model in (inputs["model"], stock, distilled)]
+    file = file_of(name).name
+    converted, _, saved = suite.run("LCMLoraConvert", model=tiny(family), lora_name=file, save_as=f"saved {family}")
     return {
         "told": told[0],
         "finite": all(map(math.isfinite, losses)),
@@ -106,6 +108,8 @@ def distil(suite: Any, family: str) -> dict[str, Any]:
         "named": all(key.startswith("diffusion_model.") for key in state),
         "unchanged": unchanged,
         "moved": float((painted[1] - painted[0]).abs().max() / painted[0].abs().max()),
+        "converted": float((paint(suite, family, converted) - painted[1]).abs().max()),
+        "saved": sorted(load_file(file_of(saved.removesuffix(".safetensors")))) == sorted(both[0]),
         "same": float((painted[1] - painted[2]).abs().max() / painted[0].abs().max()),
     }
 
@@ -117,6 +121,22 @@ def paint(suite: Any, family: str, model: Any) -> torch.Tensor:
     return result
 
 
+def in_diffusers_names(suite: Any) -> dict[str, float]:
+    """A LoRA of Flux under diffusers' names, of which several are one layer of the host: beside the stock loader."""
+    model, generator = tiny("Flux"), torch.Generator().manual_seed(6)
+    width = SIZES["Flux"]["hidden_size"]
+    tensors = {}
+    for layer in ("attn.to_q", "attn.to_v", "proj_mlp"):
+        key, wide = f"transformer.single_transformer_blocks.0.{layer}", width * (2 if layer == "proj_mlp" else 1)
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, width, generator=generator)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(wide, 4, generator=generator)
+    save_file(tensors, file_of("diffusers"))
+    stock, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    ours = suite.run("LCMLoraConvert", model=model, lora_name="diffusers.safetensors")[0]
+    plain, theirs, own = (paint(suite, "Flux", each) for each in (model, stock, ours))
+    return {"moved": float((plain - own).abs().max()), "apart": float((theirs - own).abs().max())}
+
+
 def try_distil_families(suite: Any) -> dict[str, Any]:
     """All families by lcd, and one by every method."""
     found = {family: distil(suite, family) for family in SIZES}
@@ -125,7 +145,7 @@ def try_distil_families(suite: Any) -> dict[str, Any]:
         state = suite.run("LCMDistiller", **inputs_of("SD3", f"by {method}", steps=3, method=method))[1]
         moved = max(float(value.abs().max()) for key, value in state.items() if ".lora_up." in key)
         kinds[method] = {"losses": losses_of(f"by {method}"), "moved": moved}
-    return {**found, "methods": kinds}
+    return {**found, "methods": kinds, "in diffusers names": in_diffusers_names(suite)}
 
 
 def paint_emoji(model: Any, conds: Any, latent: dict[str, Any]) -> torch.Tensor:

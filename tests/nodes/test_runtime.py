@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import types
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lcm_core.diffusion.interpolation import slerp, travel
 from lcm_core.errors import InputError
-from lcm_core.files.lora import read_lora
 from tests.nodes.model_samplings import Discrete
-from trainer.config import LoopConfig, MethodConfig
-from trainer.distill import Latents
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "ko", "zh", "ja")
@@ -69,9 +63,10 @@ def test_every_input_is_explained_in_four_languages_and_on_a_help_page(runtime: 
         assert told["inputs"].keys() == inputs.keys(), language
         assert all(entry["name"] and entry["tooltip"] for entry in told["inputs"].values())
         assert len(told["outputs"]) == len(runtime.get_node_info(node)["return_types"])
-    page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
-    rows = {line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")}
-    assert inputs.keys() <= rows
+    for page in (f"{node}.md", *(f"{node}/{language}.md" for language in LANGUAGES if language != "en")):
+        lines = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8").splitlines()
+        rows = {line.split("|")[1].strip(" `") for line in lines if line.startswith("| `")}
+        assert inputs.keys() <= rows, page
 
 
 def test_the_translations_know_no_node_that_is_gone() -> None:
@@ -151,25 +146,6 @@ def test_the_interpolator_explains_what_does_not_fit(runtime: Any, inputs: dict[
         interpolate(runtime, **{"latent_1": latent(0), **inputs})
 
 
-def test_a_lora_is_converted_and_no_stranger_overwritten(runtime: Any) -> None:
-    """peft's layout in, kohya's out with the same numbers and alpha; a file that is not ours stays."""
-    import folder_paths
-
-    folder = Path(folder_paths.get_folder_paths("loras")[0])
-    down, up = torch.randn(4, 32), torch.randn(32, 4)
-    key = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, folder / "peft.safetensors")
-    _, _, name = runtime.execute_node("LCMLoraConvert", lora_name="peft.safetensors", save_as="kohya")
-    found = load_file(folder / name)
-    flat = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    torch.testing.assert_close(found[f"{flat}.lora_down.weight"], down, rtol=0, atol=0)
-    torch.testing.assert_close(found[f"{flat}.lora_up.weight"], up, rtol=0, atol=0)
-    assert float(found[f"{flat}.alpha"]) == 4
-    for save_as, said in (("peft", "was not saved by LCM Suite"), ("../kohya", "is no plain file name")):
-        with pytest.raises(Exception, match=said):
-            runtime.execute_node("LCMLoraConvert", lora_name="peft.safetensors", save_as=save_as)
-
-
 @pytest.mark.parametrize(
     "text", ["", " , ", "1,2 4", "x", "9" * 5000, "1e400", "nan", "\ud800", "\0", "\uff11", "1\n2"]
 )
@@ -179,55 +155,6 @@ def test_any_list_of_numbers_is_read_or_refused(runtime: Any, text: str, number:
 
     with suppress(InputError):
         assert all(type(value) is number for value in inputs.read_list(text, number, "steps"))
-
-
-def test_a_lora_that_fits_in_part_is_loaded_in_part(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the host's own loader does; refused is what is for another kind of model."""
-    from lcm_suite_nodes import lora
-
-    module = "mid_block_attentions_0_transformer_blocks_0_attn1_to_"
-    weights = {f"diffusion_model.{name}.weight": torch.zeros(32, 32) for name in "qkv"}
-    known = {f"lora_unet_{module}{name}": f"diffusion_model.{name}.weight" for name in "qkv"}
-    loader = types.SimpleNamespace(model_lora_keys_unet=lambda model, keys: known)
-    monkeypatch.setitem(sys.modules, "comfy.lora", loader)
-    monkeypatch.setattr(sys.modules["comfy"], "lora", loader, raising=False)
-    model = types.SimpleNamespace(model=types.SimpleNamespace(state_dict=lambda: weights))
-
-    def of(width: int, *names: str) -> Any:
-        down, up = {f"lora_unet_{module}{name}.lora_down.weight": torch.ones(4, width) for name in names}, torch.ones
-        return read_lora(down | {f"lora_unet_{module}{name}.lora_up.weight": up(width, 4) for name in names})
-
-    assert lora.check_fit(of(32, "q", "k", "v"), model) == []
-    assert lora.check_fit(of(32, "q", "gate"), model) == [f"{module}gate"]
-    for other, words in ((of(32, "gate", "out"), "none of its 2 layers"), (of(64, "q", "gate"), "weight of shape")):
-        with pytest.raises(InputError, match=f"is for another kind of model: .*{words}"):
-            lora.check_fit(other, model)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("", "names no file"),
-        ("  .safetensors ", "names no file"),
-        ("n" * 300, "is too long for a file name"),
-        ("\N{HANGUL SYLLABLE GA}" * 90, "is too long for a file name"),
-        ("../evil", "is no plain file name"),
-        ("/evil", "is no plain file name"),
-        ("..\\evil", "is no plain file name"),
-        ("C:evil", "is no plain file name"),
-        ("..", "is no plain file name"),
-        (".hidden", "is no plain file name"),
-        ("line\nbreak", "is no plain file name"),
-        ("null\0byte", "is no plain file name"),
-    ],
-)
-def test_a_lora_is_never_written_outside_of_its_folder(runtime: Any, name: str, said: str) -> None:
-    """One door for all names that a user types; what it lets through lies right in models/loras."""
-    from lcm_suite_nodes import lora
-
-    with pytest.raises(InputError, match=said):
-        lora.lora_file(name, "output_name")
-    assert lora.lora_file(" mine.v2.safetensors").name == "mine.v2.safetensors"
 
 
 def model_of(name: str, sizes: dict[str, Any]) -> Any:
@@ -301,80 +228,8 @@ def test_a_saved_full_lcm_has_its_guidance_free_again(runtime: Any) -> None:
 def test_every_example_is_found_by_lcm_and_keeps_its_seed() -> None:
     """The page searches titles, which are the files' names; and a picture is to come out again as on its thumbnail."""
     drawn = sorted((ROOT / "workflows").glob("*.json"))
-    assert len(drawn) == 10
+    assert len(drawn) == 14
     for file in drawn:
         assert file.stem.startswith("LCM ")
         assert file.with_suffix(".jpg").exists()
         assert "randomize" not in file.read_text(encoding="utf-8"), file.name
-
-
-class Identified:
-    """A run of the distiller up to its first step."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.latents, self.prompts = torch.ones(2, 4, 8, 8), [torch.ones(1, 3, 4), torch.zeros(1, 3, 4)]
-
-    def start(self, if_exists: str = "ask", loop: Any = None, w: float = 1.0, rank: int = 4) -> None:
-        """What `train` does first, for a model known as "a"."""
-        from lcm_suite_nodes.training_data import TrainingData
-        from lcm_suite_nodes.training_run import Run
-
-        latents = Latents(self.latents, {"prompt": torch.tensor([0, 0])}, {"prompt": torch.tensor([1])})
-        data = TrainingData(latents, [[prompt, {"pooled_output": None}] for prompt in self.prompts])
-        run = Run(None, None, data, None, self.home, self.home / "x", rank, 1, if_exists, print)
-        method = MethodConfig(w_min=w, w_max=w)
-        run._identify("a", method, loop or LOOP)
-
-
-LOOP = LoopConfig(steps=12, batch_size=2, learning_rate=1e-4, seed=1)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"loop": dataclasses.replace(LOOP, learning_rate=1e-3)}, "learning rate"),
-        ({"loop": dataclasses.replace(LOOP, batch_size=3)}, "batch size"),
-        ({"loop": dataclasses.replace(LOOP, seed=2)}, "seed"),
-        ({"w": 2.0}, "w"),
-        ({"rank": 8}, "rank"),
-        ({"data": torch.zeros(2, 4, 8, 8)}, "data"),
-        ({"captions": torch.zeros(1, 3, 4)}, "captions"),
-    ],
-)
-def test_another_run_of_the_same_name_is_not_handed_out_for_this_one(
-    runtime: Any, tmp_path: Path, changed: dict[str, Any], said: str
-) -> None:
-    """It is asked about; started anew, nothing of the old one is left; continued, only if the weights still mean it."""
-    run = Identified(tmp_path)
-    run.start()
-    run.start(loop=dataclasses.replace(LOOP, steps=24))  # the same with more steps goes on
-    for left in ("state.safetensors", "log.jsonl"):
-        (tmp_path / left).write_text("{}")
-    parts = dict(changed)
-    if "data" in parts:
-        run.latents = parts.pop("data")
-    if "captions" in parts:
-        run.prompts = [parts.pop("captions"), *run.prompts[1:]]
-    with pytest.raises(InputError, match=f"begun with another {said}; set if_exists"):
-        run.start(**parts)
-    if said == "rank":
-        with pytest.raises(InputError, match="set if_exists to 'start anew'"):
-            run.start("continue", **parts)
-    else:
-        run.start("continue", **parts)
-        run.start(**parts)  # it is the run of this name now
-        assert (tmp_path / "state.safetensors").exists()
-        parts["loop"] = dataclasses.replace(parts.get("loop", LOOP), seed=9)
-    run.start("start anew", **parts)
-    assert not (tmp_path / "state.safetensors").exists()
-    assert not (tmp_path / "log.jsonl").exists()
-    run.start(**parts)
-
-
-def test_a_run_with_all_steps_done_says_so(runtime: Any, tmp_path: Path) -> None:
-    """Not that it has just learnt."""
-    from lcm_suite_nodes.training_run import Run
-
-    done = Run(None, None, None, None, tmp_path, tmp_path, 4, 1, "ask", print, steps=12, losses=[0.5] * 12)
-    assert done.summary().startswith("nothing to do: 12 of 12 steps were done before")

@@ -1,0 +1,82 @@
+"""The page's panel of a running LCM Distiller (web/lcm_suite.js): what it is told, and its wish to save."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from .host import page_server
+from .loss_plot import running_mean
+
+EVENT = "lcm_suite.distiller"
+SAVE = "/lcm_suite/save"
+_POINTS = 200  # of the curve
+_SIDE = 256  # pixels, at most, of a picture
+_wish = threading.Event()
+Show = Callable[[dict[str, Any]], None]
+
+
+def register() -> None:
+    """Let the page ask for a LoRA file while a run goes on."""
+    server = page_server()
+    if server is None:
+        return
+    from aiohttp import web
+
+    async def save(_: Any) -> Any:
+        _wish.set()
+        return web.json_response({})
+
+    server.routes.post(SAVE)(save)
+
+
+def send(node: str | None, told: dict[str, Any]) -> None:
+    """Tell the page what a node has to show."""
+    server = page_server()
+    if server is not None and node is not None:
+        server.send_sync(EVENT, {"node": node, **told})
+
+
+class Panel:
+    """What is shown of one run.
+
+    Args:
+        show: sends it to the page.
+        steps: of the whole run.
+        before: how many of them were done before this start.
+    """
+
+    def __init__(self, show: Show, steps: int, before: int) -> None:
+        self.show, self.steps, self.before = show, steps, before
+        self.begun = time.monotonic()
+        _wish.clear()  # an earlier run's
+
+    def tell(self, losses: Sequence[float], **pictures: Image.Image) -> None:
+        """Show the losses of all steps so far, and pictures that are new: `before`, `after`."""
+        done = len(losses) - self.before
+        left = (time.monotonic() - self.begun) / done * (self.steps - len(losses)) if done > 0 else None
+        curve = running_mean(losses) if losses else []
+        stride = max(1, -(-len(curve) // _POINTS))
+        shown = [*curve[:-1:stride], *curve[-1:]]
+        told = {"step": len(losses), "steps": self.steps, "losses": shown, "seconds_left": left}
+        self.show(told | {name: _as_url(picture) for name, picture in pictures.items()})
+
+    def wants_file(self) -> bool:
+        """Whether the page has asked for the file since this was last asked."""
+        wanted = _wish.is_set()
+        _wish.clear()
+        return wanted
+
+
+def _as_url(picture: Image.Image) -> str:
+    small = picture.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

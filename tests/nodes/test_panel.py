@@ -1,0 +1,44 @@
+"""What LCM Distiller tells the page's panel."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import pytest
+from PIL import Image
+
+
+def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
+    """The step and the time left from the steps of this start, a curve of bounded length that ends on the newest mean,
+    pictures only when they are new, and small."""
+    from lcm_suite_nodes import panel
+    from lcm_suite_nodes.loss_plot import running_mean
+
+    told: list[dict[str, Any]] = []
+    shown = panel.Panel(told.append, steps=3000, before=1000)
+    shown.tell([0.5] * 1000, before=Image.new("RGB", (1024, 512), "red"))
+    assert told[-1]["seconds_left"] is None  # nothing has been done yet
+    picture = Image.open(io.BytesIO(base64.b64decode(told[-1]["before"].removeprefix("data:image/jpeg;base64,"))))
+    assert picture.size == (256, 128)
+    shown.begun -= 10.0
+    losses = [0.5] * 1000 + [0.25] * 500
+    shown.tell(losses)
+    assert told[-1]["step"] == 1500
+    assert told[-1]["seconds_left"] == pytest.approx(30, abs=1)  # 500 steps in 10 s, 1,500 to go
+    assert len(told[-1]["losses"]) <= 201
+    assert told[-1]["losses"][-1] == pytest.approx(running_mean(losses)[-1])
+    assert "before" not in told[-1]
+
+
+def test_a_wish_to_save_is_heard_once_and_by_the_run_that_it_was_meant_for(runtime: Any) -> None:
+    """Not by the next step, and not by a later run."""
+    from lcm_suite_nodes import panel
+
+    shown = panel.Panel(lambda told: None, 10, 0)
+    panel._wish.set()
+    assert shown.wants_file()
+    assert not shown.wants_file()
+    panel._wish.set()
+    assert not panel.Panel(lambda told: None, 10, 0).wants_file()

@@ -1,0 +1,86 @@
+"""What makes a run of LCM Distiller the same one, and what is said where it is another."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcm_core.errors import InputError
+from trainer.config import LoopConfig, MethodConfig
+from trainer.distill import Latents
+
+
+class Identified:
+    """A run of the distiller up to its first step."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.latents, self.prompts = torch.ones(2, 4, 8, 8), [torch.ones(1, 3, 4), torch.zeros(1, 3, 4)]
+
+    def start(self, if_exists: str = "ask", loop: Any = None, w: float = 1.0, rank: int = 4) -> None:
+        """What `train` does first, for a model known as "a"."""
+        from lcm_suite_nodes.training_data import TrainingData
+        from lcm_suite_nodes.training_run import Run
+
+        latents = Latents(self.latents, {"prompt": torch.tensor([0, 0])}, {"prompt": torch.tensor([1])})
+        data = TrainingData(latents, [[prompt, {"pooled_output": None}] for prompt in self.prompts])
+        run = Run(None, None, data, None, self.home, self.home / "x", rank, 1, if_exists, print)
+        method = MethodConfig(w_min=w, w_max=w)
+        run._identify("a", method, loop or LOOP)
+
+
+LOOP = LoopConfig(steps=12, batch_size=2, learning_rate=1e-4, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loop": dataclasses.replace(LOOP, learning_rate=1e-3)}, "learning rate"),
+        ({"loop": dataclasses.replace(LOOP, batch_size=3)}, "batch size"),
+        ({"loop": dataclasses.replace(LOOP, seed=2)}, "seed"),
+        ({"w": 2.0}, "w"),
+        ({"rank": 8}, "rank"),
+        ({"data": torch.zeros(2, 4, 8, 8)}, "data"),
+        ({"captions": torch.zeros(1, 3, 4)}, "captions"),
+    ],
+)
+def test_another_run_of_the_same_name_is_not_handed_out_for_this_one(
+    runtime: Any, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    """It is asked about; started anew, nothing of the old one is left; continued, only if the weights still mean it."""
+    run = Identified(tmp_path)
+    run.start()
+    run.start(loop=dataclasses.replace(LOOP, steps=24))  # the same with more steps goes on
+    for left in ("state.safetensors", "log.jsonl"):
+        (tmp_path / left).write_text("{}")
+    parts = dict(changed)
+    if "data" in parts:
+        run.latents = parts.pop("data")
+    if "captions" in parts:
+        run.prompts = [parts.pop("captions"), *run.prompts[1:]]
+    with pytest.raises(InputError, match=f"begun with another {said}; set if_exists"):
+        run.start(**parts)
+    if said == "rank":
+        with pytest.raises(InputError, match="set if_exists to 'start anew'"):
+            run.start("continue", **parts)
+    else:
+        run.start("continue", **parts)
+        run.start(**parts)  # it is the run of this name now
+        assert (tmp_path / "state.safetensors").exists()
+        parts["loop"] = dataclasses.replace(parts.get("loop", LOOP), seed=9)
+    run.start("start anew", **parts)
+    assert not (tmp_path / "state.safetensors").exists()
+    assert not (tmp_path / "log.jsonl").exists()
+    run.start(**parts)
+
+
+def test_a_run_with_all_steps_done_says_so(runtime: Any, tmp_path: Path) -> None:
+    """Not that it has just learnt."""
+    from lcm_suite_nodes.training_run import Run
+
+    done = Run(None, None, None, None, tmp_path, tmp_path, 4, 1, "ask", print, steps=12, losses=[0.5] * 12)
+    assert done.summary().startswith("nothing to do: 12 of 12 steps were done before")
