@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from blueprints import BLUEPRINTS
 from comfyui import Server
+from downloads import DOWNLOADS, MODELS
 from graphs import WORKFLOWS, note_of
 
 if TYPE_CHECKING:
     from browser import Browser
 
-FOLDER = Path(__file__).resolve().parents[3] / "workflows"
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "workflows"
 _DROP = """async (bytes) => {
   const data = Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
   app.graph.clear();
   await app.handleFile(new File([data], "picture.png", { type: "image/png" }));
 }"""
+_DOT = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJ"
+    "RU5ErkJggg=="
+)
 _COUNT = "() => app.graph._nodes.filter((node) => node.type !== 'MarkdownNote').length"
 
 
@@ -32,7 +39,7 @@ def _plain(prompt: dict[str, Any]) -> dict[str, Any]:
     return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in prompt.items()}
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", [*WORKFLOWS, *DOWNLOADS])
 def test_a_drawn_workflow_is_the_tested_one(page: Browser, name: str) -> None:
     """Wrong when a node is missing on the page, a link is wrong, a widget's value has slipped, or the note is lost."""
     page.errors.clear()
@@ -42,6 +49,33 @@ def test_a_drawn_workflow_is_the_tested_one(page: Browser, name: str) -> None:
     assert page.evaluate("() => app.graph._nodes.filter((node) => node.has_errors || !node.comfyClass).length") <= 1
     [note] = [node for node in _drawn(name)["nodes"] if node["type"] == "MarkdownNote"]
     assert note["widgets_values"] == [note_of(name)]
+
+
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_workflow_names_all_files_that_are_to_be_downloaded(name: str) -> None:
+    """Wrong when a loader's file has no link, or one of another folder than the loader looks into."""
+    linked, chosen = {}, set()
+    for node in _drawn(name)["nodes"]:
+        links = node["properties"].get("models", [])
+        linked |= {link["name"]: (link["directory"], link["url"]) for link in links}
+        chosen |= {value for value in node.get("widgets_values") or () if str(value).endswith(".safetensors")}
+    assert linked == {file: MODELS[file] for file in chosen}
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_blueprint_goes_into_any_graph(page: Browser, name: str) -> None:
+    """Wrong when the page cannot draw it, or its subgraph is not made of what is in the blueprint."""
+    page.errors.clear()
+    drawn = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
+    page.load(drawn)
+    [subgraph] = drawn["definitions"]["subgraphs"]
+    shown = page.evaluate("() => app.graph._nodes.map((node) => [node.title, node.isSubgraphNode?.() ?? false])")
+    assert shown == [[name, True]]
+    inside = page.evaluate("() => app.graph._nodes[0].subgraph._nodes.map((node) => node.type)")
+    assert sorted(inside) == sorted(node["type"] for node in subgraph["nodes"])
+    widgets = page.evaluate("() => app.graph._nodes[0].widgets.map((widget) => widget.name)")
+    assert {"guidance_scale"} <= set(widgets)
+    assert page.errors == []
 
 
 def test_a_picture_brings_its_workflow_back(page: Browser, server: Server) -> None:
@@ -74,3 +108,27 @@ def test_every_node_has_a_help_page(page: Browser, server: Server) -> None:
         nodes,
     )
     assert fetched == [200] * len(nodes)
+    for language in ("ko", "ja", "zh"):
+        pages = page.evaluate(
+            "async ([names, language]) => Promise.all(names.map(async (name) => "
+            "(await fetch(`/extensions/lcm-suite/docs/${name}/${language}.md`)).status))",
+            [nodes, language],
+        )
+        assert pages == [200] * len(nodes), language
+
+
+def test_the_panel_follows_a_run(page: Browser) -> None:
+    """Wrong when the page does not hear of a run, or its buttons and pictures are not shown; nothing of it is saved."""
+    drawn = _drawn("LCM 09 Distil your own LCM-LoRA")
+    page.load(drawn)
+    told = {"step": 12, "steps": 40, "losses": [0.5, 0.3, 0.2], "seconds_left": 75, "before": _DOT, "after": _DOT}
+    [number] = [node["id"] for node in drawn["nodes"] if node["type"] == "LCMDistiller"]
+    page.evaluate("(told) => app.api.dispatchCustomEvent('lcm_suite.distiller', told)", {**told, "node": str(number)})
+    panel = page.page.locator(".lcm-suite-panel")
+    panel.get_by_text("step 12 of 40, 1:15 left, loss 0.200").wait_for(state="attached", timeout=20_000)
+    assert panel.locator("button").all_text_contents() == ["Stop and keep", "Save now"]
+    assert (
+        panel.locator("img").evaluate_all("(pictures) => pictures.map((each) => each.src.slice(0, 10))")
+        == ["data:image"] * 2
+    )
+    assert "lcm_suite_panel" not in json.dumps(page.evaluate("() => app.graph.serialize()"))

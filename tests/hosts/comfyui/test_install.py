@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import pytest
+from blueprints import BLUEPRINTS
 from comfyui import Server, find_python
+from downloads import DOWNLOADS
 from graphs import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,9 +40,24 @@ def test_every_node_is_there_and_explains_itself(server: Server) -> None:
 
 def test_the_examples_are_in_the_template_browser(server: Server) -> None:
     """Wrong when the page does not list one, or cannot fetch its graph or its thumbnail by its name."""
-    assert sorted(server.get("/api/workflow_templates")["lcm-suite"]) == sorted(WORKFLOWS)
-    for name in WORKFLOWS:
+    names = [*WORKFLOWS, *DOWNLOADS]
+    assert sorted(server.get("/api/workflow_templates")["lcm-suite"]) == sorted(names)
+    for name in names:
         for suffix in (".json", ".jpg"):
             place = urllib.parse.quote(f"/api/workflow_templates/lcm-suite/{name}{suffix}")
             with urllib.request.urlopen(server.url + place, timeout=60) as answer:
                 assert answer.status == 200
+
+
+def test_the_blueprints_are_listed(server: Server) -> None:
+    """Wrong when a host that knows blueprints does not find ours, or finds no subgraph in one."""
+    try:
+        listed = server.get("/global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI knows no blueprints")
+    ours = {entry["name"]: key for key, entry in listed.items() if entry["info"]["node_pack"].endswith("lcm-suite")}
+    assert sorted(ours) == sorted(BLUEPRINTS)
+    for name, key in ours.items():
+        [subgraph] = json.loads(server.get(f"/global_subgraphs/{key}")["data"])["definitions"]["subgraphs"]
+        assert subgraph["name"] == name
+        assert subgraph["nodes"]
