@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from lcm_core.files.safetensors import read_safetensors
 from trainer.cli.main import main
-from trainer.recipes.emoji import publish, stages
+from trainer.recipes.emoji import autoencoder, publish, stages, teacher
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
 from trainer.recipes.emoji.data import CORE, REDRAWN, STYLE_HELD_OUT, is_held_out
 from trainer.recipes.emoji.icons import NAME_LISTS, NAMES_PACKAGE, SETS, load_drawings
@@ -122,6 +123,9 @@ def test_normalised_latents_have_mean_0_and_spread_1_and_the_same_pictures(drawi
 
 def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, capsys, monkeypatch):
     small = {name: replace(config, batch_size=2) for name, config in stages.STAGES.items()}
+    narrow = partial(teacher.build_unet, block_out_channels=(32,) * 4, layers_per_block=1, norm_num_groups=8)
+    monkeypatch.setattr(teacher, "build_unet", narrow)
+    monkeypatch.setattr(autoencoder, "WIDTHS", (32, 32, 32, 32))
     monkeypatch.setattr(stages, "STAGES", small)
     monkeypatch.setattr(publish, "TEACHER_GUIDANCE", (2.0,))
     monkeypatch.setattr(publish, "STUDENT_GUIDANCE", (1.0,))
@@ -130,7 +134,7 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
         "--effort",
         "0.00005",
         "--samples",
-        "24",
+        "8",
         "--size",
         "64",
         "--batch-scale",
