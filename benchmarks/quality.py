@@ -45,7 +45,7 @@ from trainer.report.preview import paint_previews
 
 PARTS = ("floor", "solvers", "embedded", "methods", "coarse", "skip", "guidance", "variety", "noise")
 EMBEDDED_PARTS = {"solvers", "embedded", "guidance", "noise"}
-"""Those that measure the embedded models."""
+"""The parts that measure the embedded models."""
 STEPS = (1, 2, 4, 8)
 SOLVERS = {"euler": "DDIM", "dpm_2m": "DPM", "dpmpp_2m": "DPM++"}
 PROMPTS = ("pizza, noto style", "red heart, fluent style", "octopus, twemoji style", "grinning face, noto style")

@@ -64,7 +64,7 @@ VARIETY: dict[str, Values] = {
     "augmented pictures": {"data": {"path": "pictures", "crop": 0.85, "colour": 0.1, "flip": True, "variants": 4}},
 }
 PAPER_W = 8.0
-"""Of most tables in arXiv 2310.04378."""
+"""The w of most tables in arXiv 2310.04378."""
 REHEARSAL, FIRST = 12, 2
 """Steps that tell how long one takes, and how many of them do not count. dmd2's student is trained in every fifth."""
 
@@ -79,7 +79,7 @@ class Trial:
     seed: int
     settings: Values = field(default_factory=dict)
     share: float = 1.0
-    """Of the time that it trains."""
+    """The share of the time that it trains."""
     begins_with: Trial | None = None
     """The run whose result it starts from; its time counts too."""
 

@@ -63,7 +63,7 @@ class Order:
     data: str = ""
     """Folder of pictures with captions; the embedded model has its own."""
     prompts: str = ""
-    """Or a file of prompts, for a run without pictures."""
+    """A file of prompts instead of pictures, for a run without pictures."""
     steps: int = 0
     batch_size: int = 0
     learning_rate: float = 0.0

@@ -21,7 +21,7 @@ _REPORT = "report.html"
 _SAMPLES = "samples"
 _STRIPS = 6  # of previews, side by side
 SHOWN = {"teacher": 25, "student": 4}
-"""Whose pictures are set side by side at the end, and of how many steps."""
+"""The networks whose pictures are set side by side at the end, and of how many steps."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Status:
     previews: list[Path] = field(default_factory=list)
     """Strips of pictures of a run that goes on, spread over its steps; the last is the newest."""
     pairs: list[tuple[Path, Path]] = field(default_factory=list)
-    """At its end: the same prompt by teacher and student, with as many steps as in `SHOWN`."""
+    """Pictures of the end of the run: the same prompt by teacher and student, with as many steps as in `SHOWN`."""
     report: Path | None = None
     folder: str = ""
     """Where all files of the run are."""

@@ -32,7 +32,7 @@ class PromptLora:
 
     name: str
     strength: str
-    """As written; the host reads it."""
+    """The strength as it is written; the host reads it."""
 
 
 def find_loras(prompt: str) -> list[PromptLora]:

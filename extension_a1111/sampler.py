@@ -45,7 +45,7 @@ class SuiteDenoiser(CFGDenoiserKDiffusion):
     def forward(
         self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float, *args: Any, **kw: Any
     ) -> Any:
-        """x0, like x."""
+        """The network's x0, of the shape of x."""
         self.rows.begin(host.positive_rows(self, x, cond, cond_scale))
         with host.at_scale(self.p, cond_scale):
             return super().forward(x, sigma, uncond, cond, cond_scale, *args, **kw)
@@ -117,7 +117,8 @@ class SuiteSampler(KDiffusionSampler):
         return sample_tcd(guided, x, sigmas, extra_args, callback, disable, self._noise, process, self.suite.gamma)
 
     def initialize(self, p: Any) -> dict[str, Any]:
-        """As the host's, without eta, which this sampler has not: at 0 its infotext would leave out ENSD."""
+        """Does what the host's does, without eta, which this sampler has not: at 0 its infotext would leave out
+        ENSD."""
         extra = super().initialize(p)
         self.eta = None
         return extra
@@ -149,7 +150,7 @@ class SuiteSampler(KDiffusionSampler):
             p.comment(f"LCM Suite: {remark}")
 
     def _guided(self, model: Model, extra_args: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
-        """With a full LCM the guidance goes in as embedding and the host runs the positive prompt alone."""
+        """A full LCM takes the guidance as an embedding, and the host runs the positive prompt alone."""
         cond_proj = read_cond_proj(host.checkpoint_file())
         scale = host.cfg_scale(self.p) if self.suite.guidance is None else self.suite.guidance
         if cond_proj is None:

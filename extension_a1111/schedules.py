@@ -52,7 +52,7 @@ def flow_of_levels(name: str, levels: Tensor) -> RectifiedFlow:
 
 
 def fit_steps(num_inference_steps: int, original_steps: int = ORIGINAL_STEPS, strength: float = 1.0) -> int:
-    """As many of N steps as the grid has left at `strength`, and at least one."""
+    """The steps, of N, that the grid has left at `strength`, and at least one."""
     return max(min(num_inference_steps, int(original_steps * strength)), 1)
 
 

@@ -6,4 +6,4 @@ from . import without_trainer
 from .distiller import LCMDistiller
 
 NODES = [*without_trainer.NODES, LCMDistiller]
-"""In the order of the menu."""
+"""All nodes, in the order of the menu."""

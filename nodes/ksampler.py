@@ -12,7 +12,7 @@ from .sampling import AUTO, Painter, choose_settings, noise_of, read_latent, rep
 
 
 class LCMKSampler(io.ComfyNode):
-    """From MODEL, conditioning and LATENT to a LATENT."""
+    """Samples a LATENT from MODEL, conditioning and LATENT."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -66,7 +66,7 @@ class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampli
 
     @contextmanager
     def without_boundary(self) -> Iterator[None]:
-        """Within this context the model gives plain x0."""
+        """Let the model, within this context, give plain x0."""
         self.boundary = False
         try:
             yield

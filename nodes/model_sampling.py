@@ -126,13 +126,13 @@ def _variance_preserving(sampling: Any) -> Diffusion | None:
 
 
 def _mixture(sampling: Any, sigma: float) -> Parts:
-    """Of image and noise in what a sampler starts from."""
+    """The shares of image and noise in what a sampler starts from."""
     level = torch.tensor(sigma)
     return _parts(lambda image, noise: sampling.noise_scaling(level, noise, image))
 
 
 def _denoised(sampling: Any, sigma: float) -> Parts:
-    """Of a sampler's x and the network's output in x0."""
+    """The shares of a sampler's x and of the network's output in x0."""
     level = torch.tensor([sigma])
     return _parts(lambda x, output: sampling.calculate_denoised(level, output, x))
 

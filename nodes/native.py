@@ -91,7 +91,7 @@ class FlowUNet(UNetModel):
     """The embedded model's U-Net, which predicts v, asked as a flow model: for eps - x0 at s = timesteps / 1000."""
 
     def forward(self, x: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Like x; see `lcm_core.diffusion.as_flow`."""
+        """The output, of the shape of x; see `lcm_core.diffusion.as_flow`."""
         flow = as_flow(super().forward, _DIFFUSION)
         return flow(x, timesteps / 1000, *args, **kwargs)
 
@@ -125,7 +125,7 @@ class Emoji(supported_models.SD15):
         return model
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the mark of a flow model."""
+        """The weights to be saved, with the mark of a flow model."""
         state: dict[str, Tensor] = super().process_unet_state_dict_for_saving(state_dict)
         return {**state, AS_FLOW: torch.tensor([])} if self.is_flow else state
 

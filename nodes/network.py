@@ -96,7 +96,7 @@ class HostNetwork:
 
 @contextmanager
 def _training() -> Iterator[None]:
-    """Within this context newer hosts run what can be differentiated, and not their fused operations."""
+    """Let newer hosts, within this context, run what can be differentiated, and not their fused operations."""
     before = getattr(comfy.model_management, "in_training", False)
     comfy.model_management.in_training = True
     try:
@@ -116,7 +116,7 @@ def _untouched(sampling: Any, diffusion: Diffusion) -> Any:
 
 
 def _ordinary(entry: Entry) -> Entry:
-    """With tensors that may be used in training; what nodes make in inference mode may not."""
+    """The same with tensors that may be used in training; what nodes make in inference mode may not."""
     conds = {name: cond._copy_with(_cloned(cond.cond)) for name, cond in entry["model_conds"].items()}
     return {**entry, "model_conds": conds}
 

@@ -49,7 +49,8 @@ Report = Callable[[int, Tensor, Tensor, int], object]
 """The host's callback: `report(step, x0, x, total_steps)`."""
 SAMPLERS = list(FEW_STEP_SAMPLERS)
 AUTO = "auto"
-"""In the place of a sampler: what the model's file states, with all that belongs to it; lcm where it says nothing."""
+"""What stands in the place of a sampler for what the model's file states, with all that belongs to it; lcm where it
+says nothing."""
 _KINDS = {1: "sequences", 2: "pictures", 3: "videos"}  # by the dimensions of a latent
 _SIZE_HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 

@@ -28,13 +28,14 @@ class TrainingData:
     """Latents, and the prompts that their conditioning names by number."""
 
     latents: Latents
-    """In the scale of the network's own noise; `conditioning` and `null_conditioning` are numbers of `prompts`."""
+    """The latents, in the scale of the network's own noise; `conditioning` and `null_conditioning` are numbers of
+    `prompts`."""
     prompts: list[Any]
     """The host's conditioning; the last entry is the empty prompt."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one latent, (1, C, ...)."""
+        """The shape of one latent, (1, C, ...)."""
         return (1, *self.latents.latents.shape[1:])
 
     @property

@@ -67,7 +67,7 @@ class Run:
     target: Path
     """The LoRA file, written at the end and when the run is interrupted."""
     rank: int
-    """Of the LoRA."""
+    """The rank of the LoRA."""
     preview_every: int
     """Steps between two previews."""
     if_exists: str
@@ -79,7 +79,7 @@ class Run:
     steps: int = 0
     """Asked for, in all."""
     losses: list[float] = field(default_factory=list)
-    """Of all steps, those before an interruption too."""
+    """The losses of all steps, those before an interruption too."""
     learnt: bool = False
     """Whether there is anything new to keep."""
     before: int = 0

@@ -72,8 +72,8 @@ class LoopConfig:
     tensorboard: bool = True
     """Write curves for TensorBoard where it is installed."""
     trackers: tuple[str, ...] = ()
-    """Also send the curves to these, through accelerate: wandb, mlflow, comet_ml, aim, clearml, swanlab, trackio, ...;
-    what goes over the network is up to them."""
+    """Where the curves are sent as well, through accelerate: wandb, mlflow, comet_ml, aim, clearml, swanlab, trackio,
+    ...; what goes over the network is up to them."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class DistillConfig:
     prediction_type: str = ""
     """epsilon, v_prediction or sample, where the teacher's own files say it wrongly."""
     shift: float = 0.0
-    """Of a flow model's noise levels, where the distillation looks and the student is sampled; 0 takes what the
-    teacher states for the resolution."""
+    """The shift of a flow model's noise levels, where the distillation looks and the student is sampled; 0 takes what
+    the teacher states for the resolution."""
     tokenizer: str = ""
     """Folder with vocab.json and merges.txt, for a single file with other words than CLIP's and none beside it."""
     vae: str = ""

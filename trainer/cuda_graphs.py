@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 TensorLoss = Callable[..., Tensor]
-"""(tensors) -> scalar."""
+"""A function from tensors to a scalar loss."""
 _WARM_UPS = 3  # in which libraries choose their kernels and allocate what they keep
 
 

@@ -9,7 +9,7 @@ from trainer.data.teacher import Teacher
 from trainer.methods.method import get_method
 
 TOKENS = 77
-"""Of a prompt."""
+"""Tokens of a prompt."""
 
 
 def cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> int:

@@ -66,7 +66,7 @@ class Latents:
         return list(zip(chosen.tolist(), dropped.tolist(), strict=True))
 
     def read(self, picks: Sequence[tuple[int, bool]]) -> Batch:
-        """Those samples."""
+        """The samples that were drawn."""
         rows, dropped = torch.tensor([row for row, _ in picks]), torch.tensor([drop for _, drop in picks])
         null = _take(self.null_conditioning, torch.zeros_like(rows))
         conditioning = _replace(_take(self.conditioning, rows), null, dropped)

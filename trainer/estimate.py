@@ -55,7 +55,7 @@ class Plan:
     facts: dict[str, str] = field(default_factory=dict)
     """What the run will do, in words."""
     seconds: dict[str, float | None] = field(default_factory=dict)
-    """That each part will take from here on; None where nothing like it has been measured yet."""
+    """The seconds that each part will take from here on; None where nothing like it has been measured yet."""
 
 
 def print_plan(config: DistillConfig) -> None:

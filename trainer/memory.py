@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def rehearsal(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[LiveBytes]:
-    """Within this context every new tensor is without contents, on `device`, and by default of `dtype`."""
+    """Let every new tensor, within this context, be without contents, on `device`, and by default of `dtype`."""
     before = torch.get_default_dtype()
     with FakeTensorMode(), LiveBytes() as memory, torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")

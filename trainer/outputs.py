@@ -159,7 +159,7 @@ def _tcd_nodes(config: MethodConfig, model: list[Any], texts: Mapping[str, Any])
 
 
 def write_workflow(config: DistillConfig, info: ModelInfo, resolution: int) -> Path:
-    """`workflow_comfyui.json`."""
+    """Write `workflow_comfyui.json`."""
     file = Path(config.output) / "workflow_comfyui.json"
     graph = comfyui_workflow(config, info, resolution)
     numbers = {name: str(number) for number, name in enumerate(graph, 1)}
@@ -201,7 +201,7 @@ def _learnt_by(method: MethodConfig) -> str:
 
 
 def _flow_usage(config: DistillConfig, info: ModelInfo, name: str) -> str:
-    """Of a LoRA for a flow model. The jumps of trajectory methods are Euler's, which need no fresh noise."""
+    """How a LoRA for a flow model is used. The jumps of trajectory methods are Euler's, which need no fresh noise."""
     said, file = recommended_of(config, info), f"{name}_lora.safetensors"
     scheduler = "FlowMatchLCMScheduler" if said.sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
     return (

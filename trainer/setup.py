@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return Path(self.config.output)
 
     @property

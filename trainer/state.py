@@ -30,9 +30,9 @@ class Log(NamedTuple):
     loss: float
     learning_rate: float
     seconds: float
-    """That the step took."""
+    """The seconds that the step took."""
     peak_memory: int
-    """Bytes, so far."""
+    """The most memory so far, in bytes."""
 
 
 STATE, EARLIER_STATE = "state.safetensors", "state-earlier.safetensors"

@@ -49,7 +49,7 @@ class Student:
     unet: nn.Module
     """The network itself, with its adapters."""
     adapters: LoraAdapters | None = None
-    """Of a LoRA; None for a full student."""
+    """The adapters of a LoRA; None for a full student."""
     teacher_unet: nn.Module | None = None
     """Where the teacher is a network of its own."""
     critic: nn.Module | None = None

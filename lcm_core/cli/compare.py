@@ -86,7 +86,7 @@ def _teacher(args: argparse.Namespace, lcm: PictureOptions) -> PictureOptions:
 def _columns(
     args: argparse.Namespace, options: PictureOptions, label: str, steps: list[int], guidance: float | None
 ) -> list[list[Image]]:
-    """For each number of steps, one picture for each prompt."""
+    """The columns: for each number of steps, one picture for each prompt."""
     pipe, _ = load_pipeline(options)
     sampler = "lcm" if label == "LCM" else "dpmpp_2m"
     common = replace(options, guidance_scale=guidance, sampler=sampler)

@@ -22,7 +22,7 @@ class Denoiser:
         self.diffusion = diffusion
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """x0, like x."""
+        """The model's x0, of the shape of x."""
         return self._predict(x, sigma, extra_args)[0].to(x.dtype)
 
     def _predict(self, x: Tensor, sigma: Tensor, extra_args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,13 +33,13 @@ class Diffusion:
 
     process: Process = field(default_factory=VariancePreserving)
     prediction_type: str = "epsilon"
-    """One of `PREDICTION_TYPES`."""
+    """What the network predicts, one of `PREDICTION_TYPES`."""
     original_steps: int = 50
     """Points of the grid that a distillation knows, or knew."""
     sigma_data: float = 0.5
-    """Of the boundary scalings (arXiv 2310.04378 Sec. 4.1)."""
+    """The spread of the data in the boundary scalings (arXiv 2310.04378 Sec. 4.1)."""
     timestep_scaling: float = 10.0
-    """Of the boundary scalings, alike."""
+    """The factor of timesteps in the boundary scalings."""
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:

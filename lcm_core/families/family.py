@@ -21,7 +21,7 @@ Scheduler = Mapping[str, Any]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Of blocks that attend to picture and text with weights of their own for each."""
+"""The attention layers of blocks that attend to picture and text with weights of their own for each."""
 
 
 def scheduled_shift(scheduler: Scheduler, tokens: int, steps: int) -> float:
@@ -51,7 +51,7 @@ class FlowFamily:
     """One family; each has a file of its own beside this one."""
 
     name: str
-    """As `ModelInfo.family` and messages have it."""
+    """The name that `ModelInfo.family` and messages have."""
     pipeline: str
     """diffusers' class, as model_index.json names it."""
     transformer: str
@@ -73,9 +73,9 @@ class FlowFamily:
     sample_size: int = 128
     """Latent pixels along each side that it was trained at, where its configuration does not say."""
     steps: int = 28
-    """Of its own sampler."""
+    """The usual number of steps of its own sampler."""
     guidance_scale: float = 4.0
-    """That a plain model is used with."""
+    """The guidance scale that a plain model is used with."""
     is_video: bool = False
     """Whether latents are (B, C, frames, h, w)."""
     shift: Callable[[Scheduler, int, int], float] = scheduled_shift

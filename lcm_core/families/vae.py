@@ -37,7 +37,7 @@ class VideoVAE(VAE):
         return moments.squeeze(2) if self._still else moments
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        """Of one frame (B, 3, H, W)."""
+        """The pixels of one frame, (B, 3, H, W)."""
         pixels = super()._pixels(latents.unsqueeze(2) if self._still else latents)
         return pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
 
@@ -81,7 +81,7 @@ def load_still_vae(folder: Path, device: torch.device, dtype: torch.dtype | None
 
 
 def load_patched_vae(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> VAE:
-    """Flux.2's."""
+    """Load Flux.2's VAE, whose latents are patched."""
     return PatchedVAE(load_network("AutoencoderKLFlux2", folder, device, dtype or choose_dtype(device)))
 
 
@@ -91,17 +91,17 @@ def plain_latents(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def video_latents(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Of Wan's."""
+    """(channels, pixels per latent pixel) of Wan's VAE."""
     return config["z_dim"], config["scale_factor_spatial"]
 
 
 def still_latents(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Of Qwen-Image's."""
+    """(channels, pixels per latent pixel) of Qwen-Image's VAE."""
     return config["z_dim"], 2 ** len(config["temperal_downsample"])
 
 
 def patched_latents(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Of Flux.2's."""
+    """(channels, pixels per latent pixel) of Flux.2's VAE, with its latents patched."""
     channels, scale = plain_latents(config)
     return 4 * channels, 2 * scale
 

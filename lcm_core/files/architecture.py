@@ -39,7 +39,7 @@ _PER_LEVEL = (
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "layers_per_block"),
     *("transformer_layers_per_block", "num_encoder_blocks", "num_decoder_blocks"),
 )
-"""Those that may be lists, with a number for each level of the network."""
+"""The numbers that may be lists, with a number for each level of the network."""
 _LISTS = ("block_out_channels", "down_block_types", "up_block_types", "encoder_block_out_channels")
 _POSITIVE = ("scaling_factor", "norm_eps", "layer_norm_eps")
 _CHOICES: dict[str, tuple[Any, ...]] = {

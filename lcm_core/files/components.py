@@ -25,7 +25,7 @@ class ModelInfo:
     trained_betas: tuple[float, ...] | None = None
     """The variances themselves, in place of the named schedule."""
     shift: float = 1.0
-    """Of a flow model's noise levels; what a model itself states may depend on the picture's size."""
+    """The shift of a flow model's noise levels; what a model itself states may depend on the picture's size."""
 
 
 @dataclass

@@ -68,7 +68,7 @@ class UNetTopology:
     layers: int
     """Residual blocks per level on the way down; the way up has one more."""
     attention: tuple[bool, ...]
-    """For each level, finest first: does it hold transformers?"""
+    """Whether each level, finest first, holds transformers."""
 
     @classmethod
     def from_diffusers(cls, keys: Iterable[str]) -> UNetTopology:

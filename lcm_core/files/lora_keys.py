@@ -117,7 +117,7 @@ def name_architecture(flat: str) -> str | None:
 
 
 def flat_names(paths: Collection[str], part: Part, others: Mapping[str, str] | None = None) -> dict[str, str]:
-    """From every flat name that a LoRA may use for a module to the module's path in this network.
+    """A table from every flat name that a LoRA may use for a module to the module's path in this network.
 
     Args:
         paths: of the network's modules.

@@ -22,8 +22,8 @@ _PRODUCTS: dict[str, tuple[Callable[[Factors], Tensor], str, tuple[str, ...]]] =
     "LoHa": (delta_loha, "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", ("hada_w1_b",)),
     "LoKr": (delta_lokr, "lokr_w1 lokr_w2", ("lokr_w2_b", "lokr_w1_b")),
 }
-"""Of each kind: its formula, the factors that it must have (LoKr's may come as pairs `_a`, `_b`), and those whose first
-dimension is the rank."""
+"""What each kind has: its formula, the factors that it must have (LoKr's may come as pairs `_a`, `_b`), and those whose
+first dimension is the rank."""
 _OPTIONAL = {
     "LoRA": {"mid"},
     "LoHa": {"hada_t1", "hada_t2"},

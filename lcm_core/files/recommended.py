@@ -16,14 +16,14 @@ from lcm_core.files.reading import parse_json
 from lcm_core.files.safetensors import read_json, read_metadata
 
 FEW_STEP_SAMPLERS = ("lcm", "tcd")
-"""For distilled models: they walk the grid of `original_steps`."""
+"""The samplers for distilled models, which walk the grid of `original_steps`."""
 TEACHER_SAMPLERS = ("euler", "dpmpp_2m", "dpm_2m")
-"""For plain models, 20 to 50 steps. "euler" is deterministic DDIM."""
+"""The samplers for plain models, which take 20 to 50 steps. "euler" is deterministic DDIM."""
 SAMPLERS = FEW_STEP_SAMPLERS + TEACHER_SAMPLERS
 MAX_SIDE = 8192
 """Pixels along one side."""
 FULL_LCM_GUIDANCE = 8.0
-"""Of the tables in arXiv 2310.04378: what a full LCM takes when its file does not say."""
+"""The guidance scale of the tables in arXiv 2310.04378, which a full LCM takes when its file does not say."""
 
 RECOMMENDED_KEY = "lcm_suite.recommended"
 """Safetensors metadata: JSON of a `Recommended`."""
@@ -53,19 +53,19 @@ class Recommended:
     sampler: str | None = None
     """One of `SAMPLERS`; one of `FEW_STEP_SAMPLERS` says that the model is distilled."""
     steps: int | None = None
-    """Of a few-step sampler."""
+    """The number of steps of a few-step sampler."""
     gamma: float | None = None
     """The share of fresh noise in each step of tcd."""
     original_steps: int | None = None
     """Timesteps that the distillation used, on which the steps lie."""
     shift: float | None = None
-    """Of the timesteps of a rectified flow."""
+    """The shift of a rectified flow's timesteps."""
     guidance_scale: float | None = None
-    """With a few-step sampler; 1 is off."""
+    """The guidance scale with a few-step sampler; 1 is off."""
     teacher_steps: int | None = None
-    """Of any other sampler."""
+    """The number of steps of any other sampler."""
     teacher_guidance_scale: float | None = None
-    """With any other sampler."""
+    """The guidance scale with any other sampler."""
     resolution: int | None = None
     """Pixels along each side."""
 

@@ -64,7 +64,7 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        """Of its U-Net.
+        """The family of its U-Net.
 
         Raises:
             InputError: it has none, or one of an unknown kind.

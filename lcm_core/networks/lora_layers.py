@@ -106,7 +106,7 @@ def _apply(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _make_halves(base: Layer, rank: int) -> tuple[Layer, Layer]:
-    """Of a convolution, the first half has its kernel and stride, the second is 1x1."""
+    """The two layers of an adapter. For a convolution the first has its kernel and stride, the second is 1x1."""
     options: dict[str, Any] = {"bias": False, "device": base.weight.device}
     if isinstance(base, nn.Linear):
         return nn.Linear(base.in_features, rank, **options), nn.Linear(rank, base.out_features, **options)
@@ -127,7 +127,8 @@ class LoraAdapters:
 
     @contextmanager
     def using(self, which: Which) -> Iterator[None]:
-        """Within this context the network runs with its adapters "online", averaged ("ema"), "critic", or "off"."""
+        """Let the network, within this context, run with its adapters "online", averaged ("ema"), "critic", or
+        "off"."""
         layers = list(self.layers.values())
         before = [layer.use for layer in layers]
         _switch(layers, [which] * len(layers))

@@ -34,7 +34,7 @@ from lcm_core.pipeline.settings import Settings, check_size
 
 Conditioning = dict[str, Any]
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
-"""From a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
+"""A function from a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
 
 _SAMPLERS = {
     "lcm": sample_lcm,

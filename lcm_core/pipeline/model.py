@@ -44,7 +44,7 @@ class Model:
     """Networks, noise process, and how they want to be sampled."""
 
     name: str
-    """As the user gave it."""
+    """The name that the user gave."""
     unet: DenoisingNetwork
     vae: VAE
     text: Text
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def terminal(self) -> float | None:
-        """Of the plain samplers' grid, see `get_sigmas_trailing`."""
+        """The end of the plain samplers' grid, see `get_sigmas_trailing`."""
         return self.unet.terminal if isinstance(self.unet, Transformer) else None
 
     def process_for(self, shape: Sequence[int], steps: int, shift: float | None = None) -> Process:

@@ -61,7 +61,7 @@ class PictureOptions:
     dtype: str | None = None
     vae_dtype: str | None = None
     threads: int | None = None
-    """Of the CPU: sums are split among them, so that another number of them rounds to other last bits."""
+    """Threads of the CPU: sums are split among them, so that another number of them rounds to other last bits."""
 
     def __or__(self, other: PictureOptions) -> PictureOptions:
         return replace(self, **other.said)

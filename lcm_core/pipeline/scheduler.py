@@ -27,7 +27,7 @@ from lcm_core.files.components import ModelInfo
 from lcm_core.pipeline.model import diffusion_of
 
 SAMPLERS = {"lcm": sample_lcm, "tcd": sample_tcd, "euler": sample_euler}
-"""Those whose steps need nothing of the step before."""
+"""The samplers whose steps need nothing of the step before."""
 _FLOW_NAMES = ("flow", "flow_prediction")
 
 

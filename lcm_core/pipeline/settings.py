@@ -30,9 +30,9 @@ class Settings:
     width: int = 512
     """Pixels; a multiple of what VAE and U-Net divide by together."""
     height: int = 512
-    """Pixels, as `width`."""
+    """The height in pixels, under the same rules as `width`."""
     sampler: str = "lcm"
-    """One of `SAMPLERS`."""
+    """The sampler's name, one of `SAMPLERS`."""
     original_steps: int = 50
     """Timesteps that the distillation knew (lcm and tcd)."""
     timesteps: tuple[int, ...] | None = None
@@ -40,7 +40,7 @@ class Settings:
     gamma: float = 0.3
     """Share of fresh noise in each step (tcd)."""
     shift: float | None = None
-    """Of a flow model's noise levels: above 1 more steps at the noisy end. None is the model's own."""
+    """The shift of a flow model's noise levels: above 1, more steps at the noisy end. None is the model's own."""
     strength: float = 1.0
     """Share of the way that an input image is noised, in (0, 1]; 1 keeps nothing of it."""
     upscale: float = 1.0

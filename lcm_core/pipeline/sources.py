@@ -49,7 +49,7 @@ class ModelSource:
     opened: Checkpoint | None = field(default=None, compare=False, repr=False)
     """A single file, so that loading all of it opens it once."""
     family: FlowFamily | None = None
-    """Of a flow model; None for Stable Diffusion 1.x, 2.x, XL."""
+    """The family of a flow model; None for Stable Diffusion 1.x, 2.x, XL."""
     scheduler: Scheduler = field(default_factory=dict)
     """What a flow model's folder states of noise levels."""
 

@@ -33,19 +33,19 @@ class Limits:
     steps: int = 50
     """Calls of the network for one picture."""
     pictures: int = 8
-    """In one request."""
+    """Pictures in one request."""
     waiting: int = 32
     """Requests that have not been painted yet; further ones are refused."""
     live: int = 32
-    """Open pages."""
+    """Pages that are open at once."""
     body: int = 16 * 2**20
     """Bytes of one request."""
     body_seconds: float = 30.0
-    """To send a request in."""
+    """Seconds in which a request must have been sent."""
     prompt: int = 4000
-    """Characters."""
+    """Characters of a prompt."""
     input_pixels: int = 4096 * 4096
-    """Of an input picture."""
+    """Pixels of an input picture."""
 
 
 class Fields:

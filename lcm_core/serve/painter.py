@@ -25,7 +25,7 @@ class PictureRequest:
     model: str
     prompt: str
     seed: int
-    """Of the first picture; the next one has the next seed."""
+    """The seed of the first picture; the next one has the next seed."""
     count: int = 1
     loras: Loras = ()
     options: Mapping[str, Any] = field(default_factory=dict)

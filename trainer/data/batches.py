@@ -82,7 +82,7 @@ class LatentCache:
         return sum(self.buckets.values())
 
     def batch(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> Batch:
-        """`draw` and `read`."""
+        """Draw a batch, and read it."""
         return self.read(self.draw(size, generator, caption_dropout))
 
     def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> list[Pick]:

@@ -45,7 +45,7 @@ class Data(Protocol):
     """Numbered pictures, each with a caption; or what stands for pictures."""
 
     captions: list[str]
-    """Of each picture, by number."""
+    """The captions of all pictures, by number."""
     skipped: Skipped
     """(name, reason) of what was found to be of no use before anything was decoded."""
 

@@ -28,11 +28,12 @@ class DataConfig:
     max_aspect: float = 2.0
     """Longest bucket: its long side by its short one. What is longer is cropped."""
     flip: bool = False
-    """Also learn mirror images; not for data with letters or faces that must not be mirrored."""
+    """Whether to learn mirror images too; not for data with letters or faces that must not be mirrored."""
     crop: float = 1.0
-    """Also learn random crops, which keep at least this share of both sides; 1 for none."""
+    """The least share of both sides that random crops keep, which are learnt too; 1 for none."""
     colour: float = 0.0
-    """Also learn other brightness, contrast, saturation and hue, by up to this share; 0 for none, 0.1 is mild."""
+    """The share by which brightness, contrast, saturation and hue are changed at most, to be learnt too; 0 for none,
+    0.1 is mild."""
     variants: int = 0
     """Versions of each picture in the cache, of which the first is plain; for prompts, pictures of each. 0 takes 1, or
     2 with flip, or 4 with crop or colour."""

@@ -24,7 +24,7 @@ from trainer.data.hashing import hash_json
 from trainer.distributed import Processes
 
 Maker = Callable[[range], dict[str, Tensor]]
-"""From the numbers of pictures (or captions) to the tensors of their shard."""
+"""A function from the numbers of pictures (or captions) to the tensors of their shard."""
 _STALE = 3600.0  # seconds after which a temporary file is nobody's: a shard is written in a moment
 
 

@@ -84,7 +84,8 @@ class Teacher:
         return self.source.recommended.resolution or int(side) * self.scale
 
     def shift(self, resolution: int = 0) -> float:
-        """Of a flow model's noise levels, at pictures of this side and the few steps of a student; 0 takes its own."""
+        """The shift of a flow model's noise levels, at pictures of this side and the few steps of a student; 0 takes
+        its own."""
         family = self.source.family
         if family is None:
             return 1.0
@@ -92,12 +93,12 @@ class Teacher:
         return family.shift(self.source.scheduler, tokens, _FEW_STEPS)
 
     def hash_vae(self) -> str:
-        """Its VAE: another one makes other latents."""
+        """The hash of its VAE: another one makes other latents."""
         config = {key: self._vae.config.get(key) for key in ("scaling_factor", "shift_factor")}
         return hash_json([hash_tensors(self._vae.tensors), config])
 
     def hash_text(self) -> list[str]:
-        """Its text encoders with their words, and how they are asked."""
+        """The hash of its text encoders with their words, and how they are asked."""
         skipped = [f"clip_skip {self.clip_skip}"] if self.clip_skip else []
         return self._hash_encoders() + skipped
 
@@ -135,7 +136,7 @@ class Teacher:
             self._tokenizer(name)
 
     def hash_unet(self, prediction_type: str) -> str:
-        """Its U-Net, and how it is asked."""
+        """The hash of its U-Net, and of how it is asked."""
         info = asdict(self.source.info) | {"prediction_type": prediction_type or self.source.info.prediction_type}
         return hash_json([hash_tensors(self._unet.tensors), info])
 

@@ -14,7 +14,7 @@ from lcm_core.errors import InputError
 from trainer.ranges import check_choices, check_ranges
 
 SOLVERS = ("ddim", "dpmpp_2s")
-"""Those of `lcm_core.diffusion.solver`, which loads torch."""
+"""The solvers of `lcm_core.diffusion.solver`, which loads torch."""
 DISTANCES = ("l2", "huber", "cauchy")
 WEIGHTINGS = ("none", "min_snr", "truncated_snr")
 TIMESTEP_SAMPLINGS = ("uniform", "lognormal")

@@ -75,7 +75,7 @@ class Sample:
     x0: Tensor
     """Clean latents (B, C, h, w), or of video (B, C, T, h, w)."""
     eps: Tensor
-    """Their noise, alike."""
+    """Their noise, of the same shape."""
     points: Any
     """The timesteps, and what else the method draws: its own record of (B, ...) tensors."""
     w: Tensor

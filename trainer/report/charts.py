@@ -34,7 +34,7 @@ class Series:
 
 
 class Axis:
-    """From values to pixels, linear or logarithmic, with round numbers to label.
+    """A map from values to pixels, linear or logarithmic, with round numbers to label.
 
     Args:
         values: all that must fit.
@@ -91,7 +91,8 @@ def smooth(points: Sequence[Point], share: float = 0.04) -> list[Point]:
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points; of each group that is merged, the lowest and the highest stay, so that peaks are kept."""
+    """The points, at most `most`; of each group that is merged, the lowest and the highest stay, so that peaks are
+    kept."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))

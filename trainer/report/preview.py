@@ -24,13 +24,13 @@ SAMPLES = "samples"
 """Folder, inside a run's, of the pictures that `save_samples` writes."""
 BATCH_SIZE = 4
 Prompt = str | PictureOptions
-"""Of a preview: a text, or a text with a size, a seed and the like."""
+"""The prompt of a preview: a text, or a text with a size, a seed and the like."""
 
 
 def paint_previews(
     model: Model, prompts: Sequence[Prompt], seeds: Sequence[int], steps: Sequence[int] = STEPS, **options: Any
 ) -> dict[int, list[tuple[Image, dict[str, Any]]]]:
-    """For each number of steps, one picture for each prompt, with the settings that make it again.
+    """Paint, for each number of steps, one picture for each prompt, with the settings that make it again.
 
     Args:
         model: what paints.

@@ -113,7 +113,7 @@ def _score_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
 
 
 def samples(found: Sequence[Sample]) -> Samples | None:
-    """For each prompt, the teacher's pictures above the student's, a column for each number of steps."""
+    """The samples: for each prompt, the teacher's pictures above the student's, a column for each number of steps."""
     if not found:
         return None
     roles = sorted({s.role for s in found}, key=lambda role: (role != TEACHER, role))

@@ -61,7 +61,7 @@ optimise_vae = optimise_unet
 
 
 class Resnet(nn.Module):
-    """ResnetBlock2D."""
+    """diffusers' ResnetBlock2D with the faster layers."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()

@@ -22,8 +22,8 @@ from trainer.recipes.emoji.scenes import paste, random_ground
 SCALING_FACTOR = 0.18215
 """Stable Diffusion 1.x's. Hosts hard-code it, so the latents are brought to it instead of the other way round."""
 WIDTHS = (32, 32, 96, 192)
-"""From full resolution to an eighth of it. Narrow where pictures are large and cost the most time, and wide where the
-latents are turned into shapes. Hosts normalise 32 groups of channels, so no width may be below."""
+"""Channels, from full resolution to an eighth of it. Narrow where pictures are large and cost the most time, and wide
+where the latents are turned into shapes. Hosts normalise 32 groups of channels, so no width may be below."""
 KL_WEIGHT = 1e-6
 SQUARED_WEIGHT = 5.0
 EDGE_WEIGHT = 0.25

@@ -18,7 +18,7 @@ KNOWN_FAULTS = (
     "- The teacher's first 3,700 steps predicted noise, the 6,000 after that velocity: with noise, the error at",
     "  t = 999 is 14.6 times larger in the picture, more accuracy than a network of this size reaches.",
 )
-"""Of the weights that are shipped now."""
+"""What is wrong with the weights that are shipped now."""
 NAMES_CREDIT = "Names and keywords: emojibase-data, MIT License, from Unicode CLDR, Unicode License"
 
 
@@ -30,7 +30,7 @@ def model_card(
     rows: list[Row],
     first_rows: list[Row],
 ) -> str:
-    """Markdown.
+    """The model card, as Markdown.
 
     Args:
         cost: of each stage: steps, batch size, seconds.

@@ -31,7 +31,8 @@ SHIPPED = MODELS / "emoji" / "benchmark"
 """The drawings' latents, features and names, beside the embedded model."""
 
 LATENT_STEPS = 24
-"""Of the shipped latents, in each unit of their spread: they reach to 5.3, and are rounded by 1 % of the spread."""
+"""The steps of the shipped latents in each unit of their spread: they reach to 5.3, and are rounded by 1 % of the
+spread."""
 TEMPLATES = ("{}", "{}", "a {}", "a {} emoji", "an emoji of a {}", "a drawing of a {}", "{} emoji", "the {}")
 STYLE_TEMPLATES = ("{}, {} style", "{1} style {0}", "{} in {} style", "{} in the style of {}", "{}")
 """How the style is named, and that it is not."""

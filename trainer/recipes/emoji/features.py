@@ -28,9 +28,9 @@ from trainer.recipes.emoji.scenes import resize
 
 FEATURE_WIDTH = 128
 FIRST_WIDTHS = (3, 24, 48, 80, 112)
-"""Of the first benchmark's network, which looks at 64 pixels."""
+"""Channels of the first benchmark's network, which looks at 64 pixels."""
 WIDTHS = (3, 24, 48, 80, 112, 128)
-"""For 128 pixels: one stage more."""
+"""Channels for 128 pixels: one stage more."""
 
 
 class FeatureNetwork(nn.Module):

@@ -32,7 +32,7 @@ class IconSet:
 
     @property
     def folder(self) -> str:
-        """Below `node_modules`."""
+        """The folder below `node_modules`."""
         return self.package.rsplit("@", 1)[0]
 
 
@@ -123,7 +123,7 @@ def render(svg: str, size: int) -> Tensor:
 
 
 def _usable_emoji(listed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """In Unicode's order, each followed by its tones of skin."""
+    """All that can be used, in Unicode's order, each followed by its tones of skin."""
     for e in sorted((e for e in listed if _is_usable(e)), key=lambda e: e["order"]):
         yield e
         yield from ({**s, "tags": e.get("tags", [])} for s in e.get("skins", []) if isinstance(s.get("tone"), int))

@@ -31,7 +31,7 @@ PROMPTS = (
     "two red apples on a light blue ground, noto style",
 )
 STEPS = 25
-"""Of the deterministic sampler."""
+"""Steps of the deterministic sampler."""
 
 
 def averaged(folder: Path, network: AnyModule, prefix: str = "") -> AnyModule:

@@ -31,7 +31,7 @@ GROUNDS = {
 }
 """Colour word -> red, green, blue."""
 BLACK_STYLES = ("silhouette", "ink")
-"""Not to be seen on a black ground."""
+"""The styles that cannot be seen on a black ground."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = {
     1: ((0.5, 0.5, 1.0),),
@@ -39,7 +39,7 @@ PLACES = {
     3: ((0.5, 0.28, 0.48), (0.26, 0.73, 0.48), (0.74, 0.73, 0.48)),
     4: ((0.26, 0.27, 0.48), (0.74, 0.27, 0.48), (0.26, 0.73, 0.48), (0.74, 0.73, 0.48)),
 }
-"""Of each thing: x and y of its middle and its width, as shares of the picture."""
+"""The places of things: x and y of its middle and its width, as shares of the picture."""
 SEVERAL_SHARE, PAIR_SHARE = 0.3, 0.2
 """Shares of the scenes that show one thing several times, and two things side by side."""
 COLOURED_SHARE = 0.5
@@ -48,7 +48,7 @@ COUNTED = ("animals", "food", "travel", "activities", "objects", "smileys")
 """Groups whose names have a plural."""
 GROUND_PHRASES = ("on a {} ground", "on a {} background", "on {}", "{} background")
 SHADE_SPREAD = 12
-"""Of a ground's colour, of 255."""
+"""The spread of a ground's colour, of 255."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Scene:
     """Numbers of the drawings in their places; the same one again where it is shown several times."""
     ground: str
     colour: str
-    """Of the thing itself; empty for its own."""
+    """The colour of the thing itself; empty for its own."""
     seed: int
-    """Of the shade, and of small shifts."""
+    """The seed of the shade, and of small shifts."""
 
     @property
     def is_pair(self) -> bool:

@@ -38,7 +38,7 @@ class EncodedCaptions:
         return list(zip(*self.data.batch(size, pixels, generator, caption_dropout), strict=True))
 
     def read(self, picks: Sequence[tuple[Tensor, Tensor]]) -> Batch:
-        """Those samples, with the captions encoded."""
+        """The samples that were drawn, with the captions encoded."""
         latents, tokens = (torch.stack(column) for column in zip(*picks, strict=True))
         null = self._encode(tokenize(self.data.tokenizer, [""])).expand(len(latents), -1, -1)
         return Batch(latents, {"encoder_hidden_states": self._encode(tokens)}, {"encoder_hidden_states": null})

@@ -29,7 +29,8 @@ LATE_SIZES = {64: 0.25, 96: 0.15, 128: 0.6}
 LATE_SHARE = 0.3
 MIN_SNR_GAMMA = 5.0
 PREDICTION_TYPE = "v_prediction"
-"""With epsilon the error at the last timestep counts 14.6-fold in x0, which a U-Net as small as this cannot meet."""
+"""What the network predicts: with epsilon the error at the last timestep counts 14.6-fold in x0, which a U-Net as small
+as this cannot meet."""
 DIFFUSION = Diffusion(prediction_type=PREDICTION_TYPE)
 
 
@@ -88,11 +89,11 @@ class NoisedBatch(NamedTuple):
     t: Tensor
     """Timesteps (B,)."""
     tokens: Tensor
-    """Of the captions, (B, 77)."""
+    """The tokens of the captions, (B, 77)."""
     target: Tensor
     """The v that is to be predicted, (B, 4, h, w)."""
     weight: Tensor
-    """Of each sample's error, (B,)."""
+    """The weight of each sample's error, (B,)."""
 
 
 def add_noise(x0: Tensor, tokens: Tensor, generator: torch.Generator) -> NoisedBatch:
