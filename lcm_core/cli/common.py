@@ -41,6 +41,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora", action="append", type=parse_lora, metavar="PATH[:STRENGTH]", help="LoRA to add; may be repeated"
     )
+    group.add_argument(
+        "--embedding", action="append", metavar="PATH", help="textual inversion, named in the prompt; may be repeated"
+    )
     group.add_argument("--vae", metavar="PATH", help="another VAE, e.g. a tiny one for speed")
     group.add_argument("--tokenizer", metavar="FOLDER", help="CLIP's, for a single file that has none beside it")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one here)")
@@ -57,6 +60,11 @@ def add_settings_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SCALE",
         help="how strictly to follow the prompt; 1 is off (default: the model's)",
+    )
+    group.add_argument(
+        "--prompt-syntax",
+        choices=("a1111", "plain"),
+        help="a1111 (default) reads (word:1.3) and the like, plain does not",
     )
     group.add_argument("--size", type=parse_size, metavar="WxH", help="picture size in pixels (default: the model's)")
     group.add_argument("--sampler", help="lcm, tcd, euler, dpmpp_2m or dpm_2m (default: the model's)")

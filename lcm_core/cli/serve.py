@@ -23,6 +23,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="further models to choose from")
     parser.add_argument("--loras", type=Path, metavar="FOLDER", help="LoRAs to choose from")
+    parser.add_argument(
+        "--embedding", action="append", metavar="PATH", help="textual inversion that prompts may name; may be repeated"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--token", help="what every request has to give; required with --host")
@@ -49,5 +52,5 @@ def run(args: argparse.Namespace) -> None:
         args.token,
         browser=not args.no_browser,
         limits=Limits(side=args.max_side, steps=args.max_steps, waiting=args.max_waiting),
-        load_options={"device": args.device, "dtype": args.dtype},
+        load_options={"device": args.device, "dtype": args.dtype, "embedding": args.embedding or ()},
     )

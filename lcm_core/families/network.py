@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_core.errors import InputError
 from lcm_core.families.family import FlowFamily, Scheduler
 from lcm_core.families.loading import load_network, load_text_pipeline
 from lcm_core.networks.conditioning import stack_rows
+from lcm_core.networks.inversions import named
+from lcm_core.networks.prompt import parse_weights
 from lcm_core.networks.text_encoder import CACHED_PROMPTS
 
 
@@ -79,14 +82,21 @@ class TransformerText:
         self._pipe: Any = None
         self._encode_cached = lru_cache(CACHED_PROMPTS)(self._encode)
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Conditioning of prompts, tensors (B, ...); `size` makes no difference to these families."""
-        return stack_rows([self._encode_cached(prompt) for prompt in prompts])
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, weighted: bool = False
+    ) -> dict[str, Tensor]:
+        """Conditioning of prompts, tensors (B, ...); `size` makes no difference to these families.
+
+        Raises:
+            InputError: `weighted`, and a prompt has weights, which language models know nothing of.
+        """
+        return stack_rows([self._encode_cached(_unweighted(prompt) if weighted else prompt) for prompt in prompts])
 
     def clear_cache(self) -> None:
         """Forget encoded prompts."""
         self._encode_cached.cache_clear()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         if self._pipe is None:
@@ -94,6 +104,18 @@ class TransformerText:
             self._pipe = load_text_pipeline(self.family.pipeline, encoders, self.root, self.device, self.dtype)
         batch = self.family.encode(self._pipe, [prompt])
         return {name: _wide(value[0]).to(self.device) for name, value in batch.items()}
+
+
+def _unweighted(prompt: str) -> str:
+    text = named(prompt, {})
+    segments = parse_weights(text)
+    if any(weight != 1 for _, weight in segments):
+        marked = next(words.strip() for words, weight in segments if weight != 1)
+        raise InputError(
+            f"the prompt has weights or BREAK (at {marked[:40]!r}), which this model's text encoder cannot read; "
+            "write \\( and \\) for brackets, or leave them out"
+        )
+    return "".join(words for words, _ in segments)
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,19 @@ def pad_alike(a: Conditioning, b: Conditioning) -> tuple[Conditioning, Condition
             length = max(first[name].shape[1], second[name].shape[1])
             first[name], second[name] = (_padded(value, 1, length) for value in (first[name], second[name]))
     return nest(first), nest(second)
+
+
+def repeat_alike(*conditionings: Conditioning) -> list[Conditioning]:
+    """Batches (B, L, ...) of CLIP's states with texts of one length: shorter ones are repeated.
+
+    Attention to keys and values that are all repeated equally often is attention to them once, so nothing changes.
+    """
+    flat = [flatten(conditioning) for conditioning in conditionings]
+    for name, value in flat[0].items():
+        lengths = [row[name].shape[1] for row in flat] if value.ndim > 2 else [1]
+        for row in flat if len(set(lengths)) > 1 else ():
+            row[name] = row[name].repeat(1, math.lcm(*lengths) // row[name].shape[1], 1)
+    return [nest(row) for row in flat]
 
 
 def _alike(values: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Checkpoint, Component, ModelPath, list_components, read_component
 from lcm_core.files.safetensors import PathLike
+from lcm_core.networks.chunks import Chunk, split_chunks
+from lcm_core.networks.conditioning import repeat_alike
 from lcm_core.networks.device import Device, assemble, build_network, choose_device, choose_dtype
+from lcm_core.networks.inversions import Inversion, named, read_inversion
+from lcm_core.networks.prompt import parse_weights
 from lcm_core.networks.tokenizer import Tokenizer, build_tokenizer, find_tokenizer_files
 
 Size = tuple[int, int]
+States = tuple[Tensor, Tensor | None]
 CACHED_PROMPTS = 64
 _CLIP_VOCABULARY = 49408
 _OPENCLIP_PAD = 0
@@ -37,19 +43,24 @@ class TextEncoder:
     Args:
         encoders: one, or SDXL's two in their order.
         clip_skip: how many of the last layers to leave out, for checkpoints that were trained so.
+        inversions: textual inversions that prompts may name.
     """
 
-    def __init__(self, encoders: Sequence[Encoder], clip_skip: int = 0) -> None:
+    def __init__(self, encoders: Sequence[Encoder], clip_skip: int = 0, inversions: Sequence[Inversion] = ()) -> None:
         self.encoders = list(encoders)
         self.clip_skip = clip_skip
+        self.inversions = {inversion.name: inversion for inversion in inversions}
         # a method of this object in its own cache would keep the networks in memory after their last use
         self._encode = lru_cache(CACHED_PROMPTS)(partial(_encode, self.encoders, clip_skip))
+        words = [_words_of(encoder, inversions, number) for number, encoder in enumerate(self.encoders)]
+        self._encode_weighted = lru_cache(CACHED_PROMPTS)(partial(_encode_weighted, self.encoders, clip_skip, words))
 
     @property
     def is_sdxl(self) -> bool:
         """Whether pooled text and sizes go with the prompt."""
         return len(self.encoders) == 2
 
+    @torch.inference_mode(False)  # else what is kept could never be trained with
     @torch.no_grad()
     def encode(
         self,
@@ -57,6 +68,7 @@ class TextEncoder:
         size: Size = (1024, 1024),
         original_size: Size | None = None,
         crop: Size = (0, 0),
+        weighted: bool = False,
     ) -> dict[str, Any]:
         """Conditioning for a batch of prompts. Each is encoded alone, so none depends on the others.
 
@@ -65,13 +77,22 @@ class TextEncoder:
             size: (height, width) of the picture to paint; SDXL only, like the rest.
             original_size: (height, width) of the training pictures to resemble; small ones were blurred. None: `size`.
             crop: (top, left) that would have been cropped from it.
+            weighted: read weights, BREAK and textual inversions, see `prompt.parse_weights`, and all words, 75 in each
+                of N chunks. Shorter prompts of a batch are repeated to the length of the longest.
 
         Returns:
-            `encoder_hidden_states` (B, 77, D) float32; for SDXL also `added_cond_kwargs` with `text_embeds` (B, P) and
-            `time_ids` (B, 6) = original size, crop, size.
+            `encoder_hidden_states` (B, 77 N, D) float32; for SDXL also `added_cond_kwargs` with `text_embeds` (B, P)
+            and `time_ids` (B, 6) = original size, crop, size.
+
+        Raises:
+            InputError: a prompt that cannot be encoded.
         """
-        rows = [self._encode(prompt) for prompt in prompts]
-        hidden = torch.cat([row[0] for row in rows])
+        if weighted:
+            rows = [self._encode_weighted(named(prompt, self.inversions)) for prompt in prompts]
+        else:
+            rows = [self._encode(prompt) for prompt in prompts]
+        states = repeat_alike(*({"states": row[0]} for row in rows))
+        hidden = torch.cat([state["states"] for state in states])
         cond: dict[str, Any] = {"encoder_hidden_states": hidden}
         pooled = [row[1] for row in rows if row[1] is not None]
         if pooled:
@@ -83,19 +104,66 @@ class TextEncoder:
     def clear_cache(self) -> None:
         """Forget encoded prompts; needed after a text encoder's weights have changed, e.g. by `lora.merge`."""
         self._encode.cache_clear()
+        self._encode_weighted.cache_clear()
 
 
-def _encode(encoders: Sequence[Encoder], clip_skip: int, prompt: str) -> tuple[Tensor, Tensor | None]:
+def _encode(encoders: Sequence[Encoder], clip_skip: int, prompt: str) -> States:
     """A prompt's states (1, 77, D), and SDXL's pooled text (1, P)."""
-    if len(encoders) == 1:
-        return _final_states(encoders[0], prompt, clip_skip), None
-    parts, pooled = [], None
-    for encoder in encoders:
-        output = _run(encoder, prompt)
-        # SDXL was trained on the last layer but one, without the final norm
-        parts.append(output.hidden_states[-2 - clip_skip].float())
-        pooled = getattr(output, "text_embeds", None)
-    return torch.cat(parts, dim=-1), None if pooled is None else pooled.float()
+    is_sdxl = len(encoders) > 1
+    return _join([_states(one, _run(one, one.tokenizer(prompt)), clip_skip, is_sdxl) for one in encoders])
+
+
+def _encode_weighted(
+    encoders: Sequence[Encoder], clip_skip: int, words: Sequence[Mapping[tuple[int, ...], Tensor]], prompt: str
+) -> States:
+    """As `_encode`, (1, 77 N, D) of N chunks."""
+    segments = parse_weights(prompt)
+    found = []
+    for encoder, inversions in zip(encoders, words, strict=True):
+        chunks = split_chunks(encoder.tokenizer, segments, inversions)
+        states = [_encode_chunk(encoder, clip_skip, chunk, len(encoders) > 1) for chunk in chunks]
+        found.append((torch.cat([state for state, _ in states], dim=1), states[0][1]))
+    return _join(found)
+
+
+def _encode_chunk(encoder: Encoder, clip_skip: int, chunk: Chunk, is_sdxl: bool) -> States:
+    """A chunk's states (1, 77, D), each times its weight, and then scaled to the mean that they had, as A1111 does."""
+    with _replaced(encoder, chunk.vectors):
+        output = _run(encoder, encoder.tokenizer.row(chunk.ids))
+    states, pooled = _states(encoder, output, clip_skip, is_sdxl)
+    if all(weight == 1 for weight in chunk.weights):
+        return states, pooled
+    weights = torch.ones(states.shape[1], device=states.device)
+    weights[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
+    weighted = states * weights[:, None]
+    return weighted * (states.mean() / weighted.mean()), pooled
+
+
+@contextmanager
+def _replaced(encoder: Encoder, vectors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Textual inversions in place of the tokens that hold their places."""
+
+    def place(module: Any, args: Any, embedded: Tensor) -> Tensor:
+        for start, rows in vectors.items():
+            embedded[0, 1 + start : 1 + start + len(rows)] = rows.to(embedded)
+        return embedded
+
+    model = getattr(encoder.model, "text_model", encoder.model)
+    hook = model.embeddings.token_embedding.register_forward_hook(place)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _words_of(encoder: Encoder, inversions: Sequence[Inversion], number: int) -> dict[tuple[int, ...], Tensor]:
+    """The tokens of each inversion's name -> its vectors for one encoder."""
+    return {tuple(encoder.tokenizer.words(inversion.name)): inversion.vectors[number] for inversion in inversions}
+
+
+def _join(found: Sequence[States]) -> States:
+    """The states of all encoders side by side, and the last one's pooled text."""
+    return torch.cat([states for states, _ in found], dim=-1), found[-1][1]
 
 
 def load_text(
@@ -104,6 +172,7 @@ def load_text(
     dtype: str | torch.dtype | None = None,
     tokenizer: PathLike | None = None,
     clip_skip: int = 0,
+    inversions: Sequence[PathLike] = (),
 ) -> TextEncoder:
     """Load a model's text encoders and tokenizers, frozen and in evaluation mode.
 
@@ -113,6 +182,7 @@ def load_text(
         dtype: None chooses float32 on a CPU, where prompts cost little, else what `choose_dtype` says.
         tokenizer: see `tokens.find_tokenizer_files`.
         clip_skip: see `TextEncoder`.
+        inversions: files of textual inversions.
 
     Raises:
         InputError: no usable text encoder or tokenizer there.
@@ -133,7 +203,8 @@ def load_text(
         encoders.append(Encoder(model, row))
     if not 0 <= clip_skip < encoders[0].model.config.num_hidden_layers:
         raise InputError(f"clip_skip {clip_skip} is out of range; use 0 for the layers that the model was trained with")
-    return TextEncoder(encoders, clip_skip)
+    widths = [encoder.model.config.hidden_size for encoder in encoders]
+    return TextEncoder(encoders, clip_skip, [read_inversion(path, widths) for path in inversions])
 
 
 def _pads_with_zero(path: ModelPath, component: Component) -> bool:
@@ -167,8 +238,7 @@ def _transformers_name(key: str, names: Collection[str]) -> str:
     return key if key in names else key.removeprefix("text_model.")
 
 
-def _run(encoder: Encoder, prompt: str) -> Any:
-    numbers = encoder.tokenizer(prompt)
+def _run(encoder: Encoder, numbers: Sequence[int]) -> Any:
     if max(numbers) >= encoder.model.config.vocab_size:
         raise InputError(
             f"the tokenizer knows word {max(numbers)}, the text encoder only {encoder.model.config.vocab_size} words; "
@@ -178,9 +248,12 @@ def _run(encoder: Encoder, prompt: str) -> Any:
     return encoder.model(input_ids=ids, output_hidden_states=True)
 
 
-def _final_states(encoder: Encoder, prompt: str, clip_skip: int) -> Tensor:
-    output = _run(encoder, prompt)
+def _states(encoder: Encoder, output: Any, clip_skip: int, is_sdxl: bool) -> States:
+    """What the U-Net is given of an encoder's output, (1, 77, D), and its pooled text."""
+    if is_sdxl:  # trained on the last layer but one, without the final norm
+        pooled = getattr(output, "text_embeds", None)
+        return output.hidden_states[-2 - clip_skip].float(), None if pooled is None else pooled.float()
     if not clip_skip:
-        return output.last_hidden_state.float()
+        return output.last_hidden_state.float(), None
     norm = getattr(encoder.model, "text_model", encoder.model).final_layer_norm
-    return norm(output.hidden_states[-1 - clip_skip]).float()
+    return norm(output.hidden_states[-1 - clip_skip]).float(), None

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,32 @@ class Tokenizer:
         Raises:
             InputError: it holds a null byte or half a character.
         """
-        check_text("prompt", prompt)
-        words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        words = self.words(prompt)
         room = self.length - 2
         if len(words) > room:
             lost = self.tokenizer.decode(words[room:]).strip()
             warnings.warn(f"the prompt is longer than {room} tokens; left out: '{lost}'", stacklevel=2)
-        ids = [self.tokenizer.bos_token_id, *words[:room], self.tokenizer.eos_token_id]
+        return self.row(words[:room])
+
+    def words(self, text: str) -> list[int]:
+        """Token numbers of a text, however many, without start and end.
+
+        Raises:
+            InputError: it holds a null byte or half a character.
+        """
+        check_text("prompt", text)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def row(self, words: Sequence[int]) -> list[int]:
+        """Up to `length - 2` token numbers with start, end and padding."""
+        ids = [self.tokenizer.bos_token_id, *words, self.tokenizer.eos_token_id]
         return ids + [self.pad] * (self.length - len(ids))
+
+    def token(self, text: str) -> int | None:
+        """The number of one token, None where the vocabulary lacks it."""
+        number: int | None = self.tokenizer.get_vocab().get(text)
+        return number
 
 
 def find_tokenizer(model: ModelPath, tokenizer: PathLike | None = None, name: str = "tokenizer") -> Any:

@@ -30,9 +30,9 @@ from lcm_core.diffusion.samplers import (
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.model import Model
+from lcm_core.pipeline.prompts import StepSource, guided_by_steps, mix_sources
 from lcm_core.pipeline.settings import Settings, check_size
 
-Conditioning = dict[str, Any]
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
 """A function from a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
 
@@ -49,8 +49,8 @@ _SAMPLERS = {
 class Inputs:
     """What the pictures of one batch are made from."""
 
-    cond: Conditioning
-    uncond: Conditioning | None
+    cond: StepSource
+    uncond: StepSource | None
     noise: NoiseSource
     x0: Tensor | None = None  # (1 or B, C, h, w) latents of the input image
     pixels: Tensor | None = None  # (1, 3, H, W) the input image itself, where a mask keeps some of it
@@ -112,21 +112,11 @@ def mix_inputs(a: Inputs, b: Inputs, fraction: float, mode: str) -> Inputs:
         return None if first is None or second is None else interpolate(first, second, fraction, mode)
 
     return Inputs(
-        cond=_mix_conditioning(a.cond, b.cond, fraction, mode),
-        uncond=None if a.uncond is None or b.uncond is None else _mix_conditioning(a.uncond, b.uncond, fraction, mode),
+        cond=mix_sources(a.cond, b.cond, fraction, mode),
+        uncond=None if a.uncond is None or b.uncond is None else mix_sources(a.uncond, b.uncond, fraction, mode),
         noise=source,
         x0=mixed(a.x0, b.x0),
     )
-
-
-def _mix_conditioning(a: Conditioning, b: Conditioning, fraction: float, mode: str) -> Conditioning:
-    mixed: Conditioning = {}
-    for key, value in a.items():
-        if isinstance(value, dict):
-            mixed[key] = _mix_conditioning(value, b[key], fraction, mode)
-        else:
-            mixed[key] = interpolate(value, b[key], fraction, mode)
-    return mixed
 
 
 @torch.inference_mode()
@@ -139,12 +129,13 @@ def paint(model: Model, inputs: Inputs, settings: Settings, callback: Callback |
     first, *second = plan_passes(model, settings)
     noise, later_noise = inputs.noise(first.shape)
     latents = _sample(model, inputs, settings, first, noise, later_noise, inputs.x0, callback)
+    earlier = len(first.sigmas) - 1
     for run in second:
         x0 = _resized(latents, run.shape, "bicubic")
         _, later_noise = inputs.noise(run.shape)
         # The first draw is the first pass's noise in another shape; the next one is fresh.
         noise = later_noise(run.sigmas[:1], run.sigmas[:1])
-        latents = _sample(model, inputs, settings, run, noise, later_noise, x0, callback)
+        latents = _sample(model, inputs, settings, run, noise, later_noise, x0, callback, earlier)
     _check_finite(latents, model)
     images = model.vae.decode(latents)
     _check_finite(images, model)
@@ -175,12 +166,16 @@ def _sample(
     later_noise: NoiseSampler,
     x0: Tensor | None,
     callback: Callback | None,
+    earlier: int | None = None,
 ) -> Tensor:
     """One run of the sampler: latents (B, C, h, w)."""
     kind = ConsistencyDenoiser if settings.sampler == "lcm" else Denoiser
     process = run.process
     denoiser = kind(model.unet, model.diffusion)
-    guided = model.guided(denoiser, inputs.cond, inputs.uncond, settings.guidance_scale)
+    steps = len(run.sigmas) - 1
+    cond = inputs.cond(steps, earlier)
+    uncond = None if inputs.uncond is None else inputs.uncond(steps, earlier)
+    guided = guided_by_steps(model, denoiser, cond, uncond, settings.guidance_scale, run.sigmas)
     if inputs.mask is not None and x0 is not None:
         mask = functional.interpolate(inputs.mask, size=run.shape[-2:], mode="area")
         guided = inpaint(guided, x0, mask, noise, process)

@@ -23,7 +23,7 @@ from lcm_core.files.lora import Lora, check_parts, merge, read_lora
 from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
-from lcm_core.networks.conditioning import flatten, pad_alike
+from lcm_core.networks.conditioning import flatten, pad_alike, repeat_alike
 from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
 from lcm_core.networks.device import choose_device
 from lcm_core.networks.unet import UNet
@@ -34,6 +34,7 @@ from lcm_core.pipeline.settings import Settings
 from lcm_core.pipeline.sources import find_lora, find_source, recommended_for
 
 Loras = Sequence[tuple[PathLike, float]]
+Conditioning = dict[str, Any]
 
 _SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
 _TEACHER_USUAL = (25, 7.5)  # steps and guidance scale of the samplers for plain models
@@ -94,14 +95,19 @@ class Model:
             return process
         return replace(process, shift=shift or self.recommended.shift or self.unet.shift(shape, steps))
 
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether guidance is an input of the network, so that there is no negative pass."""
+        return self.unet.reads_guidance or self.guidance_embedding_dim is not None
+
     def guided(self, denoiser: Denoise, cond: dict[str, Any], uncond: dict[str, Any] | None, scale: float) -> Denoise:
         """A denoiser with its conditioning and guidance, in the way that the network wants it: as an input of its own,
         or by a negative pass."""
-        if isinstance(self.unet, Transformer) and self.unet.reads_guidance:
+        if self.unet.reads_guidance:
             batch = len(next(iter(flatten(cond).values())))
             return guide(denoiser, {**cond, "guidance": torch.full((batch,), scale, device=self.device)}, None)
         if uncond is not None and self.guidance_embedding_dim is None:
-            cond, uncond = pad_alike(cond, uncond)
+            cond, uncond = pad_alike(cond, uncond) if isinstance(self.unet, Transformer) else repeat_alike(cond, uncond)
         return guide(denoiser, cond, uncond, scale, self.guidance_embedding_dim)
 
     @property
@@ -132,9 +138,9 @@ class Model:
             **said.grid,
         )
 
-    def encode(self, prompts: Sequence[str], width: int, height: int) -> dict[str, Any]:
-        """Conditioning of prompts for a picture of this size."""
-        return self.text.encode(prompts, size=(height, width))
+    def encode(self, prompts: Sequence[str], width: int, height: int, weighted: bool = False) -> Conditioning:
+        """Conditioning of prompts for a picture of this size; `weighted` as in `TextEncoder.encode`."""
+        return self.text.encode(prompts, size=(height, width), weighted=weighted)
 
     def describe(self) -> PictureOptions:
         """Which model this is, and how it runs."""
@@ -159,6 +165,7 @@ def load_model(
     tokenizer: PathLike | None = None,
     vae_dtype: str | torch.dtype | None = None,
     clip_skip: int = 0,
+    embedding: Sequence[PathLike] = (),
 ) -> Model:
     """Load a model.
 
@@ -172,6 +179,7 @@ def load_model(
         tokenizer: folder with CLIP's vocab.json and merges.txt, for single files that have none beside them.
         vae_dtype: the VAE's number format; None takes `dtype`, or, when that is None too, chooses.
         clip_skip: last layers of a CLIP text encoder to leave out.
+        embedding: files of textual inversions; a prompt names one by its file's name without suffix.
 
     Raises:
         InputError: an unknown model, or one with a file that is missing, broken or of another kind.
@@ -182,7 +190,7 @@ def load_model(
     loras = [(read_lora(path), strength) for path, strength in files]
     check_has_vae(source, vae)
     # what is often missing or unfit comes first, before seconds of loading
-    text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer, clip_skip)
+    text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer, clip_skip, embedding)
     loaded_vae = open_vae(source, place, vae_dtype or dtype, memory_format, vae)
     network = open_network(source, place, dtype, memory_format)
     _check_channels(source.root, network, loaded_vae)
@@ -203,6 +211,8 @@ def load_model(
         recommended=said,
         origin={key: os.fspath(value) for key, value in origin.items() if value is not None},
     )
+    if embedding:
+        model.origin["embedding"] = [os.fspath(path) for path in embedding]
     if lora:
         model.origin["lora"] = [[os.fspath(path), float(strength)] for path, strength in lora]
     return model

@@ -18,6 +18,7 @@ _EXAMPLES: dict[str, Any] = {
     "timesteps": [999, 749],
     "shift": 3.0,
     "lora": [["style.safetensors", 0.8]],
+    "embedding": ["style.safetensors"],
     "threads": 4,
 }
 
@@ -45,6 +46,7 @@ class PictureOptions:
     strength: float | None = None
     upscale: float | None = None
     upscale_strength: float | None = None
+    prompt_syntax: str | None = None
     # pictures to start from
     image: str | None = None
     """Path of the input picture."""
@@ -56,6 +58,8 @@ class PictureOptions:
     lora: Sequence[Sequence[Any]] | None = None
     """Pairs of a path and a strength."""
     vae: str | None = None
+    embedding: Sequence[str] | None = None
+    """Paths of textual inversions."""
     tokenizer: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -90,7 +94,7 @@ def parse_options(values: Mapping[str, Any]) -> PictureOptions:
                 f"the setting {name}={value!r:.60} has the wrong type; it should be like {_EXAMPLES[name]!r}"
             )
     paths = [known[name] for name in _PATHS if name in known]
-    for path in (*paths, *(path for path, _ in known.get("lora", ()))):
+    for path in (*paths, *(path for path, _ in known.get("lora", ())), *known.get("embedding", ())):
         check_text("path", path)
         if path.replace("\\", "/").startswith("//"):  # Windows would log in there
             raise InputError(f"the settings ask for {path!r}, on another computer; copy it here and give its path")
@@ -101,6 +105,8 @@ def _is_like(name: str, value: object) -> bool:
     """Whether a value is of the type of its example."""
     if name == "timesteps":
         return isinstance(value, (list, tuple)) and all(type(number) is int for number in value)
+    if name == "embedding":
+        return isinstance(value, list) and all(isinstance(path, str) for path in value)
     if name == "lora":
         return isinstance(value, list) and all(map(_is_lora, value))
     example = _EXAMPLES[name]

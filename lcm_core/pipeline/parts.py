@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def open_text(
     dtype: Dtype = None,
     tokenizer: PathLike | None = None,
     clip_skip: int = 0,
+    embedding: Sequence[PathLike] = (),
 ) -> Text:
     """The text encoders.
 
@@ -57,13 +59,19 @@ def open_text(
         dtype: None chooses. Those of flow models have billions of weights, and run in bfloat16 where that is quick.
         tokenizer: folder with CLIP's words, for single files that have none beside them.
         clip_skip: see `TextEncoder`.
+        embedding: files of textual inversions.
 
     Raises:
-        InputError: they are missing or broken, or have no layers that could be skipped.
+        InputError: they are missing or broken, have no layers that could be skipped, or a textual inversion is for
+            another kind of model.
     """
     if source.family is None:
-        return load_text(source.opened or source.text, device, dtype, tokenizer, clip_skip)
+        return load_text(source.opened or source.text, device, dtype, tokenizer, clip_skip, embedding)
     check_clip_skip(source, clip_skip)
+    if embedding:
+        raise InputError(
+            f"embedding {embedding[0]} cannot be used: {source.root} has other text encoders than CLIP's; leave it out"
+        )
     return TransformerText(source.family, source.root, device, choose_dtype(device, dtype))
 
 

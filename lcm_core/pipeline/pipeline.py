@@ -16,10 +16,12 @@ import torch
 from lcm_core.diffusion.interpolation import plan_frames
 from lcm_core.diffusion.samplers import Callback
 from lcm_core.errors import InputError
+from lcm_core.networks.prompt import split_parts
 from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
 from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
 from lcm_core.pipeline.options import PictureOptions
+from lcm_core.pipeline.prompts import encode_prompts
 from lcm_core.pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -70,9 +72,10 @@ class Pipeline:
         unet: str | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         vae_dtype: str | torch.dtype | None = None,
+        embedding: Sequence[str | os.PathLike[str]] = (),
     ) -> Pipeline:
         """Load a model; see `lcm_core.pipeline.model.load_model`."""
-        return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype))
+        return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype, embedding))
 
     @classmethod
     def from_diffusers(cls, pipe: Any) -> Pipeline:
@@ -90,7 +93,8 @@ class Pipeline:
         """Load the model that is asked for."""
         names = ("device", "dtype", "vae", "unet", "tokenizer", "vae_dtype")
         lora = [(path, strength) for path, strength in options.lora or ()]
-        return cls.load(options.model or "emoji", lora=lora, **{name: getattr(options, name) for name in names})
+        chosen = {name: getattr(options, name) for name in names}
+        return cls.load(options.model or "emoji", lora=lora, embedding=options.embedding or (), **chosen)
 
     def __call__(
         self,
@@ -111,6 +115,7 @@ class Pipeline:
         upscale_strength: float | None = None,
         gamma: float | None = None,
         shift: float | None = None,
+        prompt_syntax: str | None = None,
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Result:
@@ -141,6 +146,7 @@ class Pipeline:
             upscale_strength=upscale_strength,
             gamma=gamma,
             shift=shift,
+            prompt_syntax=prompt_syntax,
         )
         base = self.resolve(options, image)
         pictures = [replace(base, prompt=words, seed=number) for words, number in _pairs(prompt, seed)]
@@ -241,12 +247,15 @@ class Pipeline:
     def _inputs(self, pictures: Sequence[Settings], image: ImageInput | None, mask: ImageInput | None = None) -> Inputs:
         model, first = self.model, pictures[0]
         size = (first.width, first.height)
+        prompts = [picture.prompt for picture in pictures]
+        joins = first.prompt_syntax != "plain" and any(len(split_parts(prompt)) > 1 for prompt in prompts)
         negative = None
-        if model.guidance_embedding_dim is None and first.guidance_scale != 1:
-            negative = model.encode([first.negative_prompt] * len(pictures), *size)
+        if model.guidance_embedding_dim is None and (first.guidance_scale != 1 or joins):
+            words = [first.negative_prompt] * len(pictures)
+            negative = encode_prompts(model, words, size, first.prompt_syntax, joined=False)
         pixels = None if image is None else load_image(image, size).to(model.device)
         return Inputs(
-            cond=model.encode([picture.prompt for picture in pictures], *size),
+            cond=encode_prompts(model, prompts, size, first.prompt_syntax),
             uncond=negative,
             noise=noise_source([picture.seed for picture in pictures], model.device),
             x0=None if pixels is None else model.vae.encode(pixels),

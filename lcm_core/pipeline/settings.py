@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from lcm_core.errors import InputError
 from lcm_core.files.reading import check_text
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, MAX_SIDE, SAMPLERS
+from lcm_core.networks.prompt import parse_weights, split_parts, texts_at_steps
 
+PROMPT_SYNTAXES = ("a1111", "plain")
+"""How prompts are read: weights, changes and the like, see `lcm_core.networks.prompt`, or nothing but words."""
 MAX_PIXELS = 4096 * 4096
 """Pixels in all. Attention takes time and memory by the square of it."""
 
@@ -47,6 +50,8 @@ class Settings:
     """Second pass: latents enlarged by this factor (1 to 4), then painted over. 1 is off."""
     upscale_strength: float = 0.5
     """`strength` of the second pass."""
+    prompt_syntax: str = "a1111"
+    """One of `PROMPT_SYNTAXES`."""
 
     def __post_init__(self) -> None:
         # Equal settings must be written as equal JSON: 8 and 8.0 would not be.
@@ -69,6 +74,11 @@ class Settings:
         """
         for name in ("prompt", "negative_prompt"):
             check_text(name, getattr(self, name))
+        if self.prompt_syntax not in PROMPT_SYNTAXES:
+            raise InputError(f"unknown prompt_syntax {self.prompt_syntax!r:.40}; use {' or '.join(PROMPT_SYNTAXES)}")
+        if self.prompt_syntax != "plain":
+            for text in (*(text for text, _ in split_parts(self.prompt)), self.negative_prompt):
+                parse_weights(texts_at_steps(text, 1)[0])
         self._check_steps()
         for name in ("strength", "upscale_strength"):
             value = getattr(self, name)
