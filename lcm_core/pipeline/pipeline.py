@@ -75,7 +75,8 @@ class Pipeline:
         embedding: Sequence[str | os.PathLike[str]] = (),
     ) -> Pipeline:
         """Load a model; see `lcm_core.pipeline.model.load_model`."""
-        return cls(load_model(name, device, dtype, memory_format, lora, vae, unet, tokenizer, vae_dtype, embedding))
+        options = (lora, vae, unet, tokenizer, vae_dtype)
+        return cls(load_model(name, device, dtype, memory_format, *options, embedding=embedding))
 
     @classmethod
     def from_diffusers(cls, pipe: Any) -> Pipeline:

@@ -101,7 +101,8 @@ def guided_by_steps(
         steps, negative: one for each step.
         sigmas: (N + 1,) noise levels, falling, by which a step is known.
     """
-    pairs = list(zip(steps, negative or [None] * len(steps), strict=True))
+    absent: list[Step | None] = [None] * len(steps)
+    pairs = list(zip(steps, negative or absent, strict=True))
     made = {pair: _guided(model, denoiser, *pair, scale) for pair in dict.fromkeys(pairs)}
     if len(made) == 1:
         return made[pairs[0]]
