@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +43,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--steps", dest="num_inference_steps", type=int, metavar="N", help="calls of the network (default 4)"
     )
-    parser.add_argument("--seed", type=int, help="first seed (default 0)")
-    parser.add_argument("--count", type=int, default=1, help="pictures, with rising seeds (default 1)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt on each line")
+    parser.add_argument("--wildcards", type=Path, metavar="FOLDER", help="__colour__ is a line of colour.txt in there")
+    parser.add_argument("--seed", type=parse_seeds, metavar="N[,N,...]", help="seeds of each prompt (default 0)")
+    parser.add_argument("--count", type=int, help="pictures of each prompt, with rising seeds (default 1)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once: quicker on a GPU, other last bits")
     parser.add_argument("--output", type=Path, help="file (.png, .jpg, .webp) or folder (default: named by the prompt)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write all pictures as one, with their seeds")
     parser.add_argument("--image", metavar="PATH", help="start from this picture")
     parser.add_argument("--mask", metavar="PATH", help="repaint only where this picture is white")
     parser.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help="take all settings from a picture")
@@ -59,27 +62,74 @@ def run(args: argparse.Namespace) -> None:
     from lcm_core.pipeline.image import check_storable
 
     stored = _stored(args.source) if args.source else None
+    prompt, args.prompt = args.prompt, None
+    seeds, args.seed = args.seed, None
     options = read_options(args) if stored is None else stored | read_options(args)
-    if options.prompt is None:
-        raise InputError('no prompt was given; write one in quotes ("" for anything), or use --from PICTURE')
-    for name in ("count", "batch"):
-        if not 1 <= getattr(args, name) <= _MOST_PICTURES:
-            raise InputError(f"--{name} {getattr(args, name)} is out of range; use 1 to {_MOST_PICTURES}")
-    seeds = range(options.seed or 0, (options.seed or 0) + args.count)
-    paths = _outputs(args, options.prompt, seeds)
+    if not 1 <= args.batch <= _MOST_PICTURES:
+        raise InputError(f"--batch {args.batch} is out of range; use 1 to {_MOST_PICTURES}")
+    prompts = _prompts(args, prompt, options.prompt)
+    seeds = _seeds(args.count, seeds, options.seed)
+    if len(prompts) * len(seeds) > _MOST_PICTURES:
+        raise InputError(f"{len(prompts) * len(seeds)} pictures were asked for; use up to {_MOST_PICTURES} at once")
+    pairs = [(_filled(words, args.wildcards, seed), seed) for words in prompts for seed in seeds]
+    paths = _outputs(args, pairs, len(prompts))
     if stored is not None:
         _tell_files(args.source, stored, options)
         _use_threads(options.threads)
     pipe, load_seconds = load_pipeline(options)
     image, mask = options.image, options.mask
     first = pipe.resolve(options, image)
+    pictures = [replace(first, prompt=words, seed=seed).check() for words, seed in pairs]
     _warn(pipe, first)
-    check_storable(paths[0], pipe.describe(replace(first, seed=seeds[-1]).check(), image, mask).said)
-    with Progress(pipe.count_steps(first) * args.count, "painting") as progress:
-        pictures = [replace(first, seed=seed) for seed in seeds]
+    check_storable(paths[0], max((pipe.describe(one, image, mask).said for one in pictures), key=_prompt_length))
+    with Progress(pipe.count_steps(first) * len(pictures), "painting") as progress:
         painted = pipe.paint(pictures, image, mask, args.batch, progress.step)
-        _save(pipe, zip(painted, pictures, paths, strict=True), image, mask)
+        _save(pipe, zip(painted, pictures, paths, strict=True), image, mask, args.sheet)
     print(_summary(pipe, first, seeds, paths, load_seconds, progress.seconds))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`7` or `1,2,3`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of seeds; write e.g. 7, or 1,2,3") from None
+
+
+def _prompts(args: argparse.Namespace, prompt: str | None, stored: str | None) -> list[str]:
+    from lcm_core.pipeline.wildcards import read_lines
+
+    if args.prompts is not None:
+        if prompt is not None:
+            raise InputError("a prompt and --prompts were both given; use one of them")
+        return read_lines(args.prompts)
+    chosen = stored if prompt is None else prompt
+    if chosen is None:
+        raise InputError('no prompt was given; write one in quotes ("" for anything), or use --from PICTURE')
+    return [chosen]
+
+
+def _seeds(count: int | None, given: tuple[int, ...] | None, stored: int | None) -> list[int]:
+    if count is not None and not 1 <= count <= _MOST_PICTURES:
+        raise InputError(f"--count {count} is out of range; use 1 to {_MOST_PICTURES}")
+    if given is not None and len(given) > 1:
+        if count is not None:
+            raise InputError("--count goes with one seed, from which it counts; leave it out, or give one seed")
+        if len(set(given)) < len(given):
+            raise InputError("--seed names a seed twice; give each once")
+        return list(given)
+    first = given[0] if given else stored or 0
+    return list(range(first, first + (count or 1)))
+
+
+def _filled(prompt: str, wildcards: Path | None, seed: int) -> str:
+    from lcm_core.pipeline.wildcards import fill_wildcards
+
+    return prompt if wildcards is None else fill_wildcards(prompt, wildcards, seed)
+
+
+def _prompt_length(said: Mapping[str, Any]) -> int:
+    return len(said["prompt"])
 
 
 def _stored(path: Path) -> PictureOptions:
@@ -119,38 +169,57 @@ def _tell_files(source: Path, stored: PictureOptions, options: PictureOptions) -
         note(f"{source} uses {', '.join(asked)}")
 
 
-def _outputs(args: argparse.Namespace, prompt: str, seeds: Sequence[int]) -> list[Path]:
+def _outputs(args: argparse.Namespace, pairs: Sequence[tuple[str, int]], prompts: int) -> list[Path]:
     """Where each picture goes; checked now, so that no work is lost later."""
     from lcm_core.files.atomic import check_name
     from lcm_core.pipeline.image import IMAGE_SUFFIXES
 
-    slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode("utf-8", "ignore")[:120].decode("utf-8", "ignore")
-    slug = slug or "picture"
     out = args.output
-    if out is not None:
-        check_name(out)
-        if out.name.lower() in IMAGE_SUFFIXES:
-            raise InputError(f"--output {out} has no name before {out.name}; write e.g. picture{out.name}")
+    for given in (out, args.sheet):
+        if given is not None:
+            check_name(given)
+            if given.name.lower() in IMAGE_SUFFIXES:
+                raise InputError(f"{given} has no name before {given.name}; write e.g. picture{given.name}")
     if out is None:
         out = args.source.with_name(f"{args.source.stem}-again{args.source.suffix}") if args.source else None
+    numbers = [str(seed) for _, seed in pairs]
+    if prompts > 1:  # lines of a file may begin alike
+        each = len(pairs) // prompts
+        numbers = [f"{place // each + 1}-{seed}" for place, seed in enumerate(numbers)]
     if out is None or out.is_dir() or not out.suffix:
-        paths = [(out or Path()) / f"{slug}-{seed}.png" for seed in seeds]
-    elif len(seeds) == 1:
+        paths = [
+            (out or Path()) / f"{_slug(words)}-{number}.png" for (words, _), number in zip(pairs, numbers, strict=True)
+        ]
+    elif len(pairs) == 1:
         paths = [out]
     else:
-        paths = [out.with_name(f"{out.stem}-{seed}{out.suffix}") for seed in seeds]
-    if paths[0].suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"--output {args.output}: no kind of picture; use {', '.join(IMAGE_SUFFIXES)} or a folder")
-    for path in paths:
+        paths = [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers]
+    for option, path in (("--output", paths[0]), ("--sheet", args.sheet)):
+        if path is not None and path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise InputError(f"{option} {path}: no kind of picture; use {', '.join(IMAGE_SUFFIXES)} or a folder")
+    for path in [*paths, *([args.sheet] if args.sheet else [])]:
         check_output(path)
     return paths
 
 
-def _save(pipe: Pipeline, painted: Any, image: str | None, mask: str | None) -> None:
-    from lcm_core.pipeline.image import save_image
+def _slug(prompt: str) -> str:
+    """A prompt as the name of a file."""
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode("utf-8", "ignore")[:120]
+    return words.decode("utf-8", "ignore") or "picture"
 
+
+def _save(pipe: Pipeline, painted: Any, image: str | None, mask: str | None, sheet: Path | None) -> None:
+    from lcm_core.pipeline.image import save_image
+    from lcm_core.pipeline.sheets import contact_sheet
+
+    kept, labels = [], []
     for picture, settings, path in painted:
         save_image(picture, path, pipe.describe(settings, image, mask).said)
+        if sheet is not None:
+            kept.append(picture)
+            labels.append(f"{settings.seed}: {settings.prompt}")
+    if sheet is not None:
+        save_image(contact_sheet(kept, labels), sheet)
 
 
 def _warn(pipe: Pipeline, settings: Settings) -> None:
@@ -171,11 +240,11 @@ def _warn(pipe: Pipeline, settings: Settings) -> None:
 
 
 def _summary(
-    pipe: Pipeline, settings: Settings, seeds: range, paths: list[Path], load_seconds: float, seconds: float
+    pipe: Pipeline, settings: Settings, seeds: Sequence[int], paths: list[Path], load_seconds: float, seconds: float
 ) -> str:
     many = len(paths) > 1
     where = f"{paths[0]} to {paths[-1].name}" if many else str(paths[0])
-    seed = f"seeds {seeds[0]} to {seeds[-1]}" if many else f"seed {settings.seed}"
+    seed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     return (
         f"{where}: model {pipe.model.title}, {plural(settings.num_inference_steps, 'step')}, guidance "
         f"{settings.guidance_scale:g}, {seed}; loaded in {load_seconds:.1f} s, painted in {seconds:.2f} s"

@@ -29,6 +29,7 @@ from lcm_core.diffusion.samplers import (
 )
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS
+from lcm_core.pipeline.image import to_pil
 from lcm_core.pipeline.model import Model
 from lcm_core.pipeline.prompts import StepSource, guided_by_steps, mix_sources
 from lcm_core.pipeline.settings import Settings, check_size
@@ -43,6 +44,10 @@ _SAMPLERS = {
     "dpmpp_2m": sample_dpmpp_2m,
     "dpm_2m": sample_dpm_2m,
 }
+
+
+class Stopped(Exception):
+    """A callback asked to paint no further."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,20 @@ def paint(model: Model, inputs: Inputs, settings: Settings, callback: Callback |
 
     Raises:
         InputError: the network gave NaN or infinity.
+        Stopped: the callback returned False.
     """
+    latents = paint_latents(model, inputs, settings, callback)
+    images = model.vae.decode(latents)
+    _check_finite(images, model)
+    if inputs.mask is not None and inputs.pixels is not None:
+        # Coding and decoding blurs; what was to be kept is taken from the original.
+        images = torch.lerp(inputs.pixels, images, inputs.mask)
+    return images
+
+
+@torch.inference_mode()
+def paint_latents(model: Model, inputs: Inputs, settings: Settings, callback: Callback | None = None) -> Tensor:
+    """The latents (B, C, h, w) of pictures; errors as of `paint`."""
     first, *second = plan_passes(model, settings)
     noise, later_noise = inputs.noise(first.shape)
     latents = _sample(model, inputs, settings, first, noise, later_noise, inputs.x0, callback)
@@ -137,12 +155,7 @@ def paint(model: Model, inputs: Inputs, settings: Settings, callback: Callback |
         noise = later_noise(run.sigmas[:1], run.sigmas[:1])
         latents = _sample(model, inputs, settings, run, noise, later_noise, x0, callback, earlier)
     _check_finite(latents, model)
-    images = model.vae.decode(latents)
-    _check_finite(images, model)
-    if inputs.mask is not None and inputs.pixels is not None:
-        # Coding and decoding blurs; what was to be kept is taken from the original.
-        images = torch.lerp(inputs.pixels, images, inputs.mask)
-    return images
+    return latents
 
 
 def _resized(latents: Tensor, shape: Sequence[int], mode: str) -> Tensor:
@@ -181,8 +194,11 @@ def _sample(
         guided = inpaint(guided, x0, mask, noise, process)
 
     def report(info: dict[str, Any]) -> None:
-        if callback is not None:
-            callback(info | {"pictures": len(noise)})
+        if callback is None:
+            return
+        more = {"pictures": len(noise), "preview": lambda: to_pil(model.vae.decode(info["denoised"]))}
+        if callback(info | more) is False:
+            raise Stopped
 
     options: dict[str, Any] = {
         "noise_sampler": later_noise,

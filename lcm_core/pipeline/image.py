@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
@@ -57,7 +57,7 @@ def to_pil(images: Tensor) -> list[Image]:
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def load_image(source: str | os.PathLike[str] | Image, size: tuple[int, int] | None = None) -> Tensor:
+def load_image(source: Any, size: tuple[int, int] | None = None) -> Tensor:
     """A file or picture to (1, 3, H, W) in [-1, 1]: EXIF orientation applied, transparency laid on white.
 
     `size` is (width, height); the picture is scaled to cover it and cropped about its centre.
@@ -68,7 +68,7 @@ def load_image(source: str | os.PathLike[str] | Image, size: tuple[int, int] | N
     return _to_tensor(_fit(_flatten(open_image(source), "white"), size)) * 2 - 1
 
 
-def load_mask(source: str | os.PathLike[str] | Image, size: tuple[int, int] | None = None) -> Tensor:
+def load_mask(source: Any, size: tuple[int, int] | None = None) -> Tensor:
     """A file or picture to a mask (1, 1, H, W) in [0, 1]: white is painted anew, black (or transparent) is kept.
 
     Raises:
@@ -77,8 +77,13 @@ def load_mask(source: str | os.PathLike[str] | Image, size: tuple[int, int] | No
     return _to_tensor(_fit(_flatten(open_image(source), "black").convert("L"), size))
 
 
-def open_image(source: str | os.PathLike[str] | Image | BinaryIO, most_pixels: int = _MOST_PIXELS) -> Image:
+def open_image(source: Any, most_pixels: int = _MOST_PIXELS) -> Image:
     """Open and fully decode a picture, turned as its EXIF orientation says.
+
+    Args:
+        source: a path, an open stream, a Pillow picture, an array (H, W) or (H, W, 3), or a tensor (3, H, W), the last
+            two also in a batch of one; whole numbers are 0 to 255, fractions 0 to 1.
+        most_pixels: of a file.
 
     Raises:
         InputError: the file is missing, is no picture, or has more than `most_pixels`.
@@ -87,6 +92,10 @@ def open_image(source: str | os.PathLike[str] | Image | BinaryIO, most_pixels: i
 
     if isinstance(source, Image.Image):
         return source
+    if hasattr(source, "shape") and hasattr(source, "dtype"):
+        from lcm_core.pipeline.arrays import from_array
+
+        return from_array(source)
     Image.init()
     try:
         # bytes that are in memory already come as an open stream
@@ -245,8 +254,8 @@ def labelled_grid(
     heights = [max(image.height for image in row) for row in rows]
     font: Any = ImageFont.load_default(max(12, min(width // 10, 28)))
     total = len(column_labels) * (width + gap) + gap
-    heads = [_wrap(label, font, width) for label in column_labels]
-    titles = [_wrap(label, font, total - 2 * gap) for label in row_labels]
+    heads = [wrap_text(label, font, width) for label in column_labels]
+    titles = [wrap_text(label, font, total - 2 * gap) for label in row_labels]
     line = int(sum(font.getmetrics()) * 1.15)
     head = max(len(lines) for lines in heads) * line + gap
     bands = [len(lines) * line + gap // 2 for lines in titles]
@@ -263,7 +272,7 @@ def labelled_grid(
     return sheet
 
 
-def _wrap(text: str, font: Any, width: int) -> list[str]:
+def wrap_text(text: str, font: Any, width: int) -> list[str]:
     """Break `text` at spaces into lines no wider than `width` pixels."""
     lines: list[str] = []
     for word in text.split():

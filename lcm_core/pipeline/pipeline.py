@@ -17,7 +17,8 @@ from lcm_core.diffusion.interpolation import plan_frames
 from lcm_core.diffusion.samplers import Callback
 from lcm_core.errors import InputError
 from lcm_core.networks.prompt import split_parts
-from lcm_core.pipeline.generate import Inputs, mix_inputs, noise_source, paint, plan_passes
+from lcm_core.pipeline.calls import OUTPUT_TYPES, Generators, OutputType, Result, as_output, pair_up, seeds_of, whole
+from lcm_core.pipeline.generate import Inputs, Stopped, mix_inputs, noise_source, paint, paint_latents, plan_passes
 from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
 from lcm_core.pipeline.options import PictureOptions
@@ -25,19 +26,12 @@ from lcm_core.pipeline.prompts import encode_prompts
 from lcm_core.pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy
     from PIL.Image import Image
 
-    ImageInput = str | os.PathLike[str] | Image
+    ImageInput = str | os.PathLike[str] | Image | numpy.ndarray | torch.Tensor
 
 DEFAULT_STRENGTH = 0.6
-
-
-@dataclass(frozen=True)
-class Result:
-    """Pictures, and for each of them the settings that make it again (plain JSON values)."""
-
-    images: list[Image]
-    settings: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,9 @@ class Pipeline:
         gamma: float | None = None,
         shift: float | None = None,
         prompt_syntax: str | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        output_type: OutputType = "pil",
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Result:
@@ -124,11 +121,17 @@ class Pipeline:
 
         Args:
             prompt, seed: one, or a list; one prompt with many seeds, many prompts with one seed, or pairs.
-            image: start from this picture (path or Pillow image), noised by `strength`.
-            mask: repaint only where this picture is white.
+            image: start from this picture, noised by `strength`: a path, a Pillow picture, an array (H, W, 3) or a
+                tensor (3, H, W); whole numbers are 0 to 255, fractions 0 to 1.
+            mask: repaint only where this picture is white; as `image`, of one channel or three.
+            num_images_per_prompt: pictures of each prompt and seed, with rising seeds.
+            generator: one, or one for each picture, that the seeds are taken from; see `calls.seeds_of`.
+            output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
             batch_size: more than 1 is faster on a GPU, at the price of last bits that depend on the batch.
             callback: called in every step with the sampler's {"i", "x", "sigma", "sigma_hat", "denoised"} and with
-                "pictures", the number of pictures that the step was made for.
+                "pictures", the number of pictures that the step was made for, and "preview", a function that gives
+                these as they look now, as Pillow pictures. When it returns False, nothing more is painted; the result
+                has the pictures that are finished.
 
         Raises:
             InputError: a setting, picture or weight that cannot be used; the message says what to do.
@@ -150,9 +153,14 @@ class Pipeline:
             prompt_syntax=prompt_syntax,
         )
         base = self.resolve(options, image)
-        pictures = [replace(base, prompt=words, seed=number) for words, number in _pairs(prompt, seed)]
-        images = list(self.paint(pictures, image, mask, batch_size, callback))
-        return Result(images, [self.describe(picture, image, mask).said for picture in pictures])
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"unknown output_type {output_type!r:.40}; use {', '.join(OUTPUT_TYPES)}")
+        count = whole("num_images_per_prompt", num_images_per_prompt)
+        pairs = pair_up(prompt, seed if generator is None else seeds_of(generator), count)
+        pictures = [replace(base, prompt=words, seed=number).check() for words, number in pairs]
+        batches = list(self._batches(pictures, image, mask, batch_size, callback, output_type == "latent"))
+        done = pictures[: sum(map(len, batches))]
+        return Result(as_output(batches, output_type), [self.describe(one, image, mask).said for one in done])
 
     def resolve(self, options: PictureOptions, image: ImageInput | None = None) -> Settings:
         """Options with all that they leave open chosen by the model.
@@ -186,14 +194,34 @@ class Pipeline:
         batch_size: int = 1,
         callback: Callback | None = None,
     ) -> Iterator[Image]:
-        """Paint pictures that differ in prompt and seed alone, handing out each as soon as it is done."""
+        """Paint pictures that differ in prompt and seed alone, handing out each as soon as it is done.
+
+        Ends early when `callback` returns False; see `__call__`.
+        """
+        for batch in self._batches(pictures, image, mask, batch_size, callback):
+            yield from to_pil(batch)
+
+    def _batches(
+        self,
+        pictures: Sequence[Settings],
+        image: ImageInput | None,
+        mask: ImageInput | None,
+        batch_size: int,
+        callback: Callback | None,
+        as_latents: bool = False,
+    ) -> Iterator[torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1], or latents."""
         if mask is not None and image is None:
             raise InputError("a mask was given without an input image; add the image that it belongs to")
         if mask is not None and pictures[0].upscale > 1:
             raise InputError("upscale does not go with a mask; repaint first, then upscale the result as input image")
         for start in range(0, len(pictures), max(batch_size, 1)):
             batch = pictures[start : start + max(batch_size, 1)]
-            yield from to_pil(paint(self.model, self._inputs(batch, image, mask), batch[0], callback))
+            work = paint_latents if as_latents else paint
+            try:
+                yield work(self.model, self._inputs(batch, image, mask), batch[0], callback)
+            except Stopped:
+                return
 
     def interpolate(
         self,
@@ -224,7 +252,10 @@ class Pipeline:
         ]
         for frame in plan:
             mixed = mix_inputs(inputs[frame.start], inputs[frame.end], frame.fraction, mode)
-            yield from to_pil(paint(self.model, mixed, base, callback))
+            try:
+                yield from to_pil(paint(self.model, mixed, base, callback))
+            except Stopped:
+                return
 
     def count_steps(self, settings: Settings) -> int:
         """Steps of the sampler that one picture takes, in all passes."""
@@ -263,14 +294,3 @@ class Pipeline:
             pixels=pixels,
             mask=None if mask is None else load_mask(mask, size).to(model.device),
         )
-
-
-def _pairs(prompt: str | Sequence[str], seed: int | Sequence[int]) -> list[tuple[str, int]]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    count = max(len(prompts), len(seeds))
-    if not prompts or not seeds or len(prompts) not in (1, count) or len(seeds) not in (1, count):
-        raise InputError(
-            f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up; give one of either, or as many"
-        )
-    return list(zip(prompts * (count // len(prompts)), seeds * (count // len(seeds)), strict=True))

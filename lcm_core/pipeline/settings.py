@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 from lcm_core.errors import InputError
@@ -55,6 +56,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         # Equal settings must be written as equal JSON: 8 and 8.0 would not be.
+        for name in ("num_inference_steps", "seed", "width", "height", "original_steps"):
+            if hasattr(number := getattr(self, name), "__index__"):  # of numpy, say
+                object.__setattr__(self, name, operator.index(number))
         for name in ("guidance_scale", "gamma", "strength", "upscale", "upscale_strength"):
             try:
                 number = float(getattr(self, name))

@@ -42,10 +42,6 @@ class Painted:
     settings: dict[str, Any]
 
 
-class _Stopped(Exception):
-    """Ends the sampler between two steps."""
-
-
 class Job:
     """A request that waits or is being painted."""
 
@@ -61,11 +57,10 @@ class Job:
         """Paint no further than to the end of this step. What is finished remains."""
         self.stopped.set()
 
-    def step(self, info: Mapping[str, Any]) -> None:
-        """The pipeline's callback."""
+    def step(self, info: Mapping[str, Any]) -> bool:
+        """The pipeline's callback: whether to go on."""
         self.steps_done += 1
-        if self.stopped.is_set():
-            raise _Stopped
+        return not self.stopped.is_set()
 
 
 class Painter:
@@ -115,8 +110,6 @@ class Painter:
         try:
             if not job.stopped.is_set():
                 self._paint(job, done)
-        except _Stopped:
-            pass
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -138,6 +131,6 @@ class Painter:
         pictures = [replace(base, prompt=request.prompt, seed=seed).check() for seed in seeds]
         job.steps = pipe.count_steps(base) * len(pictures)
         painted = pipe.paint(pictures, request.image, request.mask, callback=job.step)
-        for settings, image in zip(pictures, painted, strict=True):
+        for settings, image in zip(pictures, painted, strict=False):  # fewer are painted when it is stopped
             described = pipe.describe(settings).said
             done.append(Painted(encode_image(image, ".png", described), described))

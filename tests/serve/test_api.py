@@ -225,9 +225,9 @@ class _Slow:
         return getattr(self._pipe, name)
 
     def paint(self, *args: Any, callback: Any, **options: Any) -> Any:
-        def step(info: Any) -> None:
+        def step(info: Any) -> Any:
             self.go.wait(60)
-            callback(info)
+            return callback(info)
 
         return self._pipe.paint(*args, callback=step, **options)
 

@@ -152,8 +152,11 @@ def test_info_knows_checkpoints_loras_and_folders(emoji: str, capsys: pytest.Cap
 
 
 def test_a_prompt_too_long_is_a_note_not_a_failure(emoji: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Words are left out, with a note, of plain prompts alone."""
     argv = ["generate", "a cat with a hat " * 10, "--model", emoji, "--steps", "1", "--output", "a.png", *CPU]
     assert main(argv) == 0
+    assert "note: " not in capsys.readouterr().err
+    assert main([*argv, "--prompt-syntax", "plain"]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert "75 tokens" in notes[0]
