@@ -26,12 +26,13 @@ class Denoiser:
         return self._predict(x, sigma, extra_args)[0].to(x.dtype)
 
     def _predict(self, x: Tensor, sigma: Tensor, extra_args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        process, sigma = self.diffusion.process, sigma.expand(x.shape[0])
+        process = self.diffusion.process
+        if sigma.shape != x.shape[:1]:
+            sigma = sigma.expand(x.shape[0])
         timesteps = process.sigma_to_t(sigma)
-        level = per_sample(sigma, x)
-        a, b = process.network_scales(level)
+        a, b = process.network_scales(per_sample(sigma, x))
         x_t = x if process.reaches_pure_noise else x * a  # a sampler's x is x0 + sigma eps there
-        output = self.network(x_t.to(x.dtype), timesteps, **extra_args)
+        output = self.network(x_t if x_t.dtype == x.dtype else x_t.to(x.dtype), timesteps, **extra_args)
         return to_x0(output, x_t, a, b, self.diffusion.prediction_type), x_t, timesteps
 
 
@@ -41,4 +42,5 @@ class ConsistencyDenoiser(Denoiser):
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """f(x, sigma), like x."""
         x0, x_t, timesteps = self._predict(x, sigma, extra_args)
-        return self.diffusion.bounded(x0, x_t, timesteps).to(x.dtype)
+        f = self.diffusion.bounded(x0, x_t, timesteps)
+        return f if f.dtype == x.dtype else f.to(x.dtype)

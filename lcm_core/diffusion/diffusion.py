@@ -121,7 +121,7 @@ def boundary_scalings(
     arXiv 2310.04378 Sec. 4.1 and App. C: c_skip = sd^2 / ((s t)^2 + sd^2), c_out = s t / sqrt((s t)^2 + sd^2).
     """
     scaled = timesteps * timestep_scaling
-    norm = scaled * scaled + sigma_data**2
+    norm = (scaled * scaled).add_(sigma_data**2)
     return sigma_data**2 / norm, scaled / norm.sqrt()
 
 
@@ -131,7 +131,7 @@ def to_x0(output: Tensor, x_t: Tensor, a: Tensor, b: Tensor, prediction_type: st
     epsilon: (x_t - b out) / a; v_prediction: a x_t - b out (arXiv 2202.00512 App. D); sample: out; flow: x_t - b out.
     """
     if prediction_type == "epsilon":
-        return (x_t - b * output) / a
+        return (x_t - b * output).div_(a)
     if prediction_type == "v_prediction":
         return a * x_t - b * output
     return output if prediction_type == "sample" else x_t - b * output
@@ -151,4 +151,4 @@ def to_eps(output: Tensor, x_t: Tensor, a: Tensor, b: Tensor, prediction_type: s
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """Values (B,), or one for all, as (B, 1, ...), to go with samples (B, ...)."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
+    return values.reshape((-1,) + (1,) * (x.ndim - 1))

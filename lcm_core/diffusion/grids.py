@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.process import Process, RectifiedFlow, VariancePreserving
+from lcm_core.diffusion.process import Process, RectifiedFlow, VariancePreserving, stable_diffusion
 from lcm_core.errors import InputError
 
 
@@ -28,7 +28,7 @@ def get_timesteps_lcm(
     Raises:
         InputError: a number out of its range, or fewer grid points left by `strength` than steps.
     """
-    process = process or VariancePreserving()
+    process = process or stable_diffusion()
     _check_steps(num_inference_steps)
     _check_strength(strength)
     if not 1 <= original_steps <= process.num_train_timesteps:

@@ -29,7 +29,7 @@ def guidance_embedding(w: Tensor, embedding_dim: int = 256, dtype: torch.dtype =
     rate = torch.exp(torch.arange(half, dtype=dtype, device=w.device) * -(math.log(10000.0) / (half - 1)))
     phase = (w * 1000.0).to(dtype)[:, None] * rate[None, :]  # (B, half)
     embedding = torch.cat([phase.sin(), phase.cos()], dim=1)
-    return functional.pad(embedding, (0, embedding_dim % 2))
+    return functional.pad(embedding, (0, 1)) if embedding_dim % 2 else embedding
 
 
 def guidance_bias(guidance_scale: float, cond_proj: Tensor, linear_1: Tensor) -> Tensor:
@@ -89,7 +89,8 @@ def _embedded(model: Model, cond: dict[str, Any], guidance_scale: float | Tensor
     embedding = guidance_embedding(w, embedding_dim)  # (1 or B, embedding_dim)
 
     def guided(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        return model(x, sigma, timestep_cond=embedding.expand(x.shape[0], -1), **cond, **extra_args)
+        each = embedding if len(embedding) == len(x) else embedding.expand(len(x), -1)
+        return model(x, sigma, timestep_cond=each, **cond, **extra_args)
 
     return guided
 

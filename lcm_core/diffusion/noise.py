@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lcm_core.diffusion.process import Process, VariancePreserving
+from lcm_core.diffusion.process import Process, stable_diffusion
 from lcm_core.errors import InputError
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ def initial_latents(
     From nothing: noise * sqrt(1 + sigma^2), the unit-variance start of variance-preserving samplers such as diffusers';
     sigma * noise on a flow. From an image's latents: a x0 + b noise, at the sampler's scale.
     """
-    process, level = process or VariancePreserving(), torch.as_tensor(sigma, dtype=torch.float64)
+    process, level = process or stable_diffusion(), torch.as_tensor(sigma, dtype=torch.float64)
     if x0 is None:
         return noise * float(process.initial_scale(level))
     a, b = process.scales(level)
@@ -79,6 +79,8 @@ def _generator(seed: int) -> torch.Generator:
 def _draw(
     generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    noise = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+    noise = torch.empty(len(generators), *shape)
+    for sample, generator in zip(noise, generators, strict=True):
+        sample.normal_(generator=generator)
     # A blocking copy to the GPU would wait for all work queued there.
     return noise.to(device, dtype, non_blocking=device.type == "cuda")

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ ZERO_SNR_ABAR = 4.8973451890853435e-08
 # Timesteps are rounded to this fraction of one: float32 sigmas give them to about 1e-4 only, and a network asked at
 # 998.9999 would not answer quite as it does at 999.
 _PARTS = 512
+Tables = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class VariancePreserving:
     """
 
     alphas_cumprod: Tensor = field(default_factory=get_alphas_cumprod)  # (T,)
-    _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
     reaches_pure_noise: bool = field(init=False)
     """Whether the last timestep carries no signal at all: a = 0."""
@@ -89,7 +91,7 @@ class VariancePreserving:
         """(a, b) at timesteps t, whole or fractional, each of t's shape, in t's precision but at least float32."""
         if t.is_floating_point():
             return self.network_scales(self.t_to_sigma(t))
-        a, b = self._coefficients(t.device)
+        a, b = self._coefficients(t.device)  # (T,) each
         return a[t], b[t]
 
     def scales(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +102,7 @@ class VariancePreserving:
 
     def network_scales(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of what the network sees at noise levels sigma, each of sigma's shape."""
-        a = torch.rsqrt(sigma * sigma + 1)
+        a = (sigma * sigma).add_(1).rsqrt_()
         b = sigma * a
         return a, (torch.where(sigma.isinf(), 1.0, b) if self.reaches_pure_noise else b)
 
@@ -115,17 +117,16 @@ class VariancePreserving:
         last timestep (0 and inf included). Nothing is read back from the device.
         """
         sigma = sigma if sigma.dtype == torch.float64 else sigma.float()
-        log_sigmas = self._log_sigmas(sigma.device, sigma.dtype)
+        inner, floors, gaps = self._intervals(sigma.device, sigma.dtype)
         log_sigma = sigma.log()
-        low = torch.searchsorted(log_sigmas[1:-1], log_sigma, right=True)  # 0..T-2, so that low + 1 exists
-        floor = torch.take(log_sigmas, low)
-        fraction = (log_sigma - floor) / (torch.take(log_sigmas, low + 1) - floor)
-        return ((low + fraction.clamp(0, 1)) * _PARTS).round() / _PARTS
+        low = torch.searchsorted(inner, log_sigma, right=True)  # 0..T-2
+        parts = (log_sigma - torch.take(floors, low)).div_(torch.take(gaps, low)).clamp_(0, _PARTS)
+        return parts.add_(low, alpha=_PARTS).round_().div_(_PARTS)
 
     def t_to_sigma(self, t: Tensor) -> Tensor:
         """Sigmas of timesteps `t` (whole or fractional, in 0..T-1), same shape and device; float32, float64 if t is."""
         dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
-        log_sigmas = self._log_sigmas(t.device, dtype)
+        (log_sigmas,) = self._log_sigmas(t.device, dtype)
         low = t.floor().long().clamp(0, len(log_sigmas) - 2)
         sigma = torch.lerp(torch.take(log_sigmas, low), torch.take(log_sigmas, low + 1), (t - low).to(dtype)).exp()
         return torch.where(t >= len(log_sigmas) - 1, torch.inf, sigma) if self.reaches_pure_noise else sigma
@@ -174,21 +175,25 @@ class VariancePreserving:
         """What the last step of TCD, which lands at sigma above 0, is multiplied by: diffusers takes it for clean."""
         return self.network_scales(sigma)[0] / self.scales(sigma)[0]
 
-    def _coefficients(self, device: torch.device) -> Tensor:
-        """(2, T): a and b of every timestep."""
+    def _coefficients(self, device: torch.device) -> tuple[Tensor, ...]:
+        """a and b of every timestep, each (T,)."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        return self._on(
-            device, dtype, "coefficients", lambda: torch.stack([self.alphas_cumprod, 1 - self.alphas_cumprod]).sqrt()
-        )
+        abar = self.alphas_cumprod
+        return self._on(device, dtype, "coefficients", lambda: (abar.sqrt(), (1 - abar).sqrt()))
 
-    def _log_sigmas(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _log_sigmas(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(T,) finite: only what lies between the last two timesteps depends on what stands for an infinite one."""
-        return self._on(device, dtype, "log_sigmas", lambda: self.sigmas.clamp(max=self._highest).log())
+        return self._on(device, dtype, "log_sigmas", lambda: (self.sigmas.clamp(max=self._highest).log(),))
 
-    def _on(self, device: torch.device, dtype: torch.dtype, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def _intervals(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Inner edges of the intervals between log sigmas (T - 2,), where each begins, its length in parts (T - 1,)."""
+        (edges,) = self._log_sigmas(device, dtype)
+        return self._on(device, dtype, "intervals", lambda: (edges[1:-1], edges[:-1], edges.diff() / _PARTS))
+
+    def _on(self, device: torch.device, dtype: torch.dtype, name: str, make: Tables) -> tuple[Tensor, ...]:
         # Moved once per device: a copy inside every step would wait for the device.
         if (name, device, dtype) not in self._tables:
-            self._tables[name, device, dtype] = make().to(device, dtype)
+            self._tables[name, device, dtype] = tuple(table.to(device, dtype) for table in make())
         return self._tables[name, device, dtype]
 
 
@@ -281,6 +286,12 @@ class RectifiedFlow:
 
 
 Process = VariancePreserving | RectifiedFlow
+
+
+@cache
+def stable_diffusion() -> VariancePreserving:
+    """What stands for a process that is not given, made once."""
+    return VariancePreserving()
 
 
 def abar_from_sigma(sigma: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcm_core.diffusion.guidance import Model
 from lcm_core.diffusion.noise import NoiseSampler, initial_latents, initial_noise, seeded_noise_sampler
-from lcm_core.diffusion.process import Process, VariancePreserving
+from lcm_core.diffusion.process import Process, stable_diffusion
 from lcm_core.errors import InputError
 
 __all__ = [
@@ -103,7 +103,7 @@ def sample_tcd(
     """
     if not 0 <= gamma <= 1:
         raise InputError(f"gamma={gamma} is outside [0, 1]; use 0 for deterministic, 0.3 as a start")
-    steps = _tcd_steps(sigmas, gamma, process or VariancePreserving())
+    steps = _tcd_steps(sigmas, gamma, process or stable_diffusion())
     return _run(steps, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
@@ -185,7 +185,7 @@ def inpaint(model: Model, x0_latents: Tensor, mask: Tensor, noise: Tensor, proce
     Args:
         x0_latents, noise: (B, C, H, W); mask: (B or 1, 1, H, W) in [0, 1], fractions blend.
     """
-    keep, scales = 1 - mask, (process or VariancePreserving()).scales
+    keep, scales = 1 - mask, (process or stable_diffusion()).scales
 
     def inpainted(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         a, b = scales(sigma.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)))
@@ -206,7 +206,7 @@ def _levels(sigmas: Tensor) -> list[float]:
 def _scales(sigmas: Tensor, process: Process | None) -> list[tuple[float, float]]:
     """(a, b) of x at each of the N + 1 noise levels."""
     _levels(sigmas)
-    a, b = (process or VariancePreserving()).scales(sigmas.cpu().double())
+    a, b = (process or stable_diffusion()).scales(sigmas.cpu().double())
     return list(zip(a.tolist(), b.tolist(), strict=True))
 
 
@@ -256,16 +256,16 @@ def _run(
     # Half precision would blur the timestep, and float64 is not to be had on every device.
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     levels = sigmas.to(x.device, precision)
-    per_sample = levels[:, None].repeat(1, x.shape[0]).unbind()  # N + 1 of (B,)
+    per_sample, scalars = levels[:, None].repeat(1, x.shape[0]).unbind(), levels.unbind()  # N + 1 of (B,) and of ()
     last: tuple[Tensor, Tensor] | None = None  # x and denoised
     for i in _progress(len(steps), disable):
         denoised = model(x, per_sample[i], **extra_args)
         if callback is not None:
-            callback({"i": i, "x": x, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
+            callback({"i": i, "x": x, "sigma": scalars[i], "sigma_hat": scalars[i], "denoised": denoised})
         step = steps[i]
         noise = None
         if step.noise_scale:
-            noise = noise_sampler(levels[i], levels[i + 1]) if noise_sampler else torch.randn_like(x)
+            noise = noise_sampler(scalars[i], scalars[i + 1]) if noise_sampler else torch.randn_like(x)
         x, last = _combine(step, x, denoised, noise, last), (x, denoised)
     return x
 
