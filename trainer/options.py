@@ -286,7 +286,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return tuple(value)
         raise InputError(f"{where} = {value!r} must be a list of texts")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise InputError(f"{where} = {str(value)[:20]}... is too large for a number") from error
     if type(value) is not kind:
         raise InputError(f"{where} = {value!r} must be {_WORDS[kind]}")
     return value

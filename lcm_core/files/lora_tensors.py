@@ -140,6 +140,8 @@ def _check_tensor(key: str, role: str, tensor: Tensor) -> None:
         )
     if role == "alpha" and tensor.numel() != 1:
         raise InputError(f"its '{key}' has shape {tuple(tensor.shape)} instead of one number; get the file again")
+    if role != "alpha" and tensor.ndim == 0:
+        raise InputError(f"its tensor '{key}' is a single number; get the file again")
     if tensor.numel() == 0:
         raise InputError(f"its tensor '{key}' of shape {tuple(tensor.shape)} is empty (rank 0?); get the file again")
     # a float8 tensor cannot be summed as it is

@@ -195,6 +195,8 @@ def _checked(files: Mapping[str, str], source: Path) -> dict[str, str]:
         content = parse_json(files[name], f"{name} of {source}")
         if name == "vocab.json" and not all(type(number) is int and 0 <= number < 2**31 for number in content.values()):
             raise InputError(f"{source} holds no usable CLIP tokenizer (a word without number); get its files again")
+        if name == "tokenizer_config.json" and type(content.get("model_max_length", 77)) not in (int, float):
+            raise InputError(f"{source} holds no usable CLIP tokenizer (its length is no number); get its files again")
         if name == "tokenizer_config.json":  # it may name files of its own, anywhere on the disk
             own = {key: value for key, value in content.items() if not key.endswith("_file") and key != "auto_map"}
             ready[name] = files[name] if own == content else json.dumps(own)

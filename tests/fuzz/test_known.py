@@ -77,6 +77,12 @@ def test_configuration_of_a_folder(worker: Worker, tiny_models: Path, name: str)
     assert worker.faults(_with(tiny_models, f"{part}/config.json", dump({**config, **changes}))) == []
 
 
+def test_length_of_a_tokenizer_that_is_no_number(worker: Worker, tiny_models: Path) -> None:
+    config = json.loads((tiny_models / "plain/tokenizer/tokenizer_config.json").read_text())
+    content = dump({**config, "model_max_length": [77]})
+    assert worker.faults(_with(tiny_models, "tokenizer/tokenizer_config.json", content)) == []
+
+
 @pytest.mark.parametrize(
     "content", [Path("/dev/zero"), FIFO, b'{"weight_map": 5}', b"{}"], ids=["zero", "fifo", "5", "no"]
 )
@@ -124,6 +130,8 @@ LORAS: dict[str, tuple[Changes, dict[str, str]]] = {
     "two alphas": ({"alpha": torch.ones(2)}, {}),
     "int8": ({"dtype": torch.int8}, {}),
     "bool": ({"dtype": torch.bool}, {}),
+    "a half without dimensions": ({"half": torch.tensor(1.0)}, {}),
+    "norms without dimensions": ({"norms": torch.tensor(1.0)}, {}),
     "metadata that is no JSON": ({}, {"lora_adapter_metadata": "{"}),
     "metadata that is no object": ({}, {"lora_adapter_metadata": "[]"}),
     "metadata nested too deep": ({}, {"lora_adapter_metadata": "[" * 100_000}),
@@ -139,6 +147,10 @@ def test_lora(worker: Worker, tiny_models: Path, name: str, command: str) -> Non
     module, down, up = KEYS[1]
     rank, dtype = odd.get("rank", 4), odd.get("dtype", torch.float32)
     tensors = {module + down: torch.ones(rank, 64, dtype=dtype), module + up: torch.ones(64, rank, dtype=dtype)}
+    if "half" in odd:
+        tensors[module + down] = odd["half"]
+    if "norms" in odd:
+        tensors[module + ".dora_scale"] = odd["norms"]
     if "alpha" in odd:
         tensors[module + ".alpha"] = odd["alpha"]
     paint = ("generate", "a cat", "--model", str(tiny_models / "plain"), "--lora", "INPUTS/a.safetensors", *QUICK)
