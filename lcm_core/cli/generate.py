@@ -39,6 +39,8 @@ def add_to(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("prompt", nargs="?", help="what to paint, in quotes")
+    parser.add_argument("--second-prompt", help="mix the prompt with this one, by --blend")
+    parser.add_argument("--blend", type=float, metavar="SHARE", help="0 is the prompt alone, 1 the second one")
     parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (plain models, guidance above 1)")
     parser.add_argument(
         "--steps", dest="num_inference_steps", type=int, metavar="N", help="calls of the network (default 4)"

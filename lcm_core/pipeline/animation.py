@@ -32,10 +32,8 @@ def save_animation(frames: Sequence[Image], path: str | os.PathLike[str], fps: f
     """
     check_animation(path, fps)
     suffix = Path(path).suffix.lower()
-    if suffix == ".gif":
-        write_bytes(path, _encode_gif(frames, fps, loop))
-    elif suffix == ".webp":
-        write_bytes(path, _encode_webp(frames, fps, loop))
+    if suffix in (".gif", ".webp"):
+        write_bytes(path, encode_animation(frames, suffix, fps, loop))
     elif suffix == ".mp4":
         with atomic_write(path) as temporary:
             _write_mp4(frames, temporary, fps)
@@ -43,6 +41,11 @@ def save_animation(frames: Sequence[Image], path: str | os.PathLike[str], fps: f
         with new_folder(path) as folder:
             for index, frame in enumerate(frames):
                 save_image(frame, folder / f"frame_{index:04d}.png")
+
+
+def encode_animation(frames: Sequence[Image], suffix: str, fps: float = 12, loop: bool = True) -> bytes:
+    """The bytes of a .gif or .webp that `save_animation` writes."""
+    return (_encode_gif if suffix.lower() == ".gif" else _encode_webp)(frames, fps, loop)
 
 
 def check_animation(path: str | os.PathLike[str], fps: float) -> None:

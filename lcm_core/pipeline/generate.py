@@ -29,9 +29,10 @@ from lcm_core.diffusion.samplers import (
 )
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS
-from lcm_core.pipeline.image import to_pil
-from lcm_core.pipeline.model import Model
-from lcm_core.pipeline.prompts import StepSource, guided_by_steps, mix_sources
+from lcm_core.networks.prompt import split_parts
+from lcm_core.pipeline.image import load_image, load_mask, to_pil
+from lcm_core.pipeline.model import Conditioning, Model
+from lcm_core.pipeline.prompts import StepSource, encode_prompts, guided_by_steps, mix_sources, steps_of
 from lcm_core.pipeline.settings import Settings, check_size
 
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
@@ -52,10 +53,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the pictures of one batch are made from."""
+    """What the pictures of one batch are made from. Conditioning that stays the same may be given as it is."""
 
-    cond: StepSource
-    uncond: StepSource | None
+    cond: StepSource | Conditioning
+    uncond: StepSource | Conditioning | None
     noise: NoiseSource
     x0: Tensor | None = None  # (1 or B, C, h, w) latents of the input image
     pixels: Tensor | None = None  # (1, 3, H, W) the input image itself, where a mask keeps some of it
@@ -116,11 +117,44 @@ def mix_inputs(a: Inputs, b: Inputs, fraction: float, mode: str) -> Inputs:
     def mixed(first: Tensor | None, second: Tensor | None) -> Tensor | None:
         return None if first is None or second is None else interpolate(first, second, fraction, mode)
 
+    def mixed_steps(first: StepSource | Conditioning, second: StepSource | Conditioning) -> StepSource:
+        return mix_sources(steps_of(first), steps_of(second), fraction, mode)
+
     return Inputs(
-        cond=mix_sources(a.cond, b.cond, fraction, mode),
-        uncond=None if a.uncond is None or b.uncond is None else mix_sources(a.uncond, b.uncond, fraction, mode),
+        cond=mixed_steps(a.cond, b.cond),
+        uncond=None if a.uncond is None or b.uncond is None else mixed_steps(a.uncond, b.uncond),
         noise=source,
         x0=mixed(a.x0, b.x0),
+    )
+
+
+def make_inputs(model: Model, pictures: Sequence[Settings], image: Any = None, mask: Any = None) -> Inputs:
+    """Encode all that a batch is made from.
+
+    Args:
+        model: that will paint it.
+        pictures: one for each picture; they differ in prompt and seed alone.
+        image, mask: see `Pipeline.__call__`.
+    """
+    first = pictures[0]
+    size, syntax = (first.width, first.height), first.prompt_syntax
+    prompts = [picture.prompt for picture in pictures]
+    cond = encode_prompts(model, prompts, size, syntax)
+    if first.blend:
+        second = encode_prompts(model, [first.second_prompt] * len(pictures), size, syntax)
+        cond = mix_sources(cond, second, first.blend, "slerp")
+    joins = syntax != "plain" and any(len(split_parts(prompt)) > 1 for prompt in (*prompts, first.second_prompt))
+    negative = None
+    if model.guidance_embedding_dim is None and (first.guidance_scale != 1 or joins):
+        negative = encode_prompts(model, [first.negative_prompt] * len(pictures), size, syntax, joined=False)
+    pixels = None if image is None else load_image(image, size).to(model.device)
+    return Inputs(
+        cond=cond,
+        uncond=negative,
+        noise=noise_source([picture.seed for picture in pictures], model.device),
+        x0=None if pixels is None else model.vae.encode(pixels),
+        pixels=pixels,
+        mask=None if mask is None else load_mask(mask, size).to(model.device),
     )
 
 
@@ -186,8 +220,8 @@ def _sample(
     process = run.process
     denoiser = kind(model.unet, model.diffusion)
     steps = len(run.sigmas) - 1
-    cond = inputs.cond(steps, earlier)
-    uncond = None if inputs.uncond is None else inputs.uncond(steps, earlier)
+    cond = steps_of(inputs.cond)(steps, earlier)
+    uncond = None if inputs.uncond is None else steps_of(inputs.uncond)(steps, earlier)
     guided = guided_by_steps(model, denoiser, cond, uncond, settings.guidance_scale, run.sigmas)
     if inputs.mask is not None and x0 is not None:
         mask = functional.interpolate(inputs.mask, size=run.shape[-2:], mode="area")

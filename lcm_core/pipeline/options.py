@@ -46,6 +46,8 @@ class PictureOptions:
     strength: float | None = None
     upscale: float | None = None
     upscale_strength: float | None = None
+    second_prompt: str | None = None
+    blend: float | None = None
     prompt_syntax: str | None = None
     # pictures to start from
     image: str | None = None

@@ -16,13 +16,11 @@ import torch
 from lcm_core.diffusion.interpolation import plan_frames
 from lcm_core.diffusion.samplers import Callback
 from lcm_core.errors import InputError
-from lcm_core.networks.prompt import split_parts
 from lcm_core.pipeline.calls import OUTPUT_TYPES, Generators, OutputType, Result, as_output, pair_up, seeds_of, whole
-from lcm_core.pipeline.generate import Inputs, Stopped, mix_inputs, noise_source, paint, paint_latents, plan_passes
-from lcm_core.pipeline.image import load_image, load_mask, open_image, to_pil
+from lcm_core.pipeline.generate import Stopped, make_inputs, mix_inputs, paint, paint_latents, plan_passes
+from lcm_core.pipeline.image import open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
 from lcm_core.pipeline.options import PictureOptions
-from lcm_core.pipeline.prompts import encode_prompts
 from lcm_core.pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -111,6 +109,8 @@ class Pipeline:
         gamma: float | None = None,
         shift: float | None = None,
         prompt_syntax: str | None = None,
+        second_prompt: str | None = None,
+        blend: float | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         output_type: OutputType = "pil",
@@ -151,6 +151,8 @@ class Pipeline:
             gamma=gamma,
             shift=shift,
             prompt_syntax=prompt_syntax,
+            second_prompt=second_prompt,
+            blend=blend,
         )
         base = self.resolve(options, image)
         if output_type not in OUTPUT_TYPES:
@@ -219,7 +221,7 @@ class Pipeline:
             batch = pictures[start : start + max(batch_size, 1)]
             work = paint_latents if as_latents else paint
             try:
-                yield work(self.model, self._inputs(batch, image, mask), batch[0], callback)
+                yield work(self.model, make_inputs(self.model, batch, image, mask), batch[0], callback)
             except Stopped:
                 return
 
@@ -247,7 +249,7 @@ class Pipeline:
             raise InputError("only some keyframes have an image; give one to every keyframe or to none")
         base = self.resolve(options or PictureOptions(), keyframes[0].image)
         inputs = [
-            self._inputs([replace(base, prompt=keyframe.prompt, seed=keyframe.seed)], keyframe.image)
+            make_inputs(self.model, [replace(base, prompt=keyframe.prompt, seed=keyframe.seed)], keyframe.image)
             for keyframe in keyframes
         ]
         for frame in plan:
@@ -275,22 +277,3 @@ class Pipeline:
         scale = side / (width * height) ** 0.5
         width, height = (max(round(length * scale / multiple), 1) * multiple for length in (width, height))
         return width, height
-
-    def _inputs(self, pictures: Sequence[Settings], image: ImageInput | None, mask: ImageInput | None = None) -> Inputs:
-        model, first = self.model, pictures[0]
-        size = (first.width, first.height)
-        prompts = [picture.prompt for picture in pictures]
-        joins = first.prompt_syntax != "plain" and any(len(split_parts(prompt)) > 1 for prompt in prompts)
-        negative = None
-        if model.guidance_embedding_dim is None and (first.guidance_scale != 1 or joins):
-            words = [first.negative_prompt] * len(pictures)
-            negative = encode_prompts(model, words, size, first.prompt_syntax, joined=False)
-        pixels = None if image is None else load_image(image, size).to(model.device)
-        return Inputs(
-            cond=encode_prompts(model, prompts, size, first.prompt_syntax),
-            uncond=negative,
-            noise=noise_source([picture.seed for picture in pictures], model.device),
-            x0=None if pixels is None else model.vae.encode(pixels),
-            pixels=pixels,
-            mask=None if mask is None else load_mask(mask, size).to(model.device),
-        )

@@ -64,13 +64,25 @@ def encode_prompts(
     return source
 
 
+def steps_of(cond: StepSource | Conditioning) -> StepSource:
+    """Conditioning for all steps; a source is returned as it is."""
+    if callable(cond):
+        return cond
+    step = Step((cond,), (torch.ones(1),))
+    return lambda steps, earlier: [step] * steps
+
+
 def mix_sources(a: StepSource, b: StepSource, fraction: float, mode: str) -> StepSource:
     """What is `fraction` of the way from `a` to `b`, step by step; 0 and 1 give them as they are."""
     if fraction in (0, 1):
         return b if fraction else a
-    return lambda steps, earlier: [
-        _mix(first, second, fraction, mode) for first, second in zip(a(steps, earlier), b(steps, earlier), strict=True)
-    ]
+
+    def source(steps: int, earlier: int | None) -> list[Step]:
+        pairs = list(zip(a(steps, earlier), b(steps, earlier), strict=True))
+        made = {pair: _mix(*pair, fraction, mode) for pair in dict.fromkeys(pairs)}
+        return [made[pair] for pair in pairs]
+
+    return source
 
 
 def _mix(a: Step, b: Step, fraction: float, mode: str) -> Step:

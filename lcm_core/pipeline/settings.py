@@ -51,6 +51,10 @@ class Settings:
     """Second pass: latents enlarged by this factor (1 to 4), then painted over. 1 is off."""
     upscale_strength: float = 0.5
     """`strength` of the second pass."""
+    second_prompt: str = ""
+    """What `blend` mixes `prompt` with."""
+    blend: float = 0.0
+    """Share of the way from the encoding of `prompt` to that of `second_prompt`, in [0, 1]."""
     prompt_syntax: str = "a1111"
     """One of `PROMPT_SYNTAXES`."""
 
@@ -59,7 +63,7 @@ class Settings:
         for name in ("num_inference_steps", "seed", "width", "height", "original_steps"):
             if hasattr(number := getattr(self, name), "__index__"):  # of numpy, say
                 object.__setattr__(self, name, operator.index(number))
-        for name in ("guidance_scale", "gamma", "strength", "upscale", "upscale_strength"):
+        for name in ("guidance_scale", "gamma", "strength", "upscale", "upscale_strength", "blend"):
             try:
                 number = float(getattr(self, name))
             except OverflowError:  # a whole number of hundreds of digits
@@ -76,12 +80,15 @@ class Settings:
         Raises:
             InputError: names the first setting that is wrong, and what it may be.
         """
-        for name in ("prompt", "negative_prompt"):
+        for name in ("prompt", "negative_prompt", "second_prompt"):
             check_text(name, getattr(self, name))
         if self.prompt_syntax not in PROMPT_SYNTAXES:
             raise InputError(f"unknown prompt_syntax {self.prompt_syntax!r:.40}; use {' or '.join(PROMPT_SYNTAXES)}")
+        if not 0 <= self.blend <= 1:
+            raise InputError(f"blend {self.blend} is outside [0, 1]; 0 is the prompt alone, 1 the second prompt")
         if self.prompt_syntax != "plain":
-            for text in (*(text for text, _ in split_parts(self.prompt)), self.negative_prompt):
+            parts = [*split_parts(self.prompt), *split_parts(self.second_prompt)]
+            for text in (*(text for text, _ in parts), self.negative_prompt):
                 parse_weights(texts_at_steps(text, 1)[0])
         self._check_steps()
         for name in ("strength", "upscale_strength"):

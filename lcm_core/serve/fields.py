@@ -34,6 +34,8 @@ class Limits:
     """Calls of the network for one picture."""
     pictures: int = 8
     """Pictures in one request."""
+    frames: int = 48
+    """Of a loop."""
     waiting: int = 32
     """Requests that have not been painted yet; further ones are refused."""
     live: int = 32

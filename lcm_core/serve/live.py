@@ -21,7 +21,8 @@ _TRY_AGAIN = 1013  # the websocket protocol's code for a server that has too man
 async def live(socket: WebSocket, service: Service, open_pages: set[WebSocket]) -> None:
     """Serve one page until it goes away. A message that waits is replaced by the next one: the newest wins.
 
-    Each picture is answered by a JSON text with "id" and "seconds", then the PNG; a mistake by a text with "error".
+    Each picture, of "count" where that is given, is answered by a JSON text with "id", "seconds", "seed" and "side",
+    then the PNG; "frames" by a loop as WebP; a mistake by a text with "error".
     """
     if len(open_pages) >= service.limits.live:
         await socket.close(_TRY_AGAIN)
@@ -63,7 +64,9 @@ async def _answer(socket: WebSocket, service: Service, text: str | None) -> None
         return
     for picture in painted:
         seconds = round(time.perf_counter() - start, 4)
-        await socket.send_json({"id": number, "seconds": seconds, "seed": picture.settings["seed"]})
+        said = picture.settings
+        side = max(said["width"], said["height"])
+        await socket.send_json({"id": number, "seconds": seconds, "seed": said["seed"], "side": side})
         await socket.send_bytes(picture.png)
 
 
@@ -77,6 +80,10 @@ def read_live(fields: Fields, service: Service) -> PictureRequest:
     options = read_options(fields)
     if image is not None:
         options["strength"] = fields.number("strength", 0.01, 1.0)
+    options["second_prompt"] = fields.text("second_prompt") or None
+    options["blend"] = fields.number("blend", 0, 1) if options["second_prompt"] else None
+    count = fields.whole("count", 1, fields.limits.pictures, default=1) or 1
+    frames = fields.whole("frames", 2, fields.limits.frames, default=0) or 0
     model, loras = fields.text("model") or service.shelf.usual, read_lora(fields)
     service.shelf.check(model, loras)
-    return PictureRequest(model, fields.text("prompt"), read_seed(fields), 1, loras, options, image)
+    return PictureRequest(model, fields.text("prompt"), read_seed(fields), count, loras, options, image, frames=frames)

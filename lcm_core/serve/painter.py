@@ -15,7 +15,11 @@ from lcm_core.serve.shelf import Loras, Shelf
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lcm_core.pipeline import PictureOptions, Pipeline
+    from lcm_core.pipeline.settings import Settings
+
 _SEEDS = 2**64
+_FRAMES_PER_SECOND = 12
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class PictureRequest:
     """Fields of `PictureOptions`; None leaves a choice to the model."""
     image: Image | None = None
     mask: Image | None = None
+    frames: int = 0
+    """Where not 0: of a loop to the second prompt, or to the next seed, and back, instead of pictures."""
 
 
 @dataclass(frozen=True)
 class Painted:
-    """One picture: a PNG with its settings inside, and the settings."""
+    """One picture: a PNG with its settings inside, and the settings; or a loop as an animated WebP."""
 
     png: bytes
     settings: dict[str, Any]
@@ -126,7 +132,11 @@ class Painter:
 
         request = job.request
         pipe = self.shelf.pipeline(request.model, request.loras)
-        base = pipe.resolve(PictureOptions(**request.options), request.image)
+        options = PictureOptions(**request.options)
+        base = pipe.resolve(options, request.image)
+        if request.frames:
+            done += self._travel(job, pipe, options, base)
+            return
         seeds = [(request.seed + number) % _SEEDS for number in range(request.count)]
         pictures = [replace(base, prompt=request.prompt, seed=seed).check() for seed in seeds]
         job.steps = pipe.count_steps(base) * len(pictures)
@@ -134,3 +144,22 @@ class Painter:
         for settings, image in zip(pictures, painted, strict=False):  # fewer are painted when it is stopped
             described = pipe.describe(settings).said
             done.append(Painted(encode_image(image, ".png", described), described))
+
+    def _travel(self, job: Job, pipe: Pipeline, options: PictureOptions, base: Settings) -> list[Painted]:
+        """A loop from the prompt to the second one and back, or to another seed where there is none."""
+        from dataclasses import replace
+
+        from lcm_core.pipeline import Keyframe
+        from lcm_core.pipeline.animation import encode_animation
+
+        request = job.request
+        job.steps = pipe.count_steps(base) * request.frames
+        far = Keyframe(base.second_prompt or request.prompt, request.seed + (not base.second_prompt), request.image)
+        keyframes = [Keyframe(request.prompt, request.seed, request.image), far]
+        options = replace(options, second_prompt=None, blend=None)
+        travel = pipe.interpolate(keyframes, request.frames, loop=True, callback=job.step, options=options)
+        frames = list(travel)
+        if len(frames) < request.frames:  # it was stopped
+            return []
+        described = pipe.describe(replace(base, prompt=request.prompt, seed=request.seed)).said
+        return [Painted(encode_animation(frames, ".webp", _FRAMES_PER_SECOND), described)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lcm_core.pipeline import PictureOptions, Pipeline
-from lcm_core.pipeline.generate import paint
+from lcm_core.pipeline.generate import make_inputs, paint
 from tests.flow_models import MODELS
 
 PROMPT, STEPS, SIDE = "a red apple", 3, 32
@@ -47,7 +47,7 @@ def test_a_picture_is_that_of_diffusers(model_of, family, guidance):
     pipe = Pipeline.load(folder, device="cpu", dtype="float32")
     asked = PictureOptions(sampler="euler", num_inference_steps=STEPS, guidance_scale=guidance, width=SIDE, height=SIDE)
     settings = replace(pipe.resolve(asked), prompt=PROMPT, seed=1)
-    inputs = pipe._inputs([settings], None)
+    inputs = make_inputs(pipe.model, [settings])
     ours = (paint(pipe.model, inputs, settings)[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
     asked = guidance - 1 if family == "z-image" else guidance  # its pipeline counts from 0, as papers count w
     theirs = torch.as_tensor(diffusers_picture(folder, MODELS[family][1], asked))

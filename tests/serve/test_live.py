@@ -64,6 +64,43 @@ def test_a_bad_message_ends_the_page(client: Any, text: str) -> None:
         assert receive(socket)[0]["id"] == 5
 
 
+def test_a_strip_of_seeds_is_one_picture(client: Any) -> None:
+    with client.websocket_connect(LIVE) as socket:
+        socket.send_json({**MESSAGE, "id": 1, "count": 3})
+        answers = [receive(socket) for _ in range(3)]
+        assert [header["seed"] for header, _ in answers] == [3, 4, 5]
+        socket.send_json({**MESSAGE, "id": 2, "seed": 5})
+        assert receive(socket)[1].tobytes() == answers[2][1].tobytes()
+
+
+def test_a_blend_is_one_of_its_ends(client: Any) -> None:
+    with client.websocket_connect(LIVE) as socket:
+        pixels = []
+        for number, blend in enumerate((0, 0.5, 1)):
+            socket.send_json({**MESSAGE, "id": number, "second_prompt": "a green pear", "blend": blend})
+            image = receive(socket)[1]
+            pixels.append(image.tobytes())
+            assert json.loads(image.info[SETTINGS_KEY])["blend"] == blend
+        assert len(set(pixels)) == 3
+        socket.send_json({**MESSAGE, "id": 4, "prompt": "a green pear"})
+        assert receive(socket)[1].tobytes() == pixels[2]
+
+
+def test_a_loop_does_not_move(client: Any) -> None:
+    with client.websocket_connect(LIVE) as socket:
+        for number, more in enumerate(({}, {"second_prompt": "a green pear"})):
+            socket.send_json({**MESSAGE, "id": number, "frames": 4, **more})
+            header, loop = receive(socket)
+            assert (header["seed"], loop.format, loop.n_frames, loop.info["loop"]) == (3, "WEBP", 4, 0)
+            frames = []
+            for place in range(4):
+                loop.seek(place)
+                frames.append(loop.convert("RGB").tobytes())
+            assert len(set(frames)) == 3  # the way back passes the way out
+        socket.send_json({**MESSAGE, "frames": 1})
+        assert "frames is 1; give a whole number from 2" in socket.receive_json()["error"]
+
+
 def test_a_page_that_goes_away_leaves_its_work(client: Any, service: Any) -> None:
     for _ in range(3):
         with client.websocket_connect(LIVE) as socket:

@@ -160,6 +160,29 @@ def test_the_download_has_no_settings(page: Any, tmp_path: Path) -> None:
     assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a green pear", 7, 1)
 
 
+def test_seeds_blend_and_loop_show_nothing(page: Any, tmp_path: Path) -> None:
+    settle(page)
+    page.click("#seeds")
+    page.wait_for_selector("#strip button:nth-child(6)")
+    before = pixels(page)
+    page.click("#strip button:nth-child(2)")
+    settle(page)
+    assert pixels(page) != before
+    page.fill("#second_prompt", "a green pear")
+    page.locator("#blend").fill("1")
+    settle(page)
+    red, green, _ = colour(page, (24, 24, 40, 40))
+    assert green > red
+    page.click("#travel")
+    page.wait_for_selector("#loop:not([hidden]) img")
+    with page.expect_download() as download:
+        page.click("#loop a")
+    download.value.save_as(tmp_path / "loop.webp")
+    with Image.open(tmp_path / "loop.webp") as loop:
+        assert loop.n_frames > 10
+    page.screenshot(path=tmp_path / "seeds.png", full_page=True)
+
+
 def test_keys_and_touch_draw_nothing(page: Any) -> None:
     def drawn() -> str:
         return str(page.evaluate("document.getElementById('canvas').toDataURL()"))

@@ -8,10 +8,15 @@ const small = document.createElement("canvas"); // what is sent: the model needs
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const SIDE = 512;
 const SMALL = 256;
+const PAUSE = 50; // milliseconds between messages: more of them than pictures would only take time from the painting
 const FRESH = 3000; // milliseconds over which pictures per second are counted
 const COLOURS = ["#d92b2b", "#f08c1a", "#f7d23e", "#3f9b43", "#2d6cdf", "#7a3fb0", "#6b4423", "#1d1d1f", "#ffffff"];
-const SETTINGS = ["prompt", "negative_prompt", "strength", "steps", "guidance", "seed", "model", "lora", "lora_strength"];
-const NUMBERS = new Set(["strength", "steps", "guidance", "seed", "lora_strength"]);
+const STRIP = 6; // other seeds
+const FRAMES = 24; // of a loop
+const SETTINGS = [
+  "prompt", "second_prompt", "blend", "negative_prompt", "strength", "steps", "guidance", "seed", "model", "lora", "lora_strength",
+];
+const NUMBERS = new Set(["blend", "strength", "steps", "guidance", "seed", "lora_strength"]);
 
 let socket = null;
 let drawn = false; // an empty canvas is not sent: the picture then comes from the prompt alone
@@ -21,6 +26,8 @@ let undo = [];
 let choices = { models: [] };
 let dirty = false;
 let frame = 0;
+let wanted = SMALL; // side of the drawing that is sent
+let sent = -PAUSE; // when the last message went out
 let number = 0; // of the last change
 let since = new Map(); // number of a change -> when it was made
 let shown = []; // when pictures were shown
@@ -28,10 +35,15 @@ let header = null;
 
 // --- talking to the server -----------------------------------------------------------------------------------------
 
-function connect() {
+function openSocket() {
   const scheme = location.protocol === "https:" ? "wss" : "ws";
-  socket = new WebSocket(`${scheme}://${location.host}/live${token ? `?token=${encodeURIComponent(token)}` : ""}`);
-  socket.binaryType = "blob";
+  const opened = new WebSocket(`${scheme}://${location.host}/live${token ? `?token=${encodeURIComponent(token)}` : ""}`);
+  opened.binaryType = "blob";
+  return opened;
+}
+
+function connect() {
+  socket = openSocket();
   socket.onopen = () => { say("ready"); changed(); };
   socket.onclose = () => { say("the server is away; trying again", true); since.clear(); setTimeout(connect, 1000); };
   socket.onmessage = (event) => (typeof event.data === "string" ? answered(JSON.parse(event.data)) : show(event.data));
@@ -47,19 +59,76 @@ function changed() {
 function send() {
   frame = 0;
   if (!dirty || !socket || socket.readyState !== WebSocket.OPEN) return;
-  if (socket.bufferedAmount > 0) { frame = requestAnimationFrame(send); return; }
+  const now = performance.now();
+  if (socket.bufferedAmount > 0 || now - sent < PAUSE) { frame = requestAnimationFrame(send); return; }
   dirty = false;
+  sent = now;
+  socket.send(JSON.stringify(state()));
+}
+
+function state() {
   const message = { id: number, image: drawn ? shrunk() : null };
   for (const name of SETTINGS) message[name] = NUMBERS.has(name) ? Number($(name).value) : $(name).value;
   if (!message.lora) delete message.lora_strength;
-  socket.send(JSON.stringify(message));
+  return message;
+}
+
+// What takes longer than a picture has a connection of its own, so that no stroke replaces it.
+function ask(more, answers) {
+  return new Promise((resolve, reject) => {
+    const found = [];
+    let head = null;
+    const line = openSocket();
+    line.onopen = () => line.send(JSON.stringify({ ...state(), ...more }));
+    line.onclose = () => reject(new Error("the server is away"));
+    line.onmessage = ({ data }) => {
+      if (typeof data === "string") {
+        head = JSON.parse(data);
+        if (head.error) reject(new Error(head.error));
+        else return;
+      } else if (found.push({ blob: data, seed: head.seed }) < answers) return;
+      resolve(found);
+      line.close();
+    };
+  });
+}
+
+async function busy(button, work) {
+  if (button.ariaBusy === "true") return;
+  button.ariaBusy = "true";
+  await work().catch((error) => say(error.message, true));
+  button.ariaBusy = "false";
+}
+
+async function showSeeds() {
+  const first = crypto.getRandomValues(new Uint32Array(1))[0] - STRIP;
+  const others = await ask({ seed: Math.max(first, 0), count: STRIP }, STRIP);
+  for (const image of $("strip").querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  $("strip").replaceChildren(...others.map(({ blob, seed }) => {
+    const [button, image, words] = ["button", "img", "span"].map((name) => document.createElement(name));
+    image.src = URL.createObjectURL(blob);
+    image.alt = `seed ${seed}`;
+    words.textContent = seed;
+    button.append(image, words);
+    button.onclick = () => { $("seed").value = seed; changed(); };
+    return button;
+  }));
+}
+
+async function showLoop() {
+  const [{ blob, seed }] = await ask({ frames: FRAMES }, 1);
+  const [image, link] = [$("loop").querySelector("img"), $("loop").querySelector("a")];
+  if (image.src) URL.revokeObjectURL(image.src);
+  image.src = link.href = URL.createObjectURL(blob);
+  link.download = `${slug($("prompt").value)}-${seed}.webp`;
+  $("loop").hidden = false;
 }
 
 function shrunk() {
-  small.width = small.height = SMALL;
+  small.width = small.height = wanted;
   const brush = small.getContext("2d");
   brush.imageSmoothingQuality = "high";
-  brush.drawImage(canvas, 0, 0, SMALL, SMALL);
+  brush.drawImage(canvas, 0, 0, wanted, wanted);
   return small.toDataURL("image/png");
 }
 
@@ -69,7 +138,8 @@ function answered(answer) {
 }
 
 async function show(blob) {
-  const { id, seed } = header;
+  const { id, seed, side } = header;
+  wanted = Math.min(2 * side, SMALL); // a small model's picture is drawn, sent and read in less time
   const address = URL.createObjectURL(blob);
   const picture = $("picture");
   const old = picture.src;
@@ -248,6 +318,8 @@ $("eraser").onclick = () => choose("eraser");
 $("undo").onclick = takeBack;
 $("clear").onclick = () => { remember(); wipe(); changed(); };
 $("random").onclick = anotherSeed;
+$("seeds").onclick = () => busy($("seeds"), showSeeds);
+$("travel").onclick = () => busy($("travel"), showLoop);
 $("open").onchange = (event) => { if (event.target.files[0]) lay(event.target.files[0]); event.target.value = ""; };
 $("reuse").onclick = async () => { if ($("picture").src) lay(await (await fetch($("picture").src)).blob()); };
 
