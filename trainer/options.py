@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -285,11 +286,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
             return tuple(value)
         raise InputError(f"{where} = {value!r} must be a list of texts")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise InputError(f"{where} = {str(value)[:20]}... is too large for a number") from error
+    if kind is float and type(value) is int:
+        if abs(value) > sys.float_info.max:
+            raise InputError(f"{where} is too large; use a smaller number")
+        return float(value)
     if type(value) is not kind:
         raise InputError(f"{where} = {value!r} must be {_WORDS[kind]}")
     return value

@@ -189,5 +189,5 @@ def test_any_bytes_in_a_file_are_read_or_refused_as_input(tmp_path_factory, cont
 
 def test_a_number_that_no_float_can_hold(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"method": {"w_min": 10**400}}))
-    with pytest.raises(InputError, match=r"method\.w_min = 1000.* is too large"):
+    with pytest.raises(InputError, match=r"method\.w_min is too large"):
         _resolve("--config", tmp_path / "c.json")
