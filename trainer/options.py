@@ -10,7 +10,6 @@ import ast
 import difflib
 import inspect
 import json
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -257,8 +256,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def to_dict(config: DistillConfig) -> dict[str, Any]:
     """Plain JSON values, as a configuration file has them."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return content
+    return dict(json.loads(json.dumps(asdict(config))))
 
 
 def describe_presets() -> str:
@@ -287,7 +285,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return tuple(value)
         raise InputError(f"{where} = {value!r} must be a list of texts")
     if kind is float and type(value) is int:
-        if abs(value) > sys.float_info.max:
+        if abs(value) > 1e308:
             raise InputError(f"{where} is too large; use a smaller number")
         return float(value)
     if type(value) is not kind:
