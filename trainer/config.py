@@ -108,6 +108,8 @@ class DistillConfig:
     the teacher states for the resolution."""
     tokenizer: str = ""
     """Folder with vocab.json and merges.txt, for a single file with other words than CLIP's and none beside it."""
+    lora: tuple[str, ...] = ()
+    """LoRAs that are in the teacher, as PATH or PATH:STRENGTH; the student learns to paint as it does with them."""
     vae: str = ""
     """Another VAE than the teacher's: a .safetensors file or a diffusers folder."""
     clip_skip: int = 0

@@ -41,6 +41,8 @@ def result_size(config: DistillConfig, source: ModelSource, unet: Component, tra
     """A LoRA in float16; or the whole model, twice: as a folder and as one file."""
     if config.student.kind == "lora":
         return 2 * trained
+    if source.family is not None:  # as a folder alone
+        return 2 * trained + sum(tensor.nbytes for tensor in read_component(source.vae, "vae").tensors.values())
     others = [read_component(source.vae, "vae"), *(read_component(source.text, name) for name in encoders(source))]
     stored = sum(tensor.nbytes for part in others for tensor in part.tensors.values())
     return 2 * (2 * trained + stored)

@@ -1,4 +1,4 @@
-"""What a run with a flow model's transformer will need, as far as its files say it without loading it.
+"""What a run with a model of a family will need, as far as its files say it without loading it.
 
 Activations are not among it: they depend on the length of the texts, which the text encoders alone know.
 """
@@ -11,9 +11,10 @@ from lcm_core.files.checkpoint import read_component
 from lcm_core.networks.lora_layers import add_lora
 from trainer.config import DistillConfig
 from trainer.data.teacher import Teacher
+from trainer.disk import count_weights
 from trainer.distributed import Processes
 from trainer.memory import rehearsal
-from trainer.students import choose_precision
+from trainer.students import choose_precision, with_guidance
 
 
 def flow_memory(
@@ -42,14 +43,18 @@ def flow_memory(
 
 
 def trained_weights(config: DistillConfig, teacher: Teacher) -> int:
-    """Numbers in the LoRA."""
+    """Numbers in the LoRA, or in a full student."""
     import diffusers
+
+    if config.student.kind == "full":
+        weights = read_component(teacher.source.unet, "unet")
+        return count_weights(with_guidance(weights, config.student.guidance_embedding_dim))
 
     source = teacher.source
     assert source.family is not None
     config_of_network = dict(read_component(source.unet, "unet").config)
     with rehearsal(Processes().device):
-        kind: Any = getattr(diffusers, source.family.transformer)
+        kind: Any = getattr(diffusers, source.family.network)
         network = kind.from_config(config_of_network)
         targets = config.student.target_modules or source.family.lora_targets
         adapters = add_lora(network, config.student.rank, config.student.alpha or None, targets)

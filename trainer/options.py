@@ -129,8 +129,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         groups[option.section].add_argument(option.flag, *_OTHER_FLAGS.get(option.name, ()), **given)
 
 
-def resolve(args: argparse.Namespace) -> DistillConfig:
+def resolve(args: argparse.Namespace, usual: Mapping[str, Any] | None = None) -> DistillConfig:
     """The configuration that a command line means.
+
+    Args:
+        args: of a parser with `add_options`.
+        usual: a command's own settings, which everything else goes before.
 
     Raises:
         InputError: the file cannot be read, or names a setting that does not exist or that the method does not read, or
@@ -144,10 +148,11 @@ def resolve(args: argparse.Namespace) -> DistillConfig:
             place = flags.setdefault(option.section, {}) if option.section else flags
             place[option.name] = getattr(args, option.key)
     config = DistillConfig()
-    kind = _stated_kind(flags) or _stated_kind(stated) or _stated_kind(preset)
+    kind = _stated_kind(flags) or _stated_kind(stated) or _stated_kind(preset) or _stated_kind(usual or {})
     if kind is not None:
         config = replace(config, method=config_class(kind)())
     layers = [
+        (usual or {}, "the command's own settings"),
         (preset, f"preset {args.preset}"),
         (_without_unread(stated, config.method), str(args.config)),
         (flags, "the command line"),

@@ -1,36 +1,40 @@
-"""What a finished run leaves: files that every program loads, a model card, and a ComfyUI workflow that uses them."""
+"""What a finished run leaves: files that every program loads, and a ComfyUI workflow that uses them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lcm_core.files.atomic import atomic_write, new_folder
+from lcm_core.families.labels import INDEX
+from lcm_core.files.atomic import new_folder
 from lcm_core.files.checkpoint import (
     Component,
     ModelInfo,
     list_components,
     read_component,
+    save_component,
     save_diffusers,
     save_single_file,
+    scheduler_config,
 )
 from lcm_core.files.lora import save_lora
-from lcm_core.files.recommended import SCHEDULERS, Recommended
-from lcm_core.files.safetensors import write_json, write_safetensors
+from lcm_core.files.recommended import Recommended
+from lcm_core.files.safetensors import DIFFUSERS_WEIGHTS, read_json, write_json, write_safetensors
 from lcm_core.networks.lora_layers import lora_state_dict, transformer_lora_state_dict
-from lcm_core.pipeline.sources import CARD, MODELS, ModelSource
+from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
-from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
+from trainer.methods.config import MethodConfig
 from trainer.methods.method import sampling_of
 from trainer.options import to_dict
-from trainer.report.tables import to_markdown
+from trainer.setup import say, teacher_of
 from trainer.students import Student, plain_config
+from trainer.whole import join_style
 
 DISTILL_KEY = "lcm_suite.distill"
 """Safetensors metadata: JSON of the settings that the weights were trained with."""
@@ -49,18 +53,29 @@ def write_weights(config: DistillConfig, student: Student, source: ModelSource, 
     Raises:
         InputError: the folder cannot be written, or the disk is full.
     """
-    folder, name = Path(config.output), run_name(config)
+    folder, name, family = Path(config.output), run_name(config), source.family
     recommended = recommended_of(config, info)
     metadata = {**recommended.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:
-        file = folder / f"{name}_lora.safetensors"
         which: dict[str, Any] = {"ema": student.final == "ema", "dtype": _STORED}
-        if source.family is None:
-            save_lora(file, lora_state_dict(student.unet, **which), info.family, metadata)
+        if family is None:
+            tensors = lora_state_dict(student.unet, **which)
         else:
-            tensors = transformer_lora_state_dict(student.unet, source.family.lora_names, **which)
-            write_safetensors(file, tensors, metadata)
-        return [file]
+            tensors = transformer_lora_state_dict(student.unet, family.lora_names, **which, folder=family.folder)
+        files = {folder / f"{name}_lora.safetensors": tensors}
+        if config.lora:
+            whole, note = join_style(tensors, teacher_of(config), config.student.rank, _STORED)
+            files = {folder / f"{name}_lora.safetensors": whole, folder / f"{name}_patch.safetensors": tensors}
+            if note:
+                say(f"note: {note}")
+        for file, content in files.items():
+            if family is None:
+                save_lora(file, content, info.family, metadata)
+            else:
+                write_safetensors(file, content, metadata)
+        return list(files)
+    if family is not None:
+        return _write_class_folder(folder / "diffusers", student, source, info, recommended, config.vae)
     components = read_parts(source, config.vae) | {"unet": _unet_component(student)}
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
     _write_folder(folder / "diffusers", components, info, source, recommended)
@@ -83,7 +98,7 @@ def read_parts(source: ModelSource, vae: str = "") -> dict[str, Component]:
 def _unet_component(student: Student) -> Component:
     network: Any = student.trained if student.average is None else student.average
     tensors = {name: tensor.detach().to(_STORED) for name, tensor in network.state_dict().items()}
-    return Component(tensors, plain_config(network.config))
+    return Component(tensors, plain_config({**network.config, "_class_name": type(network).__name__}))
 
 
 def _write_folder(
@@ -96,6 +111,20 @@ def _write_folder(
             (temporary / name).mkdir()
             for file, text in files.items():
                 (temporary / name / file).write_text(text, encoding="utf-8")
+
+
+def _write_class_folder(
+    folder: Path, student: Student, source: ModelSource, info: ModelInfo, recommended: Recommended, vae: str
+) -> list[Path]:
+    """A class-conditional model, with the index and its names of the classes as the teacher has them."""
+    assert source.family is not None
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        save_component(temporary / source.family.folder, _unet_component(student))
+        save_component(temporary / "vae", read_component(vae or source.vae, "vae"))
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(info, recommended))
+        write_json(temporary / INDEX, read_json(source.root / INDEX) if (source.root / INDEX).is_file() else {})
+    return [folder / source.family.folder / DIFFUSERS_WEIGHTS, folder]
 
 
 def _write_file(
@@ -165,96 +194,6 @@ def write_workflow(config: DistillConfig, info: ModelInfo, resolution: int) -> P
     numbers = {name: str(number) for number, name in enumerate(graph, 1)}
     write_json(file, {numbers[name]: _renumbered(node, numbers) for name, node in graph.items()})
     return file
-
-
-def write_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[str, Any]], remark: str) -> Path:
-    """README.md: what the model is, how it is used, what it was made with, how good it is."""
-    file = Path(config.output) / "README.md"
-    with atomic_write(file) as temporary:
-        temporary.write_text(model_card(config, info, rows, remark), encoding="utf-8")
-    return file
-
-
-def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[str, Any]], remark: str) -> str:
-    """The model card, Markdown."""
-    name, method, training = run_name(config), config.method, config.training
-    is_lora = config.student.kind == "lora"
-    what = f"LoRA of rank {config.student.rank}" if is_lora else "full model that reads guidance as an input"
-    scale = "1 (the guidance is inside)" if is_lora else f"{1 + method.w_min:g} to {1 + method.w_max:g}"
-    score = f"\n## Scores\n\n{to_markdown(rows)}\n{remark}\n" if rows else ""
-    data = config.data.path or f"the prompts in {config.data.prompts}, painted by the teacher"
-    return (
-        f"# {name}\n\nPaints in 1 to 8 steps: a {what}, distilled from `{config.teacher}` ({info.family}, "
-        f"{info.prediction_type}) by the method `{method.kind}` on {data}.\n\n## Use\n\n"
-        f"Sampler {sampling_of(method)}, guidance scale {scale}.\n\n"
-        f"{_usage(config, info, name, is_lora)}{score}\n"
-        f"## Training\n\n{training.steps:,} steps of {training.batch_size}, learning rate {training.learning_rate:g}, "
-        f"w {method.w_min:g} to {method.w_max:g}{_learnt_by(method)}. Everything is in "
-        "`config.json`, which `python -m trainer distill --config` takes again.\n"
-    )
-
-
-def _learnt_by(method: MethodConfig) -> str:
-    if isinstance(method, TeacherJumpConfig):
-        return f", solver {method.solver}, loss {method.loss}"
-    return f", loss {method.loss}" if isinstance(method, ConsistencyConfig) else ", without the paper's GAN loss"
-
-
-def _flow_usage(config: DistillConfig, info: ModelInfo, name: str) -> str:
-    """How a LoRA for a flow model is used. The jumps of trajectory methods are Euler's, which need no fresh noise."""
-    said, file = recommended_of(config, info), f"{name}_lora.safetensors"
-    scheduler = "FlowMatchLCMScheduler" if said.sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
-    return (
-        f'```\npython -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}\n```\n\n'
-        f"```python\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
-        f"pipe.scheduler = {scheduler}(shift={info.shift:g})\n"
-        f'pipe.load_lora_weights("{file}")\n'
-        f'pipe("a lighthouse", num_inference_steps={said.steps}, guidance_scale=1)\n```\n\n'
-        f"ComfyUI: the file in `models/loras`, sampler `{'lcm' if said.sampler == 'lcm' else 'euler'}`, scheduler "
-        f"`simple`, {said.steps} steps, CFG 1, and the model's sampling node with shift {info.shift:g}.\n"
-    )
-
-
-def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> str:
-    if info.prediction_type == "flow":
-        return _flow_usage(config, info, name)
-    said = sampling_of(config.method)
-    scheduler = SCHEDULERS[str(said.sampler)]
-    how = f"num_inference_steps={said.steps}" + ("" if said.gamma is None else f", eta={said.gamma:g}")
-    grid = "" if said.original_steps is None else f", original_inference_steps={said.original_steps}"
-    if is_lora:
-        file = f"{name}_lora.safetensors"
-        pipeline, load = _teacher_pipeline(config.teacher, info)
-        shipped = (MODELS / config.teacher / CARD).is_file()
-        folder, network = (f"{config.teacher}-teacher", " --unet teacher") if shipped else (config.teacher, "")
-        export = f"# python -m lcm_core export --model {config.teacher}{network} --to diffusers --path {folder}\n"
-        python = (
-            f"from diffusers import {pipeline}, {scheduler}\n\n{export if shipped else ''}"
-            f'pipe = {pipeline}.{load}("{folder}")\n'
-            f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{grid})\n"
-            f'pipe.load_lora_weights("{file}")\n'
-            f'pipe("a lighthouse", {how}, guidance_scale=1).images[0].save("picture.png")\n'
-        )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {config.teacher}{network} --lora {file}'
-        web = f"ComfyUI: `workflow_comfyui.json`, with the file in `models/loras`. A1111: `<lora:{file[:-12]}:1>`."
-    else:
-        python = (
-            "from diffusers import DiffusionPipeline\n\n"
-            'pipe = DiffusionPipeline.from_pretrained("diffusers")\n'
-            f'pipe("a lighthouse", {how}, guidance_scale={1 + config.method.w_min:g})'
-            '.images[0].save("picture.png")\n'
-        )
-        shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors'
-        web = "ComfyUI and A1111 know no guidance input: `python -m lcm_core export` puts one value into the weights."
-    return f"```\n{shell}\n```\n\n```python\n{python}```\n\n{web}\n"
-
-
-def _teacher_pipeline(teacher: str, info: ModelInfo) -> tuple[str, str]:
-    """diffusers' class for a teacher, and what loads it: only classes of one family read single files."""
-    if Path(teacher).suffix != ".safetensors":
-        return "DiffusionPipeline", "from_pretrained"
-    return "StableDiffusionXLPipeline" if info.family == "sdxl" else "StableDiffusionPipeline", "from_single_file"
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -10,20 +10,24 @@ from typing import Any
 
 import torch
 
-from lcm_core.families.network import Transformer
+from lcm_core.families.network import FamilyNetwork
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_safetensors
-from lcm_core.networks.unet import exact_output, load_unet
+from lcm_core.networks.lora_layers import TARGET_MODULES
+from lcm_core.networks.unet import UNet, exact_output, load_unet
+from lcm_core.pipeline.model import merge_into_network
 from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import open_network
-from lcm_core.pipeline.sources import ModelSource, find_source
-from trainer.config import DistillConfig, StudentConfig
+from lcm_core.pipeline.sources import find_source
+from trainer.card import write_card
+from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
 from trainer.distill import distill
+from trainer.evaluate.style import kept, paint_references
 from trainer.inputs import check_inputs
 from trainer.lock import lock_folder
 from trainer.methods.method import get_method
-from trainer.outputs import write_card, write_weights, write_workflow
+from trainer.outputs import write_weights, write_workflow
 from trainer.report.page import write_report
 from trainer.report.tables import to_markdown
 from trainer.setup import Setup, begin, examine, say
@@ -36,9 +40,8 @@ from trainer.students import (
     prepare_unet,
     to_network,
     trained_parameters,
-    unet_network,
 )
-from trainer.validation import painter, preview_prompts, save_preview, show_off
+from trainer.validation import is_scored, painter, preview_prompts, save_preview, show_off
 
 
 def run(config: DistillConfig) -> None:
@@ -71,6 +74,8 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
         write_skipped(folder / "skipped.json", cache.skipped)
         for line in cache.notes:
             say(line)
+    if config.lora and processes.is_main and is_scored(config, setup.source):
+        paint_references(setup, plan.data.captions)  # before the student takes memory
     student = build_student(setup, _largest(cache))
     if processes.is_main:
         say(f"{trained_parameters(student):,} trainable parameters, {len(cache):,} pictures, on {processes.device}")
@@ -96,40 +101,38 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     count = sum(tensor.numel() for tensor in component.tensors.values())
     precision = choose_precision(device, config.student.precision, count)
     torch.manual_seed(config.training.seed)  # the first weights of what is added
-    method = get_method(config.method)
+    method, family = get_method(config.method), setup.source.family
     options: dict[str, Any] = {"with_average": config.training.ema_decay > 0, "with_critic": method.needs_critic}
 
-    def load_teacher() -> Any:
-        unet = load_unet(component, device, precision, torch.contiguous_format)
-        exact_output(unet)
-        prepare_unet(unet, config.student, size)
-        return unet
+    def load_teacher() -> UNet | FamilyNetwork:
+        if family is None:
+            call: UNet | FamilyNetwork = UNet(load_unet(component, device, precision, torch.contiguous_format))
+            exact_output(call.model)
+        else:
+            call = open_network(setup.source, device, precision)
+        merge_into_network(call, setup.teacher.loras)
+        prepare(call.model)
+        return call
 
-    if setup.source.family is not None:
-        return transformer_student(setup.source, config.student, device, precision, **options)
+    def prepare(network: Any) -> None:
+        if family is None or family.folder == "unet":
+            prepare_unet(network, config.student, size)
+        else:
+            prepare_network(network, config.student)
 
     if config.student.kind == "lora":
-        unet = load_teacher()
-        start = read_safetensors(config.student.start)[0] if config.student.start else None
-        return lora_student(unet, unet_network(unet, precision), config.student, **options, start=start)
-    unet = load_teacher() if method.needs_teacher else None
-    teacher = None if unet is None else unet_network(unet, precision)
-    student = full_student(component, teacher, config.student, precision, device, **options, start=read_start(config))
+        call = load_teacher()
+        options["start"] = read_safetensors(config.student.start)[0] if config.student.start else None
+        options["targets"] = TARGET_MODULES if family is None else family.lora_targets
+        options["reads_guidance"] = call.reads_guidance
+        return lora_student(call.model, to_network(call, precision), config.student, **options)
+    teacher = load_teacher() if method.needs_teacher else None
+    asked = None if teacher is None else to_network(teacher, precision)
+    options |= {"start": read_start(config), "source": setup.source}
+    student = full_student(component, asked, config.student, precision, device, **options)
     for network in {student.trained, student.average, student.critic} - {None}:
-        prepare_unet(network, config.student, size)
-    return replace(student, teacher_unet=unet)
-
-
-def transformer_student(
-    source: ModelSource, config: StudentConfig, device: torch.device, precision: torch.dtype, **options: Any
-) -> Student:
-    """A LoRA on the network of a flow model."""
-    call = open_network(source, device, precision)
-    assert isinstance(call, Transformer)
-    prepare_network(call.model, config)
-    targets = call.family.lora_targets
-    network = to_network(call, precision)
-    return lora_student(call.model, network, config, **options, targets=targets, reads_guidance=call.reads_guidance)
+        prepare(network)
+    return replace(student, teacher_unet=None if teacher is None else teacher.model)
 
 
 def read_start(config: DistillConfig) -> Component | None:
@@ -153,6 +156,8 @@ def finish(setup: Setup, student: Student, prompts: Sequence[PictureOptions]) ->
     written += [write_card(config, info, scores.rows, scores.remark), write_report(folder)]
     if scores.rows:
         print(to_markdown(scores.rows))
+    if words := kept(scores.rows):
+        print(words)
     print("\n".join(str(path) for path in written))
 
 

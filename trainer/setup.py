@@ -75,7 +75,7 @@ class Setup:
 
 def teacher_of(config: DistillConfig) -> Teacher:
     """What a run's settings say of its teacher."""
-    return Teacher(config.teacher, config.tokenizer or None, config.vae or None, config.clip_skip)
+    return Teacher(config.teacher, config.tokenizer or None, config.vae or None, config.clip_skip, config.lora)
 
 
 def examine(config: DistillConfig) -> Setup:
@@ -90,9 +90,14 @@ def examine(config: DistillConfig) -> Setup:
     source = find_teacher(config.teacher)
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
     if source.family is not None:
-        check_flow(config, source)
+        check_family(config, source)
         info = replace(info, shift=config.shift or Teacher(config.teacher).shift(config.data.resolution))
     setup = Setup(config, source, info, for_method(diffusion_of(info), config.method), processes)
+    if config.lora and config.student.kind == "full":
+        raise InputError(
+            "a full student does not go with lora; merge that first, with python -m lcm_core export --to diffusers "
+            "--lora PATH, and give the merged model as the teacher"
+        )
     check_start(config, source)
     check_optimizer(config.training)
     check_trackers(config.training.trackers)
@@ -107,12 +112,19 @@ def examine(config: DistillConfig) -> Setup:
     return setup
 
 
-def check_flow(config: DistillConfig, source: ModelSource) -> None:
-    """Refuse what is for U-Nets alone.
+def check_family(config: DistillConfig, source: ModelSource) -> None:
+    """Refuse what is for other models than those of a family.
 
     Raises:
         InputError: names it.
     """
+    is_flow = source.info.prediction_type == "flow"
+    if config.student.start and config.student.kind == "lora":
+        raise InputError(f"the start of a LoRA is for Stable Diffusion's U-Nets, not for {source.root}; leave it out")
+    if not is_flow and config.shift:
+        raise InputError(f"shift is for flow models; {source.root} is none, leave it out")
+    if not is_flow:
+        return
     if config.student.kind == "full":
         raise InputError(f"student full is for U-Nets; {source.root} is a transformer, give --student lora")
     if config.prediction_type not in ("", "flow"):
@@ -120,8 +132,6 @@ def check_flow(config: DistillConfig, source: ModelSource) -> None:
             f"prediction_type {config.prediction_type} does not go with a flow process, and {source.root} is a flow "
             "model; leave it out"
         )
-    if config.student.start:
-        raise InputError(f"start is for U-Nets; {source.root} is a transformer, leave --start out")
     check_ranges(config, {"shift": (0.0, 1000.0)})
 
 

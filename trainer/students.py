@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from lcm_core.diffusion.guidance import guidance_embedding
 from lcm_core.errors import InputError
-from lcm_core.families.network import Transformer
+from lcm_core.families.family import Family
+from lcm_core.families.guidance_input import guidance_weights
+from lcm_core.families.network import FamilyNetwork, build_label_network
 from lcm_core.files.checkpoint import Component
 from lcm_core.files.safetensors import read_safetensors
-from lcm_core.networks.device import choose_dtype
+from lcm_core.networks.device import choose_device, choose_dtype
 from lcm_core.networks.lora_layers import (
     TARGET_MODULES,
     LoraAdapters,
@@ -31,6 +33,8 @@ from lcm_core.networks.lora_layers import (
     load_lora_state_dict,
 )
 from lcm_core.networks.unet import UNet, exact_output, load_unet, set_attention
+from lcm_core.pipeline.parts import as_network
+from lcm_core.pipeline.sources import ModelSource
 from trainer.config import StudentConfig
 from trainer.methods.shared import Conditioning, Network, Networks
 
@@ -82,7 +86,7 @@ def unet_network(unet: Any, precision: torch.dtype = torch.float32) -> Network:
     return to_network(UNet(unet), precision)
 
 
-def to_network(call: UNet | Transformer, precision: torch.dtype = torch.float32) -> Network:
+def to_network(call: UNet | FamilyNetwork, precision: torch.dtype = torch.float32) -> Network:
     """A loaded network as `Network`. One without a guidance input was made for one w and is not told."""
 
     def run(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
@@ -172,8 +176,9 @@ def full_student(
     with_average: bool = True,
     with_critic: bool = False,
     start: Component | None = None,
+    source: ModelSource | None = None,
 ) -> Student:
-    """A whole U-Net that starts as the teacher, with a guidance input that at first changes nothing.
+    """A whole network that starts as the teacher, with a guidance input that at first changes nothing.
 
     Args:
         component: the teacher's weights and configuration.
@@ -183,19 +188,25 @@ def full_student(
         device: where to train.
         with_average: whether the target is an average; else it is the online student.
         with_critic: whether there is a critic; it starts as the teacher and reads guidance too.
-        start: the U-Net to start from; None for the teacher.
+        start: the network to start from; None for the teacher.
+        source: the teacher's, where it may be of another kind than Stable Diffusion's U-Nets.
 
     Raises:
         InputError: `start` is of another architecture.
     """
     if start is not None:
         check_same_layers(start, component)
-    online = _trainable(start or component, config, device)
-    critic = _trainable(component, config, device) if with_critic else None
+    family = None if source is None else source.family
+    online = _trainable(start or component, config, device, family)
+    critic = _trainable(component, config, device, family) if with_critic else None
     average = copy.deepcopy(online).requires_grad_(False) if with_average else None
-    call = unet_network(online, precision)
-    target = call if average is None else unet_network(average, precision)
-    critic_call = _no_critic if critic is None else unet_network(critic, precision)
+
+    def ready(network: Any) -> Network:
+        return to_network(UNet(network) if source is None else as_network(source, network), precision)
+
+    call = ready(online)
+    target = call if average is None else ready(average)
+    critic_call = _no_critic if critic is None else ready(critic)
     return Student(Networks(call, target, teacher or _no_teacher, critic_call), online, average, online, critic=critic)
 
 
@@ -217,34 +228,40 @@ def check_same_layers(start: Component, teacher: Component) -> None:
         )
 
 
-def _trainable(component: Component, config: StudentConfig, device: torch.device | None) -> Any:
-    """A U-Net that reads guidance, in float32, to be trained."""
+def _trainable(component: Component, config: StudentConfig, device: torch.device | None, family: Family | None) -> Any:
+    """A network that reads guidance, in float32, to be trained; in evaluation mode, in which no label is dropped."""
     weights = with_guidance(component, config.guidance_embedding_dim)
-    unet = load_unet(weights, device, torch.float32, torch.contiguous_format)
-    exact_output(unet)
-    return unet.requires_grad_(True)
+    if family is None:
+        network = load_unet(weights, device, torch.float32, torch.contiguous_format)
+    else:
+        network = build_label_network(family, weights, choose_device(device))
+    if hasattr(network, "conv_out"):
+        exact_output(network)
+    return network.requires_grad_(True)
 
 
 def with_guidance(component: Component, embedding_dim: int) -> Component:
-    """A U-Net's weights, copied to float32, with `cond_proj` for the guidance embedding at zero where it has none."""
+    """A network's weights, copied to float32, with `cond_proj` for the guidance embedding at zero where it has none."""
     tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in component.tensors.items()}
-    width = component.config["block_out_channels"][0]
-    tensors.setdefault("time_embedding.cond_proj.weight", torch.zeros(width, embedding_dim))
-    stated = tensors["time_embedding.cond_proj.weight"].shape[1]
+    stated = next((t.shape[1] for name, t in tensors.items() if name.endswith("cond_proj.weight")), None)
+    if stated is None:
+        stated = embedding_dim
+        tensors |= guidance_weights(tensors, embedding_dim)
     return Component(tensors, {**plain_config(component.config), "time_cond_proj_dim": stated}, component.source)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A U-Net's configuration without diffusers' notes to itself, of which one would reset changed values."""
+    """A network's configuration without diffusers' notes to itself, of which one would reset changed values."""
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return {"_class_name": "UNet2DConditionModel", **plain}
+    return {"_class_name": config.get("_class_name", "UNet2DConditionModel"), **plain}
 
 
 def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> None:
     """Set a U-Net up for training on latents of this (height, width): layout, attention, checkpointing, compilation."""
     on_cpu = next(unet.parameters()).device.type == "cpu"
     unet.to(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
-    set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
+    if hasattr(unet, "set_attn_processor"):
+        set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
     prepare_network(unet, config)
 
 

@@ -21,11 +21,12 @@ from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache
 from trainer.data.hashing import hash_tensors
 from trainer.distributed import Processes
-from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, read_pictures
+from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, grade, read_pictures
+from trainer.evaluate.style import kept, own_features, read_references, style_evaluation
 from trainer.outputs import recommended_of, run_name
 from trainer.report.preview import preview_grid, save_samples
 from trainer.report.prompts import read_prompts
-from trainer.scores import Scores, shown_steps
+from trainer.scores import TEACHER_STEPS, Scores, shown_steps
 from trainer.students import Student
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[PictureOptions], 
         "student": hash_tensors(read_safetensors(weights)[0]),
     }
     scores = Scores.open(setup.folder, evaluation, hashes)
+    if evaluation is not None and setup.config.lora:
+        references = read_references(setup.folder)
+        about = {"role": "base", "model": "base", "sampler": "euler", "steps": TEACHER_STEPS}
+        about["guidance_scale"] = references.guidance_scale
+        scores.rows.insert(0, {**about, **grade(evaluation, references.base)})
     seeds = list(range(len(prompts)))
     roles = {"teacher": "teacher", "student": run_name(setup.config)}
     for role, name in roles.items():
@@ -98,12 +104,15 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[PictureOptions], 
             if evaluation is not None:
                 for steps in shown_steps(role):
                     scores.add(role, name, model, evaluation, steps, model.settings().guidance_scale)
+    if words := kept(scores.rows):
+        scores.remark += f" {words[0].upper()}{words[1:]} (a style of 0 is the base's, of 1 the teacher's)."
+        scores.write()
     return scores
 
 
 def is_scored(config: DistillConfig, source: ModelSource) -> bool:
     """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from."""
-    return bool(config.report.samples) and (source.is_shipped or bool(config.data.path))
+    return bool(config.report.samples) and (source.is_shipped or bool(config.data.path) or bool(config.lora))
 
 
 def _evaluation(setup: Setup) -> Evaluation:
@@ -112,15 +121,18 @@ def _evaluation(setup: Setup) -> Evaluation:
     from trainer.recipes.emoji.features import extract
 
     config, samples = setup.config, setup.config.report.samples
+    if config.lora:
+        return style_evaluation(read_references(setup.folder), own_features())
+    by_class = setup.teacher.labels is not None
     if setup.source.is_shipped or config.data.path == "emoji":
-        return benchmark_evaluation(load_benchmark(samples))
-    from trainer.data.sources import read_source
+        return benchmark_evaluation(load_benchmark(samples), by_group=by_class)
+    from trainer.data.labels import read_labelled
 
     features = partial(extract, load_benchmark(samples).features)
     side = setup.teacher.resolution
-    items = read_source(Path(config.data.path)).items
+    items = read_labelled(Path(config.data.path), config.data.labels, setup.teacher.labels).items
     pictures = read_pictures(items, (side, side), features, Processes(setup.processes.device))
-    return folder_evaluation(pictures, samples, features, is_inception=False)
+    return folder_evaluation(pictures, samples, features, is_inception=False, by_class=by_class)
 
 
 def save_preview(setup: Setup, student: Student, prompts: Sequence[PictureOptions], step: int, loss: float) -> None:

@@ -41,6 +41,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("prompt", nargs="?", help="what to paint, in quotes")
     parser.add_argument("--second-prompt", help="mix the prompt with this one, by --blend")
     parser.add_argument("--blend", type=float, metavar="SHARE", help="0 is the prompt alone, 1 the second one")
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME", help="of a class-conditional model: what to paint"
+    )
     parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (plain models, guidance above 1)")
     parser.add_argument(
         "--steps", dest="num_inference_steps", type=int, metavar="N", help="calls of the network (default 4)"
@@ -64,7 +67,11 @@ def run(args: argparse.Namespace) -> None:
     from lcm_core.pipeline.image import check_storable
 
     stored = _stored(args.source) if args.source else None
-    prompt, args.prompt = args.prompt, None
+    if args.class_name is not None and (args.prompt is not None or args.prompts is not None):
+        raise InputError("a prompt and --class were both given; use one of them")
+    if stored is not None and args.class_name is not None:
+        stored = replace(stored, prompt=None)  # a class takes the place of the picture's own
+    prompt, args.prompt = args.class_name if args.prompt is None else args.prompt, None
     seeds, args.seed = args.seed, None
     options = read_options(args) if stored is None else stored | read_options(args)
     if not 1 <= args.batch <= _MOST_PICTURES:

@@ -1,4 +1,4 @@
-"""What sets one family of flow models apart from another."""
+"""What sets one family of models apart from another."""
 
 from __future__ import annotations
 
@@ -47,27 +47,39 @@ def _number(scheduler: Scheduler, name: str, default: float) -> float:
 
 
 @dataclass(frozen=True)
-class FlowFamily:
+class Family:
     """One family; each has a file of its own beside this one."""
 
     name: str
     """The name that `ModelInfo.family` and messages have."""
     pipeline: str
     """diffusers' class, as model_index.json names it."""
-    transformer: str
+    network: str
     """diffusers' class of the network."""
-    text_encoders: Mapping[str, str]
-    """Folder of each text encoder -> transformers' class; a tokenizer lies beside each."""
-    encode: Callable[[Any, list[str]], dict[str, Tensor]]
-    """(diffusers' pipeline with text encoders alone, prompts) -> conditioning, tensors (B, ...)."""
     predict: Callable[..., Tensor]
-    """(network, x (B, C, ...), t (B,) in 0 .. 1000, **conditioning) -> the velocity eps - x0, like x."""
+    """(network, x (B, C, ...), t (B,) in 0 .. 1000, **conditioning) -> what it was trained to predict, like x: of a
+    flow the velocity eps - x0."""
     load_vae: Callable[[Path, torch.device, torch.dtype | None], VAE]
     """(folder of the VAE, device, number format) -> a VAE whose latents are what `predict` takes."""
     latents: Callable[[Mapping[str, Any]], tuple[int, int]]
     """Configuration of the VAE -> (channels of the latents, pixels per latent pixel along one side)."""
     lora_targets: tuple[str, ...]
     """Ends of the names of the layers that get a LoRA."""
+    text_encoders: Mapping[str, str] = field(default_factory=dict)
+    """Folder of each text encoder -> transformers' class; a tokenizer lies beside each."""
+    encode: Callable[[Any, list[str]], dict[str, Tensor]] | None = None
+    """(diffusers' pipeline with text encoders alone, prompts) -> conditioning, tensors (B, ...)."""
+    count_labels: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
+    """Of a class-conditional family: configuration of the network -> (classes, labels in all), where nothing names the
+    classes. A label behind those of the classes stands for none of them. None for families that read text."""
+    is_square: bool = False
+    """Whether it paints squares alone."""
+    is_flow: bool = True
+    """Whether its noise is a flow's; else it is what the scheduler states."""
+    folder: str = "transformer"
+    """Where the network lies in a diffusers folder."""
+    complete: Callable[[Any], None] | None = None
+    """Gives a network that was built without memory what its weights' files do not hold."""
     patch: int = 2
     """Latent pixels along each side of what the network takes for one token."""
     sample_size: int = 128
@@ -82,3 +94,9 @@ class FlowFamily:
     """(scheduler, tokens of a picture, steps) -> the shift of noise levels."""
     lora_names: Mapping[str, str] = field(default_factory=dict)
     """Parts of diffusers' names -> of those that LoRA files and ComfyUI have; empty where they are the same."""
+
+    def multiple(self, config: Mapping[str, Any]) -> int:
+        """Latent pixels that the sides of a picture must be multiples of, by the network's configuration: each level of
+        a U-Net halves evenly, a transformer takes whole patches."""
+        levels = config.get("block_out_channels")
+        return self.patch if levels is None else int(2 ** (len(levels) - 1))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, FlowFamily
+from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, Family
 from lcm_core.families.patches import from_patches, to_patches
 from lcm_core.families.vae import plain_latents
 from lcm_core.networks.vae import load_vae
@@ -47,10 +47,10 @@ def _places(height: int, width: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
 
 
-FAMILY = FlowFamily(
+FAMILY = Family(
     name="flux",
     pipeline="FluxPipeline",
-    transformer="FluxTransformer2DModel",
+    network="FluxTransformer2DModel",
     text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
     encode=encode,
     predict=predict,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, FlowFamily, Scheduler
+from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, Family, Scheduler
 from lcm_core.families.vae import load_patched_vae, patched_latents
 
 _LONG = 4300  # tokens beyond which the shift does not depend on the steps
@@ -50,10 +50,10 @@ def shift(scheduler: Scheduler, tokens: int, steps: int) -> float:
     return math.exp(long if tokens > _LONG else long + (short - long) * (200 - steps) / 190)
 
 
-FAMILY = FlowFamily(
+FAMILY = Family(
     name="flux2",
     pipeline="Flux2KleinPipeline",
-    transformer="Flux2Transformer2DModel",
+    network="Flux2Transformer2DModel",
     text_encoders={"text_encoder": "Qwen3ForCausalLM"},
     encode=encode,
     predict=predict,

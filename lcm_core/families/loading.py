@@ -60,11 +60,11 @@ def load_text_pipeline(
         parts[name] = None if encoder is None else encoder.to(device).eval().requires_grad_(False)
     if all(part is None for part in parts.values()):
         raise InputError(f"{root} has no {' or '.join(encoders)} folder; get the model again")
-    return _find("diffusers", pipeline)(**parts, transformer=None, vae=None, scheduler=None)
+    return find_class("diffusers", pipeline)(**parts, transformer=None, vae=None, scheduler=None)
 
 
 def _load(library: str, kind: str, folder: Path, **options: Any) -> Any:
-    cls = _find(library, kind)
+    cls = find_class(library, kind)
     try:
         return cls.from_pretrained(folder, **options)
     except Exception as error:  # the libraries' reasons are many, and of many types
@@ -72,7 +72,12 @@ def _load(library: str, kind: str, folder: Path, **options: Any) -> Any:
         raise InputError(f"{folder} cannot be loaded as {kind} ({reason}); get the model again") from error
 
 
-def _find(library: str, kind: str) -> Any:
+def find_class(library: str, kind: str) -> Any:
+    """A class of diffusers' or transformers' by its name.
+
+    Raises:
+        InputError: the installed version does not have it.
+    """
     import importlib
 
     module = importlib.import_module(library)

@@ -11,36 +11,40 @@ import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
-from lcm_core.families.family import FlowFamily, Scheduler
-from lcm_core.families.loading import load_network, load_text_pipeline
+from lcm_core.families.family import Family, Scheduler
+from lcm_core.families.guidance_input import add_guidance_input
+from lcm_core.families.loading import find_class, load_network, load_text_pipeline
+from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.networks.conditioning import stack_rows
+from lcm_core.networks.device import assemble
 from lcm_core.networks.inversions import named
 from lcm_core.networks.prompt import parse_weights
 from lcm_core.networks.text_encoder import CACHED_PROMPTS
+from lcm_core.networks.unet import exact_output
 
 
-class Transformer:
-    """A diffusers transformer as `network(x, t, **conditioning) -> Tensor`; casts what goes in and what comes out.
+class FamilyNetwork:
+    """A diffusers network as `network(x, t, **conditioning) -> Tensor`; casts what goes in and what comes out.
 
     Attributes:
         model: the network.
         family: how it is called.
         scheduler: what its folder states of noise levels.
         reads_guidance: whether guidance is an input of its own, `guidance` (B,), instead of a negative pass.
+        guidance_embedding_dim: width of the guidance embedding that a full LCM takes as `timestep_cond`; else None.
     """
 
-    guidance_embedding_dim: int | None = None
-
-    def __init__(self, model: Any, family: FlowFamily, scheduler: Scheduler) -> None:
+    def __init__(self, model: Any, family: Family, scheduler: Scheduler) -> None:
         parameter = next(model.parameters())
         self.model, self.family, self.scheduler = model, family, scheduler
         self.device, self.dtype = parameter.device, parameter.dtype
         self.reads_guidance = bool(model.config.get("guidance_embeds"))
+        self.guidance_embedding_dim: int | None = model.config.get("time_cond_proj_dim")
 
     @property
     def multiple(self) -> int:
         """Latent pixels that the sides of its input must be multiples of."""
-        return self.family.patch
+        return self.family.multiple(self.model.config)
 
     @property
     def sample_size(self) -> int:
@@ -59,7 +63,7 @@ class Transformer:
         return self.family.shift(self.scheduler, tokens, steps)
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-        """The velocity, (B, C, ...) in the dtype of `x`, at timesteps t (B,) in 0 .. 1000."""
+        """What it predicts, (B, C, ...) in the dtype of `x`, at timesteps t (B,) in 0 .. 1000."""
         cast = {name: self._cast(value) for name, value in conditioning.items()}
         output = self.family.predict(self.model, self._cast(x), t.to(self.device), **cast)
         return output.to(x.device, x.dtype)
@@ -77,7 +81,7 @@ class TransformerText:
 
     encoders: Sequence[Any] = ()
 
-    def __init__(self, family: FlowFamily, root: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, family: Family, root: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.family, self.root, self.device, self.dtype = family, root, device, dtype
         self._pipe: Any = None
         self._encode_cached = lru_cache(CACHED_PROMPTS)(self._encode)
@@ -99,6 +103,7 @@ class TransformerText:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, prompt: str) -> dict[str, Tensor]:
+        assert self.family.encode is not None
         if self._pipe is None:
             encoders = dict(self.family.text_encoders)
             self._pipe = load_text_pipeline(self.family.pipeline, encoders, self.root, self.device, self.dtype)
@@ -122,12 +127,42 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def load_transformer(
-    family: FlowFamily, root: Path, scheduler: Scheduler, device: torch.device, dtype: torch.dtype
-) -> Transformer:
-    """The network of a diffusers folder.
+def load_family_network(
+    family: Family, folder: Path, scheduler: Scheduler, device: torch.device, dtype: torch.dtype
+) -> FamilyNetwork:
+    """The network in its own folder.
 
     Raises:
         InputError: it is missing or broken.
     """
-    return Transformer(load_network(family.transformer, root / "transformer", device, dtype), family, scheduler)
+    if family.count_labels is None:
+        model = load_network(family.network, folder, device, dtype)
+    else:
+        model = build_label_network(family, read_component(folder, "unet"), device, dtype)
+    return FamilyNetwork(model, family, scheduler)
+
+
+def build_label_network(
+    family: Family, component: Component, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A class-conditional network with a component's weights, frozen and in evaluation mode.
+
+    Raises:
+        InputError: weights and configuration do not belong together.
+    """
+    config = {name: value for name, value in component.config.items() if not name.startswith("_")}
+    kind: Any = find_class("diffusers", family.network)
+    width = None if family.network == "UNet2DConditionModel" else config.pop("time_cond_proj_dim", None)
+
+    def build() -> Any:
+        model = kind.from_config(config)
+        if width is not None:
+            add_guidance_input(model, width)
+        return model
+
+    model = assemble(build, component, device, dtype, torch.contiguous_format)
+    if family.complete is not None:
+        family.complete(model)
+    if hasattr(model, "conv_out") and dtype != torch.float32:
+        exact_output(model)
+    return model

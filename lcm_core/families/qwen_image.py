@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, FlowFamily
+from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, Family
 from lcm_core.families.patches import from_patches, to_patches
 from lcm_core.families.vae import load_still_vae, still_latents
 
@@ -35,10 +35,10 @@ def predict(
     return from_patches(output, height)
 
 
-FAMILY = FlowFamily(
+FAMILY = Family(
     name="qwen-image",
     pipeline="QwenImagePipeline",
-    transformer="QwenImageTransformer2DModel",
+    network="QwenImageTransformer2DModel",
     text_encoders={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
     encode=encode,
     predict=predict,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, FlowFamily
+from lcm_core.families.family import ATTENTION, TEXT_ATTENTION, Family
 from lcm_core.families.vae import plain_latents
 from lcm_core.networks.vae import load_vae
 
@@ -23,10 +23,10 @@ def predict(model: Any, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
     return output
 
 
-FAMILY = FlowFamily(
+FAMILY = Family(
     name="sd3",
     pipeline="StableDiffusion3Pipeline",
-    transformer="SD3Transformer2DModel",
+    network="SD3Transformer2DModel",
     text_encoders={
         "text_encoder": "CLIPTextModelWithProjection",
         "text_encoder_2": "CLIPTextModelWithProjection",

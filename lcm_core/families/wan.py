@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lcm_core.families.family import ATTENTION, FlowFamily
+from lcm_core.families.family import ATTENTION, Family
 from lcm_core.families.vae import load_video_vae, video_latents
 
 _TOKENS = 512  # that diffusers' pipeline pads a prompt to
@@ -25,10 +25,10 @@ def predict(model: Any, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> 
     return output
 
 
-FAMILY = FlowFamily(
+FAMILY = Family(
     name="wan",
     pipeline="WanPipeline",
-    transformer="WanTransformer3DModel",
+    network="WanTransformer3DModel",
     text_encoders={"text_encoder": "UMT5EncoderModel"},
     encode=encode,
     predict=predict,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_core.families.family import ATTENTION, FlowFamily
+from lcm_core.families.family import ATTENTION, Family
 from lcm_core.families.vae import plain_latents
 from lcm_core.networks.conditioning import stack_rows
 from lcm_core.networks.vae import load_vae
@@ -27,10 +27,10 @@ def predict(model: Any, x: Tensor, t: Tensor, hidden: Tensor, mask: Tensor) -> T
     return -torch.stack(list(outputs)).squeeze(2)
 
 
-FAMILY = FlowFamily(
+FAMILY = Family(
     name="z-image",
     pipeline="ZImagePipeline",
-    transformer="ZImageTransformer2DModel",
+    network="ZImageTransformer2DModel",
     text_encoders={"text_encoder": "Qwen3Model"},
     encode=encode,
     predict=predict,

@@ -32,6 +32,7 @@ _RANGES = {
     **dict.fromkeys(_WIDTHS, (1, _WIDEST)),
     **dict.fromkeys(_DEPTHS, (0, _DEEPEST)),
     "vocab_size": (1, _MOST_WORDS),
+    **dict.fromkeys(("num_class_embeds", "num_embeds_ada_norm"), (1, _MOST_WORDS)),
 }
 """Whole numbers of a network: the least and the greatest that make sense."""
 _PER_LEVEL = (
@@ -43,7 +44,7 @@ _PER_LEVEL = (
 _LISTS = ("block_out_channels", "down_block_types", "up_block_types", "encoder_block_out_channels")
 _POSITIVE = ("scaling_factor", "norm_eps", "layer_norm_eps")
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"), (None,)),
+    **dict.fromkeys(("class_embed_type", "encoder_hid_dim_type"), (None,)),
     "addition_embed_type": (None, "text_time"),
     "freq_shift": (0, 1),
     "downsample_padding": (0, 1),

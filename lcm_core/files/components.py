@@ -15,7 +15,7 @@ class ModelInfo:
     """What a model is and how its noise was scheduled."""
 
     family: str
-    """sd1, sd2 or sdxl; of a flow model the name of its family."""
+    """sd1, sd2 or sdxl; of other models the name of their family."""
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     beta_schedule: str = "scaled_linear"

@@ -148,9 +148,10 @@ def merge(
     unmerge(model)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     names = lora_keys.flat_names(modules, part, other_names)
+    shapes = {path: tuple(module.weight.shape) for path, module in modules.items()}
     wanted: dict[str, list[tuple[LoraLayer, float]]] = {}
     for lora, strength in loras:
-        for flat, layer in _fitting(lora, part, names, modules).items():
+        for flat, layer in fitting(lora, part, names, shapes).items():
             wanted.setdefault(names[flat], []).append((layer, strength))
     # .cpu() hands out the very tensor where it is on the CPU already; the merged weight below is new memory.
     kept = wanted if keep_originals else ()
@@ -188,13 +189,26 @@ def check_parts(lora: Lora, parts: Iterable[Part]) -> None:
         warnings.warn(f"{lora.name}: {text} are left out, because this model does not have it", stacklevel=2)
 
 
-def _fitting(
-    lora: Lora, part: Part, names: Mapping[str, str], modules: Mapping[str, nn.Module]
+def fitting(
+    lora: Lora, part: Part, names: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, LoraLayer]:
-    """The layers that a network has modules for."""
+    """The layers of a LoRA that a network has modules for.
+
+    Args:
+        lora: the file.
+        part: which of its networks.
+        names: flat name -> path in the network.
+        shapes: path -> shape of the weight.
+
+    Warns:
+        when a few are not in the network; they are named and left out.
+
+    Raises:
+        InputError: it is for another architecture.
+    """
     layers = lora.layers.get(part, {})
     for flat, layer in layers.items():
-        if flat in names and not layer.fits(shape := _shape(modules[names[flat]])):
+        if flat in names and not layer.fits(shape := tuple(shapes[names[flat]])):
             raise InputError(
                 f"{lora.name} is for another architecture: its module '{flat}' is for a weight of shape "
                 f"{_shape_of(layer)}, this model's is {shape}; use a LoRA made for this kind of model"
@@ -214,10 +228,6 @@ def _fitting(
             stacklevel=3,
         )
     return {flat: layer for flat, layer in layers.items() if flat in names}
-
-
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    return tuple(module.weight.shape)  # type: ignore[arg-type]
 
 
 def _shape_of(layer: LoraLayer) -> tuple[int, ...]:

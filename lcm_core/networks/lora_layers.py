@@ -214,7 +214,11 @@ def lora_state_dict(model: nn.Module, ema: bool = False, dtype: torch.dtype | No
 
 
 def transformer_lora_state_dict(
-    model: nn.Module, names: Mapping[str, str], ema: bool = False, dtype: torch.dtype | None = None
+    model: nn.Module,
+    names: Mapping[str, str],
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+    folder: str = "transformer",
 ) -> dict[str, Tensor]:
     """The adapters of a transformer as diffusers and ComfyUI both read them: `<path>.lora_A.weight`, `.lora_B.weight`,
     with alpha / rank inside the second.
@@ -224,9 +228,10 @@ def transformer_lora_state_dict(
         names: ends of paths -> of those that ComfyUI has, for families that it knows by other names than diffusers.
         ema: the averaged adapters instead of the online ones.
         dtype: None keeps the adapters' own.
+        folder: what diffusers calls the network.
     """
     state: dict[str, Tensor] = {}
-    prefix = "diffusion_model" if names else "transformer"
+    prefix = "diffusion_model" if names else folder
     for path, layer in model.named_modules():
         if isinstance(layer, LoraModule):
             down, up = (half.weight.detach() for half in layer.halves("ema" if ema else "online"))

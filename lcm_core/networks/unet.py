@@ -111,6 +111,11 @@ def load_unet(
     kind = component.config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise InputError(f"{component.source} holds a {kind}, not a U-Net; give a model of Stable Diffusion's kind")
+    if component.config.get("num_class_embeds") is not None:
+        raise InputError(
+            f"{component.source} reads class labels beside text (num_class_embeds), which is not supported; give a "
+            "text-to-image model, or a class-conditional one without text encoders"
+        )
     if (first := component.tensors.get("conv_in.weight")) is not None and first.ndim == 4 and first.shape[1] == 9:
         raise InputError(
             f"{component.source} is an inpainting U-Net, which takes the mask and the picture in 5 channels more; "

@@ -16,7 +16,8 @@ from lcm_core.diffusion.guidance import guide
 from lcm_core.diffusion.process import Process, RectifiedFlow, VariancePreserving
 from lcm_core.diffusion.schedule import get_alphas_cumprod, rescale_zero_terminal_snr
 from lcm_core.errors import InputError
-from lcm_core.families.network import Transformer
+from lcm_core.families.labels import ClassLabels
+from lcm_core.families.network import FamilyNetwork
 from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo
 from lcm_core.files.lora import Lora, check_parts, merge, read_lora
@@ -37,6 +38,7 @@ Loras = Sequence[tuple[PathLike, float]]
 Conditioning = dict[str, Any]
 
 _SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
+_TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
 _TEACHER_USUAL = (25, 7.5)  # steps and guidance scale of the samplers for plain models
 
 
@@ -58,6 +60,11 @@ class Model:
     """What to give to `load_model` to get it again."""
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes that it paints; None for a model that reads text."""
+        return tuple(self.text.names) if isinstance(self.text, ClassLabels) else None
+
+    @property
     def device(self) -> torch.device:
         """Where the U-Net is; latents and conditioning belong there too."""
         return self.unet.device
@@ -75,7 +82,7 @@ class Model:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(C, h, w) of a picture's latents; of a video model (C, 1, h, w)."""
-        frames = (1,) if isinstance(self.unet, Transformer) and self.unet.family.is_video else ()
+        frames = (1,) if isinstance(self.unet, FamilyNetwork) and self.unet.family.is_video else ()
         return (self.vae.latent_channels, *frames, height // self.vae.scale, width // self.vae.scale)
 
     @property
@@ -86,12 +93,12 @@ class Model:
     @property
     def terminal(self) -> float | None:
         """The end of the plain samplers' grid, see `get_sigmas_trailing`."""
-        return self.unet.terminal if isinstance(self.unet, Transformer) else None
+        return self.unet.terminal if isinstance(self.unet, FamilyNetwork) else None
 
     def process_for(self, shape: Sequence[int], steps: int, shift: float | None = None) -> Process:
         """The noise process, of a flow with `shift`, the model's, or what suits latents of this shape and the steps."""
         process = self.diffusion.process
-        if not isinstance(process, RectifiedFlow) or not isinstance(self.unet, Transformer):
+        if not isinstance(process, RectifiedFlow) or not isinstance(self.unet, FamilyNetwork):
             return process
         return replace(process, shift=shift or self.recommended.shift or self.unet.shift(shape, steps))
 
@@ -107,7 +114,9 @@ class Model:
             batch = len(next(iter(flatten(cond).values())))
             return guide(denoiser, {**cond, "guidance": torch.full((batch,), scale, device=self.device)}, None)
         if uncond is not None and self.guidance_embedding_dim is None:
-            cond, uncond = pad_alike(cond, uncond) if isinstance(self.unet, Transformer) else repeat_alike(cond, uncond)
+            cond, uncond = (
+                pad_alike(cond, uncond) if isinstance(self.unet, FamilyNetwork) else repeat_alike(cond, uncond)
+            )
         return guide(denoiser, cond, uncond, scale, self.guidance_embedding_dim)
 
     @property
@@ -224,16 +233,33 @@ def merge_loras(unet: DenoisingNetwork, text: Text, loras: Sequence[tuple[Lora, 
     Raises:
         InputError: one is for another architecture.
     """
-    if not loras:
-        return
-    parts: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
     for lora, _ in loras:
-        check_parts(lora, ("unet", *parts[: len(text.encoders)]))
-    other_names = unet.family.lora_names if isinstance(unet, Transformer) else None
-    merge(unet.model, loras, keep_originals=False, other_names=other_names)
-    for part, encoder in zip(parts, text.encoders, strict=False):
-        merge(encoder.model, loras, part, keep_originals=False)
-    text.clear_cache()
+        check_parts(lora, ("unet", *_TEXT_PARTS[: len(text.encoders)]))
+    merge_into_network(unet, loras)
+    merge_into_text(text, loras)
+
+
+def merge_into_network(network: DenoisingNetwork, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Merge LoRAs into the network that predicts, for good.
+
+    Raises:
+        InputError: one is for another architecture.
+    """
+    if loras:
+        other_names = network.family.lora_names if isinstance(network, FamilyNetwork) else None
+        merge(network.model, loras, keep_originals=False, other_names=other_names)
+
+
+def merge_into_text(text: Text, loras: Sequence[tuple[Lora, float]]) -> None:
+    """Merge LoRAs into the text encoders, for good.
+
+    Raises:
+        InputError: one is for another architecture.
+    """
+    if loras:
+        for part, encoder in zip(_TEXT_PARTS, text.encoders, strict=False):
+            merge(encoder.model, loras, part, keep_originals=False)
+        text.clear_cache()
 
 
 def _check_channels(root: Path, unet: DenoisingNetwork, vae: VAE) -> None:

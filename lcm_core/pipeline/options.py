@@ -14,7 +14,7 @@ from lcm_core.pipeline.settings import Settings
 _PATHS = ("model", "vae", "tokenizer", "image", "mask")
 _EXAMPLES: dict[str, Any] = {
     **asdict(Settings()),
-    **dict.fromkeys((*_PATHS, "unet", "device", "dtype", "vae_dtype"), "a text"),
+    **dict.fromkeys((*_PATHS, "class_name", "unet", "device", "dtype", "vae_dtype"), "a text"),
     "timesteps": [999, 749],
     "shift": 3.0,
     "lora": [["style.safetensors", 0.8]],
@@ -49,6 +49,8 @@ class PictureOptions:
     second_prompt: str | None = None
     blend: float | None = None
     prompt_syntax: str | None = None
+    class_name: str | None = None
+    """Of a class-conditional model, instead of the prompt: a class by its name or its number."""
     # pictures to start from
     image: str | None = None
     """Path of the input picture."""

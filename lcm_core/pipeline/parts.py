@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from lcm_core.errors import InputError
-from lcm_core.families.network import Transformer, TransformerText, load_transformer
+from lcm_core.families.labels import ClassLabels, read_labels
+from lcm_core.families.network import FamilyNetwork, TransformerText, load_family_network
 from lcm_core.files.checkpoint import ModelInfo
-from lcm_core.files.safetensors import PathLike
+from lcm_core.files.safetensors import PathLike, read_json
 from lcm_core.networks.device import choose_dtype
 from lcm_core.networks.text_encoder import TextEncoder, load_text
 from lcm_core.networks.unet import UNet, load_unet
@@ -19,8 +20,8 @@ from lcm_core.networks.vae import VAE, load_vae
 from lcm_core.pipeline.sources import ModelSource
 
 Dtype = str | torch.dtype | None
-DenoisingNetwork = UNet | Transformer
-Text = TextEncoder | TransformerText
+DenoisingNetwork = UNet | FamilyNetwork
+Text = TextEncoder | TransformerText | ClassLabels
 
 _SDXL_SCALING_FACTOR = 0.13025
 
@@ -35,14 +36,14 @@ def open_network(
     """
     if source.family is None:
         return UNet(load_unet(source.opened or source.unet, device, dtype, memory_format))
-    return load_transformer(source.family, source.root, source.scheduler, device, choose_dtype(device, dtype))
+    return load_family_network(source.family, source.unet, source.scheduler, device, choose_dtype(device, dtype))
 
 
 def as_network(source: ModelSource, model: Any) -> DenoisingNetwork:
     """A network of this model that is loaded already, ready to be called."""
     if source.family is None:
         return UNet(model)
-    return Transformer(model, source.family, source.scheduler)
+    return FamilyNetwork(model, source.family, source.scheduler)
 
 
 def open_text(
@@ -53,7 +54,7 @@ def open_text(
     clip_skip: int = 0,
     embedding: Sequence[PathLike] = (),
 ) -> Text:
-    """The text encoders.
+    """The text encoders, or a class-conditional model's labels.
 
     Args:
         dtype: None chooses. Those of flow models have billions of weights, and run in bfloat16 where that is quick.
@@ -72,7 +73,20 @@ def open_text(
         raise InputError(
             f"embedding {embedding[0]} cannot be used: {source.root} has other text encoders than CLIP's; leave it out"
         )
+    if source.family.count_labels is not None:
+        return open_labels(source, device)
     return TransformerText(source.family, source.root, device, choose_dtype(device, dtype))
+
+
+def open_labels(source: ModelSource, device: torch.device) -> ClassLabels:
+    """The classes of a class-conditional model.
+
+    Raises:
+        InputError: its index names labels that its network does not have.
+    """
+    assert source.family is not None
+    assert source.family.count_labels is not None
+    return read_labels(source.root, *source.family.count_labels(read_json(source.unet / "config.json")), device)
 
 
 def open_vae(

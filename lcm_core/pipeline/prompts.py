@@ -93,9 +93,17 @@ def _mix(a: Step, b: Step, fraction: float, mode: str) -> Step:
     parts = []
     for pair in zip(a.parts, b.parts, strict=True):
         first, second = map(flatten, repeat_alike(*pair))
-        parts.append(nest({name: interpolate(first[name], second[name], fraction, mode) for name in first}))
+        parts.append(nest({name: _between(name, first[name], second[name], fraction, mode) for name in first}))
     weights = tuple(torch.lerp(*pair, fraction) for pair in zip(a.weights, b.weights, strict=True))
     return Step(tuple(parts), weights)
+
+
+def _between(name: str, a: Tensor, b: Tensor, fraction: float, mode: str) -> Tensor:
+    if name != "class_labels":
+        return interpolate(a, b, fraction, mode)
+    if not torch.equal(a, b):
+        raise InputError("there is nothing between two classes; give all keyframes the same one, with other seeds")
+    return a
 
 
 def guided_by_steps(

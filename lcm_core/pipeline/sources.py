@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
-from lcm_core.families.family import FlowFamily, Scheduler
+from lcm_core.families.family import Family, Scheduler
 from lcm_core.families.known import find_family
 from lcm_core.files.architecture import check_scheduler
-from lcm_core.files.checkpoint import Checkpoint, ModelInfo, read_info
+from lcm_core.files.checkpoint import Checkpoint, ModelInfo, info_from_configs, read_info
 from lcm_core.files.lora import find_lora_file
 from lcm_core.files.recommended import (
     FULL_LCM_GUIDANCE,
@@ -48,8 +48,8 @@ class ModelSource:
     """How its own files say that it wants to be sampled."""
     opened: Checkpoint | None = field(default=None, compare=False, repr=False)
     """A single file, so that loading all of it opens it once."""
-    family: FlowFamily | None = None
-    """The family of a flow model; None for Stable Diffusion 1.x, 2.x, XL."""
+    family: Family | None = None
+    """None for Stable Diffusion 1.x, 2.x, XL."""
     scheduler: Scheduler = field(default_factory=dict)
     """What a flow model's folder states of noise levels."""
 
@@ -81,7 +81,7 @@ def find_source(name: PathLike, unet: str | None = None) -> ModelSource:
         if unet is not None:
             raise InputError(f"{name} has one U-Net only; leave out unet '{unet}', which is for shipped models")
         if (family := find_family(root)) is not None:
-            return _flow_source(root, family)
+            return _family_source(root, family)
         if root.is_dir():
             return ModelSource(root, root, root, root, read_info(root), recommended=read_recommended(root))
         opened = Checkpoint(root)
@@ -105,13 +105,16 @@ def find_source(name: PathLike, unet: str | None = None) -> ModelSource:
     )
 
 
-def _flow_source(root: Path, family: FlowFamily) -> ModelSource:
+def _family_source(root: Path, family: Family) -> ModelSource:
     file = root / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.is_file() else {}
-    info = ModelInfo(family.name, "flow", num_train_timesteps=scheduler.get("num_train_timesteps", 1000))
+    if family.is_flow:
+        info = ModelInfo(family.name, "flow", num_train_timesteps=scheduler.get("num_train_timesteps", 1000))
+    else:
+        info = replace(info_from_configs({}, scheduler, file), family=family.name)
     said = Recommended("euler", teacher_steps=family.steps, teacher_guidance_scale=family.guidance_scale)
     said |= read_recommended(root)
-    network, vae = root / "transformer", root / "vae"
+    network, vae = root / family.folder, root / "vae"
     return ModelSource(root, network, vae, root, info, recommended=said, family=family, scheduler=scheduler)
 
 

@@ -13,10 +13,10 @@ from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended, read_reco
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
+from trainer.card import model_card
 from trainer.cli.main import main
 from trainer.config import DistillConfig
 from trainer.methods.config import Dmd2Config
-from trainer.outputs import model_card
 
 FULL_LCM = Recommended(guidance_scale=FULL_LCM_GUIDANCE, teacher_guidance_scale=FULL_LCM_GUIDANCE)
 PROMPT, SEED, STEPS = "picture number 3", 7, 3

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     from lcm_core.networks.device import choose_device
     from lcm_core.pipeline.options import PictureOptions
     from trainer.distributed import join_processes
-    from trainer.evaluate.scores import check_samples, evaluate_rows, from_main
+    from trainer.evaluate.scores import check_samples, evaluate_rows
+    from trainer.evaluate.share import from_main
 
     _check(args)
     processes = join_processes(choose_device(args.device))

@@ -1,4 +1,4 @@
-"""The trainer's command line: `python -m trainer distill | cache | eval | presets | recipe`.
+"""The trainer's command line: `python -m trainer distill | accelerate | cache | eval | presets | recipe`.
 
 Importing this loads neither torch nor any other library, so that `--help` answers at once.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.cli.main import Parser, run_command
+from trainer.cli.accelerate import add_accelerate
 from trainer.cli.cache import add_cache
 from trainer.cli.distill import add_distill
 from trainer.cli.eval import add_eval
@@ -21,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m trainer", description="Distil diffusion models into few-step ones.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
+    add_accelerate(commands)
     add_cache(commands)
     add_eval(commands)
     _add_recipe(commands)
@@ -40,13 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_recipe(commands: Any) -> None:
     parser = commands.add_parser(
         "recipe",
-        help="make the embedded model from its public data",
-        description="From the emoji packages to the embedded model's weights, stage by stage. Stopped at any moment, "
-        "the same command goes on where it was.",
+        help="make a model from public data: the embedded one, or a small class-conditional teacher",
+        description="emoji: from the emoji packages to the embedded model's weights, stage by stage. classes: a small "
+        "teacher that paints by the group of emoji, from the embedded model's own latents. Stopped at any moment, the "
+        "same command goes on where it was.",
         epilog="example: python -m trainer recipe emoji --work runs/emoji --output runs/emoji/model",
     )
-    parser.add_argument("name", choices=["emoji"], help="which recipe")
-    parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder between icons and weights")
+    parser.add_argument("name", choices=["emoji", "classes"], help="which recipe")
+    parser.add_argument("--work", type=Path, help="folder of all stages (default: runs/NAME)")
     parser.add_argument("--output", type=Path, help="folder of the finished model (default: WORK/model)")
     parser.add_argument("--size", type=int, choices=[64, 128], default=128, help="pixels (default: 128)")
     parser.add_argument("--icons", type=Path, help="node_modules with the icon packages (default: fetched with npm)")
@@ -71,12 +74,19 @@ def _add_recipe(commands: Any) -> None:
 
 
 def _run_recipe(args: argparse.Namespace) -> None:
+    work = args.work or Path("runs", args.name)
+    output = args.output or work / "model"
+    if args.name == "classes":
+        from trainer.recipes import classes
+
+        classes.run(classes.Options(work, output, args.device, args.effort))
+        return
     from trainer.recipes.emoji.recipe import Options, run
 
     run(
         Options(
-            work=args.work,
-            output=args.output or args.work / "model",
+            work=work,
+            output=output,
             size=args.size,
             icons=args.icons,
             device=args.device,

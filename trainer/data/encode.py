@@ -24,9 +24,9 @@ from trainer.data.augment import load_kornia, make_variant
 from trainer.data.buckets import Window, make_buckets
 from trainer.data.hashing import FileHashes, hash_json
 from trainer.data.items import Skipped
+from trainer.data.labels import read_labelled
 from trainer.data.settings import DataConfig
 from trainer.data.shards import Maker
-from trainer.data.sources import read_source
 from trainer.data.teacher import Teacher
 
 LATENTS, NUMBERS, TIME_IDS = "latents ", "numbers ", "time_ids "
@@ -68,10 +68,12 @@ class Images:
     def __init__(self, config: DataConfig, teacher: Teacher, hashes: FileHashes) -> None:
         self.config, self.teacher, self.hashes = config, teacher, hashes
         side = config.resolution or teacher.resolution  # before the data, which may take long to list
-        self.buckets = make_buckets(side, teacher.multiple, config.max_aspect if config.buckets else 1.0)
+        self.buckets = make_buckets(
+            side, teacher.multiple, config.max_aspect if config.buckets and teacher.takes_any_shape else 1.0
+        )
         if config.colour:
             load_kornia()
-        self.source = read_source(Path(config.path))
+        self.source = read_labelled(Path(config.path), config.labels, teacher.labels)
         self.captions = [item.caption for item in self.source.items]
         self.skipped = self.source.skipped
 

@@ -84,13 +84,21 @@ def read_text(path: Path) -> str:
     return clean(" ".join(read_lines(path)))
 
 
-def find_caption(record: dict[str, Any], name: str) -> str:
+def find_caption(record: dict[str, Any], name: str, column: str = "") -> str:
     """The caption in a JSON object or table row; empty where there is none.
+
+    Args:
+        record: the object.
+        name: of it, for errors.
+        column: whose value is the caption, a text or the number of a class; else one of `CAPTION_KEYS`.
 
     Raises:
         InputError: it is no text.
     """
-    caption = next((record[key] for key in CAPTION_KEYS if record.get(key) is not None), "")
+    keys = (column,) if column else CAPTION_KEYS
+    caption = next((record[key] for key in keys if record.get(key) is not None), "")
+    if column and type(caption) is int:
+        return str(caption)
     if not isinstance(caption, str):
         raise InputError(f"{name}: the caption is {type(caption).__name__}, not text; write it in quotes")
     return clean(caption)

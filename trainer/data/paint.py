@@ -52,7 +52,9 @@ class Prompts:
         """Load the teacher."""
         config, source = self.config, self.teacher.source
         words = {"tokenizer": self.teacher.tokenizer, "clip_skip": self.teacher.clip_skip}
-        model = load_model(self.teacher.name, device, vae=self.teacher.vae, unet=source.chosen, **words)
+        model = load_model(
+            self.teacher.name, device, lora=self.teacher.lora_files, vae=self.teacher.vae, unet=source.chosen, **words
+        )
         prediction_type = self.prediction_type or model.diffusion.prediction_type
         diffusion = replace(model.diffusion, prediction_type=prediction_type)
         usual = model.settings("dpmpp_2m")
@@ -90,10 +92,12 @@ class Shipped:
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        from trainer.recipes.emoji.data import load_shipped
+        from trainer.recipes.emoji.data import load_entries, load_shipped
 
         self.teacher = teacher
         self.latents, self.captions = load_shipped()
+        if teacher.labels is not None:
+            self.captions = [entry.group for entry in load_entries()]
         self.skipped: Skipped = []
         if teacher.hash_vae() != Teacher("emoji").hash_vae():
             raise InputError(f"data emoji goes with teacher emoji alone; give images of your own for {teacher.name}")

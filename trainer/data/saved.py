@@ -18,24 +18,24 @@ def is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def read_saved(path: Path) -> FoundData:
-    """List the rows of a saved data set; of several splits, `train`.
+def read_saved(path: Path, column: str = "") -> FoundData:
+    """List the rows of a saved data set; of several splits, `train`. A column of classes is read by their names.
 
     Raises:
         InputError: `datasets` is not installed, the folder is damaged, or has no column of pictures.
     """
     table = _load(path)
-    column = _picture_column(path, table)
-    words = next((key for key in CAPTION_KEYS if key in table.column_names), None)
-    captions = table[words] if words else [""] * len(table)
-    rows = _undecoded(table, column)
+    pictures = _picture_column(path, table)
+    words = next((key for key in ((column,) if column else CAPTION_KEYS) if key in table.column_names), None)
+    captions = _captions(table, words) if words else [""] * len(table)
+    rows = _undecoded(table, pictures)
     items: list[Item] = []
     skipped: Skipped = []
     for number, words in enumerate(captions):
         key = f"row {number}"
         try:
-            caption = find_caption({"text": words}, key)
-            items.append(Item(key, caption, partial(_open_row, rows, number, column, key)))
+            caption = find_caption({column or "text": words}, key, column)
+            items.append(Item(key, caption, partial(_open_row, rows, number, pictures, key)))
         except InputError as error:
             skipped.append((key, str(error)))
     return FoundData(items, sorted({Path(file["filename"]) for file in table.cache_files}), skipped)
@@ -67,6 +67,11 @@ def _picture_column(path: Path, table: Any) -> str:
     if column is None:
         raise InputError(f"{path} has no column of images (it has: {', '.join(table.column_names)}); cast one to Image")
     return column
+
+
+def _captions(table: Any, column: str) -> list[Any]:
+    names = getattr(table.features[column], "names", None)  # of a column of classes
+    return table[column] if names is None else [None if n is None else names[n] for n in table[column]]
 
 
 def _undecoded(table: Any, column: str) -> Any:

@@ -38,8 +38,12 @@ __all__ = ["FoundData", "Item", "read_prompts", "read_source"]
 METADATA = "metadata.jsonl"
 
 
-def read_source(path: Path) -> FoundData:
+def read_source(path: Path, column: str = "") -> FoundData:
     """List the pictures of a folder, of webdataset tars, or of a folder saved by `datasets`; nothing is decoded yet.
+
+    Args:
+        path: of the data.
+        column: of its tables, or JSON, that has the captions, where it is none of the usual.
 
     Raises:
         InputError: nothing there, nothing in it that can be used, or a broken table of captions.
@@ -47,7 +51,7 @@ def read_source(path: Path) -> FoundData:
     if not path.exists():
         raise InputError(f"data {path} does not exist; give a folder of images, a .tar, or a saved datasets folder")
     try:
-        source = _read_any(path)
+        source = _read_any(path, column)
     except OSError as error:
         raise InputError(f"cannot read data {path}: {error.strerror}; check its permissions") from error
     if not source.items:
@@ -55,13 +59,13 @@ def read_source(path: Path) -> FoundData:
     return source
 
 
-def _read_any(path: Path) -> FoundData:
+def _read_any(path: Path, column: str) -> FoundData:
     if path.is_dir() and is_saved(path):
-        return read_saved(path)
+        return read_saved(path, column)
     if tars := find_tars(path):
-        return read_tars(tars)
+        return read_tars(tars, column)
     if path.is_dir():
-        return read_folder(path)
+        return read_folder(path, column)
     raise InputError(f"data {path} is a single file; give its folder, or a prompts file as prompts instead of data")
 
 
@@ -86,7 +90,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_folder(root: Path) -> FoundData:
+def read_folder(root: Path, column: str = "") -> FoundData:
     """The images in a folder and its subfolders, sorted by path; hidden files are left out.
 
     `metadata.jsonl` speaks for the images that it names, a text file beside the image for the others.
@@ -99,13 +103,13 @@ def read_folder(root: Path) -> FoundData:
     pictures = [name for name in names if name.lower().endswith(PICTURES)]
     skipped += [(name, other_kind(name)) for name in names if name.lower().endswith(OTHER_PICTURES)]
     texts = {name for name in names if name.endswith(CAPTIONS)}
-    stated = _read_metadata(root / METADATA) if METADATA in names else {}
+    stated = _read_metadata(root / METADATA, column) if METADATA in names else {}
     items, used = [], set()
     for name in pictures:
         beside = next((text for end in CAPTIONS if (text := posixpath.splitext(name)[0] + end) in texts), None)
         used.add(beside)
         try:
-            caption = stated.pop(name) if name in stated else read_text(root / beside) if beside else ""
+            caption = stated.pop(name) if name in stated else read_text(root / beside) if beside and not column else ""
             items.append(Item(name, caption, partial(_open_file, root / name, name)))
         except InputError as error:
             skipped.append((name, str(error)))
@@ -130,7 +134,7 @@ def _walk(root: Path, skipped: Skipped) -> Iterator[str]:
                 yield Path(folder, name).relative_to(root).as_posix()
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def _read_metadata(path: Path, column: str) -> dict[str, str]:
     """Path of an image -> its caption."""
     captions: dict[str, str] = {}
     for number, line in enumerate(read_lines(path), 1):
@@ -144,5 +148,5 @@ def _read_metadata(path: Path) -> dict[str, str]:
         name = posixpath.normpath(name)
         if name in captions:
             raise InputError(f"{where} names {name} again; give each image one line")
-        captions[name] = find_caption(record, where)
+        captions[name] = find_caption(record, where, column)
     return captions

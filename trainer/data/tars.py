@@ -61,13 +61,18 @@ def find_tars(path: Path) -> list[Path]:
     return tars
 
 
-def read_tars(paths: list[Path]) -> FoundData:
-    """List the pictures in tars, in their order. Of a damaged tar, those before the damage are used."""
+def read_tars(paths: list[Path], column: str = "") -> FoundData:
+    """List the pictures in tars, in their order. Of a damaged tar, those before the damage are used.
+
+    Args:
+        paths: of the tars.
+        column: of the samples' JSON, or the suffix of their members without the dot (`cls`), that has the captions.
+    """
     items: list[Item] = []
     skipped: Skipped = []
     for path in paths:
         for stem, members in _groups(path, skipped).items():
-            _add(path, stem, members, items, skipped)
+            _add(path, stem, members, items, skipped, column)
     return FoundData(items, paths, skipped)
 
 
@@ -97,10 +102,11 @@ def _spans(path: Path) -> Iterator[Span]:
             yield Span(member.name, member.offset_data, member.size)
 
 
-def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], skipped: Skipped) -> None:
+def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], skipped: Skipped, column: str) -> None:
     """Turn one group into an item, or say why not."""
     picture = next((members[suffix] for suffix in PICTURES if suffix in members), None)
-    text = next((members[suffix] for suffix in _TEXTS if suffix in members), None)
+    texts = (f".{column}", ".json") if column else _TEXTS
+    text = next((members[suffix] for suffix in texts if suffix in members), None)
     if picture is None:
         other = next((members[suffix] for suffix in OTHER_PICTURES if suffix in members), None)
         if other is not None:
@@ -110,14 +116,14 @@ def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], ski
         return
     key = f"{path.name}/{picture.name}"
     try:
-        caption = "" if text is None else _caption(path, text)
+        caption = "" if text is None else _caption(path, text, column)
     except InputError as error:
         skipped.append((key, str(error)))
         return
     items.append(Item(key, caption, partial(_open_member, path, picture, key)))
 
 
-def _caption(path: Path, span: Span) -> str:
+def _caption(path: Path, span: Span, column: str) -> str:
     name = f"{path.name}/{span.name}"
     if span.size > _LONGEST_TEXT:
         raise InputError(f"{name} is too long for a caption ({span.size:,} bytes); shorten it")
@@ -125,7 +131,8 @@ def _caption(path: Path, span: Span) -> str:
         text = read_bytes(path, name, span.start, span.size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    return find_caption(parse_object(text, name), name) if span.name.lower().endswith(".json") else clean(text)
+    is_json = span.name.lower().endswith(".json")
+    return find_caption(parse_object(text, name), name, column) if is_json else clean(text)
 
 
 def _open_member(path: Path, span: Span, key: str) -> Image:

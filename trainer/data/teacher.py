@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 
+from lcm_core.cli.common import parse_lora
 from lcm_core.errors import InputError
-from lcm_core.families.family import FlowFamily
+from lcm_core.families.family import Family
+from lcm_core.families.labels import ClassLabels
 from lcm_core.files.checkpoint import Component, list_components, read_component
-from lcm_core.files.safetensors import PathLike
+from lcm_core.files.lora import Lora, check_parts, fitting, read_lora
+from lcm_core.files.lora_keys import flat_names
+from lcm_core.files.safetensors import PathLike, read_safetensors
 from lcm_core.networks.tokenizer import find_tokenizer
 from lcm_core.networks.vae import VAE
-from lcm_core.pipeline.parts import Text, check_clip_skip, check_has_vae, open_text, open_vae
-from lcm_core.pipeline.sources import CARD, ModelSource, find_model, find_source
+from lcm_core.pipeline.model import merge_into_text
+from lcm_core.pipeline.parts import Text, check_clip_skip, check_has_vae, open_labels, open_text, open_vae
+from lcm_core.pipeline.sources import CARD, ModelSource, find_lora, find_model, find_source
 from trainer.data.hashing import hash_folder, hash_json, hash_tensors
 
 _FEW_STEPS = 4
@@ -31,7 +36,7 @@ def find_teacher(name: PathLike) -> ModelSource:
     return find_source(name, "teacher" if (find_model(name) / CARD).is_file() else None)
 
 
-def _folders(family: FlowFamily) -> list[str]:
+def _folders(family: Family) -> list[str]:
     """Text encoders and their tokenizers."""
     return [part for name in family.text_encoders for part in (name, name.replace("text_encoder", "tokenizer"))]
 
@@ -47,6 +52,8 @@ class Teacher:
     """Another VAE than its own."""
     clip_skip: int = 0
     """Last layers of its CLIP text encoder that are left out."""
+    lora: tuple[str, ...] = ()
+    """LoRAs that are merged into it, as `PATH` or `PATH:STRENGTH`."""
 
     @cached_property
     def source(self) -> ModelSource:
@@ -73,7 +80,7 @@ class Teacher:
     def multiple(self) -> int:
         """Pixels that the sides of a picture must be multiples of."""
         if self.source.family is not None:
-            return self.scale * self.source.family.patch
+            return self.scale * self.source.family.multiple(self._unet.config)
         return self.scale * int(2 ** (len(self._unet.config["block_out_channels"]) - 1))
 
     @property
@@ -83,11 +90,22 @@ class Teacher:
         side = config["sample_size"] if family is None else config.get("sample_size") or family.sample_size
         return self.source.recommended.resolution or int(side) * self.scale
 
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether its pictures need not be squares."""
+        return self.source.family is None or not self.source.family.is_square
+
+    @property
+    def labels(self) -> ClassLabels | None:
+        """Of a class-conditional teacher: the names of its classes, which pictures have for captions."""
+        family = self.source.family
+        return None if family is None or family.count_labels is None else open_labels(self.source, torch.device("cpu"))
+
     def shift(self, resolution: int = 0) -> float:
         """The shift of a flow model's noise levels, at pictures of this side and the few steps of a student; 0 takes
         its own."""
         family = self.source.family
-        if family is None:
+        if family is None or not family.is_flow:
             return 1.0
         tokens = ((resolution or self.resolution) // self.multiple) ** 2
         return family.shift(self.source.scheduler, tokens, _FEW_STEPS)
@@ -100,11 +118,14 @@ class Teacher:
     def hash_text(self) -> list[str]:
         """The hash of its text encoders with their words, and how they are asked."""
         skipped = [f"clip_skip {self.clip_skip}"] if self.clip_skip else []
-        return self._hash_encoders() + skipped
+        changed = any(part != "unet" for lora, _ in self.loras for part in lora.layers)
+        return self._hash_encoders() + skipped + ([hash_json(self._hash_loras())] if changed else [])
 
     def _hash_encoders(self) -> list[str]:
         family = self.source.family
         if family is not None:
+            if (labels := self.labels) is not None:
+                return [hash_json([labels.names, labels.null])]
             folders = [self.source.root / name for name in _folders(family)]
             return [hash_folder(folder) for folder in folders if folder.is_dir()]
         return [self._hash_encoder(name) for name in self._encoders()]
@@ -114,8 +135,31 @@ class Teacher:
         return open_vae(self.source, device, dtype, path=self.vae)
 
     def open_text(self, device: torch.device, dtype: torch.dtype | None = None) -> Text:
-        """Its text encoders."""
-        return open_text(self.source, device, dtype, self.tokenizer, self.clip_skip)
+        """Its text encoders, with its LoRAs."""
+        text = open_text(self.source, device, dtype, self.tokenizer, self.clip_skip)
+        merge_into_text(text, self.loras)
+        return text
+
+    @cached_property
+    def lora_files(self) -> list[tuple[Path, float]]:
+        """Files and strengths of its LoRAs.
+
+        Raises:
+            InputError: one is not there.
+        """
+        return [(find_lora(path, self.source.root), strength) for path, strength in map(parse_lora, self.lora)]
+
+    @cached_property
+    def loras(self) -> list[tuple[Lora, float]]:
+        """Its LoRAs.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+        return [(read_lora(file), strength) for file, strength in self.lora_files]
+
+    def _hash_loras(self) -> list[Any]:
+        return [[hash_tensors(read_safetensors(file)[0]), strength] for file, strength in self.lora_files]
 
     def check_parts(self) -> None:
         """Refuse a teacher whose words cannot be found, or read, or whose VAE is missing or belongs to another model.
@@ -125,8 +169,10 @@ class Teacher:
         """
         check_has_vae(self.source, self.vae)
         check_clip_skip(self.source, self.clip_skip)
+        self._check_loras()
         if self.source.family is not None:
-            return  # a folder of transformers' own, read where it is loaded
+            _ = self.labels  # are read and checked
+            return  # text encoders are folders of transformers' own, read where they are loaded
         if self.latent_channels != (taken := self._unet.config["in_channels"]):
             raise InputError(
                 f"the VAE of {self.vae or self.name} gives {self.latent_channels} channels, but the U-Net of "
@@ -138,7 +184,7 @@ class Teacher:
     def hash_unet(self, prediction_type: str) -> str:
         """The hash of its U-Net, and of how it is asked."""
         info = asdict(self.source.info) | {"prediction_type": prediction_type or self.source.info.prediction_type}
-        return hash_json([hash_tensors(self._unet.tensors), info])
+        return hash_json([hash_tensors(self._unet.tensors), info, *self._hash_loras()])
 
     def _hash_encoder(self, name: str) -> str:
         part = read_component(self.source.text, name)
@@ -152,6 +198,18 @@ class Teacher:
 
     def _tokenizer(self, encoder: str) -> Any:
         return find_tokenizer(self.source.text, self.tokenizer, encoder.replace("text_encoder", "tokenizer"))
+
+    def _check_loras(self) -> None:
+        family = self.source.family
+        encoders = [] if family is not None else self._encoders()
+        for lora, _ in self.loras:
+            check_parts(lora, ("unet", *encoders))
+            shapes = {
+                key.removesuffix(".weight"): tensor.shape
+                for key, tensor in self._unet.tensors.items()
+                if key.endswith(".weight") and tensor.ndim > 1
+            }
+            fitting(lora, "unet", flat_names(shapes, "unet", family and family.lora_names), shapes)
 
     @cached_property
     def _unet(self) -> Component:

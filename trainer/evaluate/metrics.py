@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,21 @@ def retrieval_accuracy(generated: Tensor, wanted: Tensor, real: Tensor, labels: 
     _check(real, generated, least=0)
     similarity = torch.nn.functional.normalize(generated) @ torch.nn.functional.normalize(real).T  # (M, N)
     return float((labels[similarity.argmax(1)] == wanted).double().mean())
+
+
+def class_alignment(
+    wanted: Sequence[str], real: Tensor, classes: Sequence[str]
+) -> Callable[[Tensor], dict[str, float]]:
+    """The share of pictures that are taken for the class that was asked for: that of the nearest real picture.
+
+    Args:
+        wanted: of each picture.
+        real: features of the real ones, (N, D).
+        classes: of each real one.
+    """
+    numbers = {name: number for number, name in enumerate(dict.fromkeys([*classes, *wanted]))}
+    asked, shown = (torch.tensor([numbers[name] for name in names]) for names in (wanted, classes))
+    return lambda features: {"alignment": retrieval_accuracy(features, asked, real, shown)}
 
 
 def _check(real: Tensor, generated: Tensor, least: int = 2) -> None:

@@ -23,39 +23,13 @@ from lcm_core.pipeline.image import load_image
 from lcm_core.pipeline.model import Model
 from lcm_core.pipeline.settings import Settings
 from trainer.distributed import Processes
-from trainer.evaluate.metrics import frechet_distance, recall, retrieval_accuracy
+from trainer.evaluate.metrics import class_alignment, frechet_distance, recall, retrieval_accuracy
 from trainer.evaluate.pretrained import CaptionScore, Features
+from trainer.evaluate.share import collect, gather, share
 from trainer.recipes.emoji.benchmark import Benchmark
 from trainer.recipes.emoji.features import extract
 
 BATCH_SIZE = 32
-
-
-def gather(processes: Processes, thing: Any) -> list[Any]:
-    """Every process's thing, in their order."""
-    if processes.size == 1:
-        return [thing]
-    things: list[Any] = [None] * processes.size
-    torch.distributed.all_gather_object(things, thing)
-    return things
-
-
-def from_main(processes: Processes, make: Callable[[], Any]) -> Any:
-    """What `make` returns in the main process, in all of them."""
-    return gather(processes, make() if processes.is_main else None)[0]
-
-
-def share(processes: Processes, total: int) -> range:
-    """This process's numbers of `total` things: every `size`-th, from `rank` on."""
-    return range(processes.rank, total, processes.size)
-
-
-def collect(processes: Processes, part: Tensor, total: int) -> Tensor:
-    """All processes' rows in order; each gives those of its `share`, (B, ...)."""
-    whole = part.new_empty(total, *part.shape[1:])
-    for rank, rows in enumerate(gather(processes, part)):
-        whole[rank :: processes.size] = rows
-    return whole
 
 
 @dataclass(frozen=True)
@@ -83,8 +57,18 @@ class Evaluation:
     change_noise: Callable[[Tensor], Tensor] | None = None
 
 
-def benchmark_evaluation(benchmark: Benchmark, caption_score: CaptionScore | None = None) -> Evaluation:
-    """The emoji benchmark: captions of real drawings, alignment by retrieval."""
+def benchmark_evaluation(
+    benchmark: Benchmark, caption_score: CaptionScore | None = None, by_group: bool = False
+) -> Evaluation:
+    """The emoji benchmark: captions of real drawings, alignment by retrieval. For class-conditional models, `by_group`,
+    the groups of emoji are asked for and looked for."""
+    features = partial(extract, benchmark.features)
+    note = {"pictures": len(benchmark.chosen), "real": "the emoji benchmark's drawings", "features": "the benchmark's"}
+    if by_group:
+        groups = [entry.group for entry in benchmark.entries]
+        captions = [groups[i] for i in benchmark.chosen.tolist()]
+        alignment = class_alignment(captions, benchmark.real, groups)
+        return Evaluation(captions, features, benchmark.real, alignment=alignment, note={**note, "by": "group"})
     wanted = benchmark.codes[benchmark.chosen]
     groups = {
         "alignment": torch.ones_like(benchmark.held_out),
@@ -101,11 +85,11 @@ def benchmark_evaluation(benchmark: Benchmark, caption_score: CaptionScore | Non
 
     return Evaluation(
         captions=[benchmark.entries[i].plain_caption for i in benchmark.chosen.tolist()],
-        features=partial(extract, benchmark.features),
+        features=features,
         real=benchmark.real,
         alignment=alignment,
         caption_score=caption_score,
-        note={"pictures": len(wanted), "real": "the emoji benchmark's drawings", "features": "the benchmark's"},
+        note=note,
     )
 
 
@@ -156,15 +140,19 @@ def folder_evaluation(
     is_inception: bool,
     caption_score: CaptionScore | None = None,
     note: dict[str, Any] | None = None,
+    by_class: bool = False,
 ) -> Evaluation:
-    """The user's own pictures: as many of their captions, in a fixed shuffled order, as `samples` says."""
+    """The user's own pictures: as many of their captions, in a fixed shuffled order, as `samples` says. Of a
+    class-conditional model, `by_class`, the captions are classes, which are looked for too."""
     generator = torch.Generator().manual_seed(1234)
     rounds = -(-samples // len(pictures.captions))
     order = [i for _ in range(rounds) for i in torch.randperm(len(pictures.captions), generator=generator).tolist()]
+    captions = [pictures.captions[i] for i in order[:samples]]
     return Evaluation(
-        captions=[pictures.captions[i] for i in order[:samples]],
+        captions=captions,
         features=features,
         real=pictures.features,
+        alignment=class_alignment(captions, pictures.features, pictures.captions) if by_class else None,
         distance="fid" if is_inception else "fd",
         caption_score=caption_score,
         note={

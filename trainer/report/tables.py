@@ -16,6 +16,7 @@ COLUMNS = {
     "fd": ("FD", ".2f"),
     "fid": ("Inception FID", ".2f"),
     "recall": ("recall", ".3f"),
+    "style": ("style", ".3f"),
     "alignment": ("alignment", ".3f"),
     "seen_alignment": ("seen pairs", ".3f"),
     "held_out_alignment": ("held-out pairs", ".3f"),
@@ -24,7 +25,7 @@ COLUMNS = {
 }
 """Name in a row -> title and number format. Columns that no row has are left out."""
 LOWER_IS_BETTER = ("fd", "fid")
-HIGHER_IS_BETTER = ("recall", "alignment", "seen_alignment", "held_out_alignment", "clip_score")
+HIGHER_IS_BETTER = ("recall", "style", "alignment", "seen_alignment", "held_out_alignment", "clip_score")
 
 
 def remark(note: Mapping[str, Any], distance: str) -> str:

@@ -118,7 +118,8 @@ import json, sys, torch
 from PIL import Image
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
-from trainer.evaluate.scores import Evaluation, evaluate_rows, from_main, read_pictures
+from trainer.evaluate.scores import Evaluation, evaluate_rows, read_pictures
+from trainer.evaluate.share import from_main
 from trainer.distributed import join_processes
 
 class Item:

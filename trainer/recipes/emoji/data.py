@@ -129,9 +129,14 @@ def save_shipped(folder: Path, entries: list[Drawing], latents: Tensor, features
 
 def load_shipped(folder: Path = SHIPPED) -> tuple[Tensor, list[str]]:
     """Latents (M, 4, h, w) float32 of the drawings that may be trained on, scaled, and their captions."""
-    captions = [e.plain_caption for e in read_entries(folder / "drawings.json") if not e.held_out]
+    captions = [entry.plain_caption for entry in load_entries(folder)]
     latents = read_safetensors(folder / "drawings.safetensors")[0]["latents"]
     return latents.float() / (LATENT_STEPS if latents.dtype == torch.int8 else 1), captions
+
+
+def load_entries(folder: Path = SHIPPED) -> list[Drawing]:
+    """What the drawings of `load_shipped` show, in their order."""
+    return [entry for entry in read_entries(folder / "drawings.json") if not entry.held_out]
 
 
 def is_held_out(code: str, style: str) -> bool:

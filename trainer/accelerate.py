@@ -1,0 +1,62 @@
+"""Settings that make a LoRA fast, by what teacher, LoRA and prompts are: nothing else has to be given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lcm_core.cli.common import parse_lora
+from lcm_core.errors import InputError
+from lcm_core.pipeline.sources import ModelSource
+from trainer.config import DistillConfig
+from trainer.data.settings import DataConfig
+from trainer.data.sources import read_prompts
+from trainer.data.teacher import find_teacher
+from trainer.presets import PRESETS, Settings
+
+GUIDANCE = 7.5
+"""Of a teacher that does not say what it is used with."""
+PICTURES, MOST_VARIANTS = 256, 16
+"""Pictures that the teacher paints at least, in several from each prompt where there are few prompts."""
+SAMPLES = 256
+
+
+def usual_settings(config: DistillConfig) -> Settings:
+    """What `accelerate` sets where nothing is said.
+
+    The guidance that the teacher is used with goes into the student. How long and with which learning rate, the preset
+    for LoRAs of the teacher's family says.
+
+    Args:
+        config: what was given.
+
+    Raises:
+        InputError: no teacher, or no LoRA was given; or the teacher is unknown.
+    """
+    if not config.teacher:
+        raise InputError("no teacher was given; give --teacher, the checkpoint that the LoRA is for")
+    if not config.lora:
+        raise InputError("no LoRA was given; give --lora, the style that is to paint in few steps")
+    source = find_teacher(config.teacher)
+    preset = PRESETS[preset_of(source)][1]
+    w = max(0.0, (source.recommended.teacher_guidance_scale or GUIDANCE) - 1)
+    return {
+        "output": f"runs/{Path(parse_lora(config.lora[0])[0]).stem}-fast",
+        "data": {"variants": _variants(config.data)},
+        "method": {"w_min": w, "w_max": w},
+        "student": preset["student"],
+        "training": preset["training"],
+        "report": {**preset.get("report", {}), "samples": SAMPLES},
+    }
+
+
+def preset_of(source: ModelSource) -> str:
+    """Name of the preset that has the steps and the learning rate."""
+    if source.is_shipped:
+        return "emoji"
+    return "sdxl-lora" if source.info.family == "sdxl" else "sd15-lora"
+
+
+def _variants(config: DataConfig) -> int:
+    if not config.prompts:
+        return config.variants
+    return min(MOST_VARIANTS, -(-PICTURES // len(read_prompts(Path(config.prompts)))))

@@ -1,0 +1,52 @@
+"""Pictures of class-conditional models: their class stands where others have a caption."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lcm_core.errors import InputError
+from lcm_core.families.labels import ClassLabels
+from trainer.data.items import FoundData, Item
+from trainer.data.sources import read_source
+
+FOLDER = "folder"
+"""`DataConfig.labels` that stands for the names of folders."""
+
+
+def read_labelled(path: Path, labels: str, classes: ClassLabels | None) -> FoundData:
+    """The pictures of some data, as `read_source` lists them, with labels for captions where that is asked for.
+
+    Args:
+        path: the data.
+        labels: folder, or the name of a column; empty for captions, or with `classes` for folders.
+        classes: of a class-conditional teacher.
+
+    Raises:
+        InputError: as `read_source`; or a column that no picture has, or a class that the teacher does not know.
+    """
+    chosen = labels or (FOLDER if classes is not None else "")
+    source = read_source(path, "" if chosen == FOLDER else chosen)
+    if chosen == FOLDER:
+        source = replace(source, items=[replace(item, caption=_folder_of(item.key)) for item in source.items])
+    elif chosen and not any(item.caption for item in source.items):
+        raise InputError(f"data {path} has no labels {chosen!r}; name a column that it has, or {FOLDER!r}")
+    if classes is not None:
+        _check(source.items, classes, path)
+    return source
+
+
+def _folder_of(key: str) -> str:
+    """The last folder on the way to a picture; none for one that lies in the data's own."""
+    return posixpath.basename(posixpath.dirname(key))
+
+
+def _check(items: Sequence[Item], classes: ClassLabels, path: Path) -> None:
+    for name in dict.fromkeys(item.caption for item in items):
+        try:
+            classes.number(name)
+        except InputError as error:
+            what = f"class {name!r}" if name else "a picture without a class"
+            raise InputError(f"data {path} has {what}: {error}") from error
