@@ -11,7 +11,7 @@ from trainer.config import DistillConfig
 from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts
 from trainer.data.teacher import find_teacher
-from trainer.presets import PRESETS, Settings
+from trainer.presets import PRESETS, Values
 
 GUIDANCE = 7.5
 """Of a teacher that does not say what it is used with."""
@@ -20,7 +20,7 @@ PICTURES, MOST_VARIANTS = 256, 16
 SAMPLES = 256
 
 
-def usual_settings(config: DistillConfig) -> Settings:
+def usual_settings(config: DistillConfig) -> Values:
     """What `accelerate` sets where nothing is said.
 
     The guidance that the teacher is used with goes into the student. How long and with which learning rate, the preset

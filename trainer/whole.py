@@ -41,7 +41,7 @@ def join_style(
         place = teacher.source.unet if part == "unet" else teacher.source.text
         weights = read_component(place, part).tensors
         own = [(lora, strength) for lora, strength in loras if part in lora.layers]
-        layers, lost = join(own, part, weights, rank, family and family.lora_names)
+        layers, lost = join(own, part, weights, rank, None if family is None else family.lora_names)
         worst = max(worst, lost)
         if family is not None:
             tensors |= to_diffusers(layers, family.folder, family.lora_names, dtype)

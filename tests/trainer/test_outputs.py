@@ -13,6 +13,7 @@ from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended, read_reco
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.prompts import encode_prompts
 from trainer.card import model_card
 from trainer.cli.main import main
 from trainer.config import DistillConfig
@@ -40,7 +41,7 @@ def _paint(model, guidance_scale):
     """One picture in [0, 1] by `lcm_core`, with the sampler that the model's files ask for."""
     given = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "width": 64, "height": 64}
     chosen = replace(model.settings(), **given, gamma=0.0)  # diffusers' eta, 0 where it is not given
-    cond = model.encode([PROMPT], 64, 64)
+    cond = encode_prompts(model, [PROMPT], (64, 64), "plain")
     with torch.no_grad():
         return paint(model, Inputs(cond, None, noise_source([SEED], model.device)), chosen).clamp(-1, 1) / 2 + 0.5
 

@@ -51,7 +51,7 @@ class Prompts:
     def load(self, device: torch.device) -> Maker:
         """Load the teacher."""
         config, source = self.config, self.teacher.source
-        words = {"tokenizer": self.teacher.tokenizer, "clip_skip": self.teacher.clip_skip}
+        words: dict[str, Any] = {"tokenizer": self.teacher.tokenizer, "clip_skip": self.teacher.clip_skip}
         model = load_model(
             self.teacher.name, device, lora=self.teacher.lora_files, vae=self.teacher.vae, unet=source.chosen, **words
         )

@@ -201,7 +201,8 @@ class Teacher:
 
     def _check_loras(self) -> None:
         family = self.source.family
-        encoders = [] if family is not None else self._encoders()
+        encoders: list[Any] = [] if family is not None else self._encoders()
+        others = None if family is None else family.lora_names
         for lora, _ in self.loras:
             check_parts(lora, ("unet", *encoders))
             shapes = {
@@ -209,7 +210,7 @@ class Teacher:
                 for key, tensor in self._unet.tensors.items()
                 if key.endswith(".weight") and tensor.ndim > 1
             }
-            fitting(lora, "unet", flat_names(shapes, "unet", family and family.lora_names), shapes)
+            fitting(lora, "unet", flat_names(shapes, "unet", others), shapes)
 
     @cached_property
     def _unet(self) -> Component:

@@ -21,6 +21,7 @@ from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.image import load_image
 from lcm_core.pipeline.model import Model
+from lcm_core.pipeline.prompts import encode_prompts
 from lcm_core.pipeline.settings import Settings
 from trainer.distributed import Processes
 from trainer.evaluate.metrics import class_alignment, frechet_distance, recall, retrieval_accuracy
@@ -65,10 +66,10 @@ def benchmark_evaluation(
     features = partial(extract, benchmark.features)
     note = {"pictures": len(benchmark.chosen), "real": "the emoji benchmark's drawings", "features": "the benchmark's"}
     if by_group:
-        groups = [entry.group for entry in benchmark.entries]
-        captions = [groups[i] for i in benchmark.chosen.tolist()]
-        alignment = class_alignment(captions, benchmark.real, groups)
-        return Evaluation(captions, features, benchmark.real, alignment=alignment, note={**note, "by": "group"})
+        classes = [entry.group for entry in benchmark.entries]
+        captions = [classes[i] for i in benchmark.chosen.tolist()]
+        found = class_alignment(captions, benchmark.real, classes)
+        return Evaluation(captions, features, benchmark.real, alignment=found, note={**note, "by": "group"})
     wanted = benchmark.codes[benchmark.chosen]
     groups = {
         "alignment": torch.ones_like(benchmark.held_out),
@@ -260,7 +261,7 @@ def paint_captions(
     `change_noise` puts other noise in the place of the first, (B, C, h, w).
     """
     size = settings.width, settings.height
-    cond, uncond = model.encode(captions, *size), model.encode([""] * len(captions), *size)
+    cond, uncond = (encode_prompts(model, words, size, "plain") for words in (captions, [""] * len(captions)))
     plain = noise_source(seeds, model.device)
 
     def noise(shape: Sequence[int]) -> tuple[Tensor, NoiseSampler]:

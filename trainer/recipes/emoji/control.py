@@ -21,6 +21,7 @@ from lcm_core.files.safetensors import write_safetensors
 from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
+from lcm_core.pipeline.prompts import encode_prompts
 from lcm_core.pipeline.sources import MODELS
 
 LOW, HIGH = 0.2, 0.4  # thresholds of the outlines, as in the example workflow
@@ -58,9 +59,10 @@ class Examples:
         self.latents, self.edges, self.context = [], [], []
         for start in range(0, len(prompts), batch):
             words = prompts[start : start + batch]
-            cond = model.encode(words, settings.width, settings.height)
+            size = settings.width, settings.height
+            cond = model.encode(words, *size)
             noise = noise_source(range(start, start + len(words)), model.device)
-            images = paint(model, Inputs(cond, None, noise), settings)
+            images = paint(model, Inputs(encode_prompts(model, words, size, "plain"), None, noise), settings)
             self.latents.append(model.vae.encode(images))
             self.edges.append(outlines(images))
             self.context.append(cond["encoder_hidden_states"])
