@@ -15,7 +15,7 @@ from lcm_core.families.known import find_family
 from lcm_core.families.network import build_label_network
 from lcm_core.files.checkpoint import read_component
 from lcm_core.pipeline import PictureOptions, Pipeline
-from lcm_core.pipeline.generate import paint
+from lcm_core.pipeline.generate import make_inputs, paint
 from lcm_core.pipeline.image import read_settings
 from tests.class_models import KINDS, build_network, save_model
 
@@ -38,7 +38,7 @@ def our_picture(folder, guidance, **asked):
     pipe = Pipeline.load(folder, device="cpu", dtype="float32")
     options = PictureOptions(sampler="euler", num_inference_steps=STEPS, guidance_scale=guidance, **asked)
     settings = replace(pipe.resolve(options), seed=1)
-    return (paint(pipe.model, pipe._inputs([settings], None), settings)[0] / 2 + 0.5).clamp(0, 1)
+    return (paint(pipe.model, make_inputs(pipe.model, [settings]), settings)[0] / 2 + 0.5).clamp(0, 1)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
