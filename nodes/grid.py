@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import torch
 from comfy_api.latest import io
+from einops import rearrange
 from PIL import Image
 
 from lcm_core.errors import InputError
@@ -99,7 +100,7 @@ def _first(latent: dict[str, Any]) -> dict[str, Any]:
 
 def _first_picture(decoded: torch.Tensor) -> torch.Tensor:
     """(1, H, W, 3): the first picture, of a video its first frame."""
-    return decoded.reshape(-1, *decoded.shape[-3:])[:1, ..., :3]
+    return rearrange(decoded, "... h w c -> (...) h w c")[:1, ..., :3]
 
 
 def _in_rows(images: torch.Tensor, width: int) -> list[list[Image.Image]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+from einops import rearrange
 from torch import Tensor
 
 from lcm_core.diffusion.interpolation import travel
@@ -54,7 +55,7 @@ class LCMLatentInterpolator(io.ComfyNode):
         others = [latents.get(f"latent_{i}") for i in range(2, MOST + 1)]
         keyframes = stack_keyframes([latent["samples"] for latent in (latent_1, *others) if latent is not None])
         animations = travel(keyframes, frames, mode, easing, loop)  # (F, B, C, h, w)
-        return io.NodeOutput({"samples": animations.transpose(0, 1).flatten(0, 1)})
+        return io.NodeOutput({"samples": rearrange(animations, "frames batch ... -> (batch frames) ...")})
 
 
 def stack_keyframes(latents: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -190,10 +191,11 @@ def noise_of(latent: Latent, seed: int) -> Noise:
 def _fit_mask(mask: Tensor, x0: Tensor) -> Tensor:
     """A noise mask in the size of latents x0, (M, 1, h, w): by area, as lcm_core does, where the host would take single
     points. For videos (M, 1, 1, h, w), or (1, 1, M, h, w) where there are frames that the masks are of."""
-    mask = functional.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]).float(), x0.shape[-2:], mode="area")
+    masks = rearrange(mask, "... h w -> (...) 1 h w").float()
+    mask = functional.interpolate(masks, x0.shape[-2:], mode="area")
     if x0.ndim == 4:
         return mask
-    return mask.unsqueeze(2) if x0.shape[2] == 1 else mask.movedim(0, 1).unsqueeze(0)
+    return rearrange(mask, "m 1 h w -> m 1 1 h w" if x0.shape[2] == 1 else "m 1 h w -> 1 1 m h w")
 
 
 def reporter(model: Any, total: int) -> Callable[[int], Report]:

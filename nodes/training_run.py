@@ -15,6 +15,7 @@ import comfy.utils
 import latent_preview
 import numpy
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -253,7 +254,7 @@ class Run:
             if self.vae is None:
                 return _rough_picture(x, self.model.model.latent_format)
             images = self.vae.decode(self.model.model.process_latent_out(x))
-            image = images.reshape(-1, *images.shape[-3:])[0, ..., :3]  # of a video the first frame
+            image = rearrange(images, "... h w c -> (...) h w c")[0, ..., :3]  # of a video the first frame
             return Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
@@ -268,9 +269,9 @@ def _rough_picture(x: Tensor, latent_format: Any) -> Image.Image:
     previewer = latent_preview.get_previewer(x.device, latent_format)
     if previewer is not None:
         return previewer.decode_latent_to_preview(x)
-    colours = x.reshape(x.shape[1], -1, *x.shape[-2:])[:3, 0].sigmoid()  # of a video the first frame
+    colours = rearrange(x, "1 c ... h w -> c (...) h w")[:3, 0].sigmoid()  # of a video the first frame
     shown = colours.expand(3, -1, -1) if len(colours) < 3 else colours
-    return Image.fromarray((shown.movedim(0, -1) * 255).round().byte().cpu().numpy())
+    return Image.fromarray((rearrange(shown, "c h w -> h w c") * 255).round().byte().cpu().numpy())
 
 
 def _out_of_memory(loop: LoopConfig, rank: int) -> str:

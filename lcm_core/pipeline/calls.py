@@ -36,6 +36,8 @@ class Result:
 def as_output(images: Sequence[Tensor], kind: OutputType) -> Any:
     """Batches (B, 3, H, W) in [-1, 1] as diffusers gives them: Pillow pictures, arrays (B, H, W, 3) or tensors
     (B, 3, H, W), both in [0, 1]; "latent" is left as it is."""
+    from einops import rearrange
+
     if kind == "pil":
         return [picture for batch in images for picture in to_pil(batch)]
     if not images:
@@ -44,7 +46,7 @@ def as_output(images: Sequence[Tensor], kind: OutputType) -> Any:
     if kind == "latent":
         return joined
     scaled = (joined.float() / 2 + 0.5).clamp(0, 1)
-    return scaled.permute(0, 2, 3, 1).cpu().numpy() if kind == "np" else scaled
+    return rearrange(scaled, "b c h w -> b h w c").cpu().numpy() if kind == "np" else scaled
 
 
 def seeds_of(generator: Generators) -> list[int]:

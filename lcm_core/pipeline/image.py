@@ -51,10 +51,11 @@ _EXIF_DESCRIPTION = 0x010E  # JPEG and WebP have no text chunks; the image descr
 def to_pil(images: Tensor) -> list[Image]:
     """(B, 3, H, W) in [-1, 1] to B RGB pictures; values outside are clipped."""
     import torch
+    from einops import rearrange
     from PIL import Image
 
     pixels = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(array) for array in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
 
 
 def load_image(source: Any, size: tuple[int, int] | None = None) -> Tensor:
@@ -132,9 +133,10 @@ def _fit(image: Image, size: tuple[int, int] | None) -> Image:
 def _to_tensor(image: Image) -> Tensor:
     import numpy
     import torch
+    from einops import rearrange
 
-    array = numpy.array(image, dtype=numpy.float32) / 255  # (H, W) or (H, W, 3)
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None].contiguous()
+    array = torch.from_numpy(numpy.array(image, dtype=numpy.float32) / 255)  # (H, W) or (H, W, 3)
+    return rearrange(array, "h w ... -> 1 (...) h w").contiguous()
 
 
 # --- stills with their settings ---------------------------------------------------------------------------------------

@@ -172,12 +172,15 @@ class CrossAttention(nn.Module):
         return folded.mix(weights.flatten(1), residual, "add")
 
     def _fold(self, text: Tensor) -> FoldedText:
-        k, v = (functional.linear(text, weight).float().unflatten(-1, (self.heads, -1)) for weight in (self.k, self.v))
+        from einops import rearrange  # what runs in every step does without: 4 microseconds more for each call
+
+        h, rows, columns = self.heads, "(h d) c -> h d c", "c (h d) -> c h d"
+        k, v = (rearrange(functional.linear(text, weight).float(), columns, h=h) for weight in (self.k, self.v))
         k = k - k.mean(0)  # moves all scores of a row alike, and makes them small, so that little is rounded off
-        scores = torch.einsum("thd,hdc->htc", k, self.q.float().unflatten(0, (self.heads, -1))) * self.scale
-        mix = torch.einsum("chd,thd->cht", self.out.float().unflatten(1, (self.heads, -1)), v)
-        scores, mix = scores.flatten(0, 1).to(text.dtype), mix.flatten(1).to(text.dtype)
-        return FoldedText(PackedLinear(scores), PackedLinear(mix, self.bias))
+        scores = torch.einsum("thd,hdc->htc", k, rearrange(self.q.float(), rows, h=h)) * self.scale
+        mix = torch.einsum("chd,thd->cht", rearrange(self.out.float(), columns, h=h), v)
+        scores, mix = rearrange(scores, "h t c -> (h t) c").to(text.dtype), rearrange(mix, "c h t -> c (h t)")
+        return FoldedText(PackedLinear(scores), PackedLinear(mix.to(text.dtype), self.bias))
 
 
 def _replace_layers(module: nn.Module) -> None:

@@ -64,10 +64,11 @@ def paint(unet: AnyModule, context: Tensor, null: Tensor, pixels: int, guidance_
 
 def save_grid(path: Path, rows: list[Tensor]) -> None:
     """Rows of pictures (B, 3, S, S) in [-1, 1], one above the other, as a PNG."""
+    from einops import rearrange
     from PIL import Image
 
-    strips = [torch.cat(list(row), dim=-1) for row in rows]
-    pixels = ((torch.cat(strips, dim=-2) + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0)
+    strips = [rearrange(row, "b c h w -> h (b w) c") for row in rows]
+    pixels = ((torch.cat(strips) + 1) * 127.5).clamp(0, 255).byte()
     Image.fromarray(pixels.cpu().numpy()).save(path)
 
 
