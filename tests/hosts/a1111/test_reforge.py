@@ -1,7 +1,7 @@
-"""reForge and Forge Classic, which build networks in their usual sizes only: an SD 1.5 of that size, random weights.
+"""reForge and Forge Classic, which know SD 1.5 by its usual widths only: such a network of few layers, random weights.
 
-Its pictures mean nothing, but must be the same everywhere. It takes 4 GB of disk, which REFORGE_MODELS may name a
-folder for to keep it between runs, and 10 GB of memory.
+Its pictures mean nothing, but must be the same everywhere. It takes 1 GB of disk, which REFORGE_MODELS may name a
+folder for to keep it between runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def make_checkpoints(folder: Path) -> None:
     sizes: dict[str, Any] = {
         "down_block_types": down,
         "up_block_types": up,
-        "block_out_channels": (320, 640, 1280, 1280),
+        "block_out_channels": (320, 320, 320, 320),  # the first must be 320
+        "layers_per_block": 1,
     }
     unet = UNet2DConditionModel(**sizes, cross_attention_dim=768, attention_head_dim=8).half()
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}

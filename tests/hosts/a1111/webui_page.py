@@ -13,7 +13,7 @@ from webui_harness import WebUI
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SECOND = 1000
-PATIENCE = 300 * SECOND
+PATIENCE = 900 * SECOND  # a busy machine takes minutes to start the trainer
 
 
 @contextmanager
