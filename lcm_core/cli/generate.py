@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,15 @@ from lcm_core.cli.common import (
     check_output,
     load_pipeline,
     note,
+    parse_lora,
     plural,
     read_options,
 )
 from lcm_core.errors import InputError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from lcm_core.pipeline import PictureOptions, Pipeline
     from lcm_core.pipeline.settings import Settings
 
@@ -57,6 +60,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write all pictures as one, with their seeds")
     parser.add_argument("--image", metavar="PATH", help="start from this picture")
     parser.add_argument("--mask", metavar="PATH", help="repaint only where this picture is white")
+    parser.add_argument(
+        "--control",
+        action="append",
+        type=parse_control,
+        metavar="NETWORK=PICTURE[:STRENGTH]",
+        help="let a picture guide, by 'canny' (embedded model: white outlines on black), a T2I-Adapter or ControlNet",
+    )
     parser.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help="take all settings from a picture")
     add_settings_options(parser)
     add_model_options(parser)
@@ -87,14 +97,25 @@ def run(args: argparse.Namespace) -> None:
         _use_threads(options.threads)
     pipe, load_seconds = load_pipeline(options)
     image, mask = options.image, options.mask
+    control = [(name, picture, strength) for name, picture, strength in options.control or ()]
     first = pipe.resolve(options, image)
     pictures = [replace(first, prompt=words, seed=seed).check() for words, seed in pairs]
     _warn(pipe, first)
-    check_storable(paths[0], max((pipe.describe(one, image, mask).said for one in pictures), key=_prompt_length))
+    said = [pipe.describe(one, image, mask, control).said for one in pictures]
+    check_storable(paths[0], max(said, key=_prompt_length))
     with Progress(pipe.count_steps(first) * len(pictures), "painting") as progress:
-        painted = pipe.paint(pictures, image, mask, args.batch, progress.step)
-        _save(pipe, zip(painted, pictures, paths, strict=True), image, mask, args.sheet)
+        painted = pipe.paint(pictures, image, mask, args.batch, progress.step, control)
+        _save(zip(painted, said, paths, strict=True), args.sheet)
     print(_summary(pipe, first, seeds, paths, load_seconds, progress.seconds))
+
+
+def parse_control(text: str) -> tuple[str, str, float]:
+    """`canny=picture.png:0.8`."""
+    name, found, rest = text.partition("=")
+    picture, strength = parse_lora(rest)
+    if not (found and name and picture):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no control; write e.g. canny=outlines.png:0.8")
+    return name, picture, strength
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -174,6 +195,8 @@ def _tell_files(source: Path, stored: PictureOptions, options: PictureOptions) -
     kept = {name: value for name, value in stored.said.items() if options.said[name] == value}
     asked = [f"{name} {kept[name]!r}" for name in names if name in kept]
     asked += [f"lora {path!r}" for path, _ in kept.get("lora", ())]
+    asked += [f"embedding {path!r}" for path in kept.get("embedding", ())]
+    asked += [f"control {name!r} with {picture!r}" for name, picture, _ in kept.get("control", ())]
     if asked and asked != ["model 'emoji'"]:
         note(f"{source} uses {', '.join(asked)}")
 
@@ -217,16 +240,16 @@ def _slug(prompt: str) -> str:
     return words.decode("utf-8", "ignore") or "picture"
 
 
-def _save(pipe: Pipeline, painted: Any, image: str | None, mask: str | None, sheet: Path | None) -> None:
+def _save(painted: Iterable[tuple[Image, dict[str, Any], Path]], sheet: Path | None) -> None:
     from lcm_core.pipeline.image import save_image
     from lcm_core.pipeline.sheets import contact_sheet
 
     kept, labels = [], []
     for picture, settings, path in painted:
-        save_image(picture, path, pipe.describe(settings, image, mask).said)
+        save_image(picture, path, settings)
         if sheet is not None:
             kept.append(picture)
-            labels.append(f"{settings.seed}: {settings.prompt}")
+            labels.append(f"{settings['seed']}: {settings['prompt']}")
     if sheet is not None:
         save_image(contact_sheet(kept, labels), sheet)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,7 @@ class UNet:
         encoder_hidden_states: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        residuals: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> Tensor:
         """Predict noise, velocity or image, as the network was trained to.
 
@@ -67,6 +69,7 @@ class UNet:
             encoder_hidden_states: (B, 77, D) text.
             timestep_cond: (B, guidance_embedding_dim) guidance embedding of a full LCM.
             added_cond_kwargs: SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
+            residuals: what is added inside, see `networks.control`.
 
         Returns:
             (B, C, H, W) in the dtype of `x`.
@@ -81,8 +84,14 @@ class UNet:
             timestep_cond=None if timestep_cond is None else self._cast(timestep_cond),
             added_cond_kwargs=added,
             return_dict=False,
+            **self._added(residuals or {}),
         )[0]
         return output.to(x.device, x.dtype)
+
+    def _added(self, residuals: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+        """In diffusers' words; it has one tensor for the middle, and takes the others out of their list."""
+        lists = {name: [self._cast(tensor) for tensor in tensors] for name, tensors in residuals.items()}
+        return {name: tensors[0] if name.startswith("mid_") else tensors for name, tensors in lists.items()}
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)

@@ -29,7 +29,9 @@ from lcm_core.diffusion.samplers import (
 )
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS
+from lcm_core.networks.control import Control, controlled
 from lcm_core.networks.prompt import split_parts
+from lcm_core.networks.unet import UNet
 from lcm_core.pipeline.image import load_image, load_mask, to_pil
 from lcm_core.pipeline.model import Conditioning, Model
 from lcm_core.pipeline.prompts import StepSource, encode_prompts, guided_by_steps, mix_sources, steps_of
@@ -47,6 +49,14 @@ _SAMPLERS = {
 }
 
 
+class ControlInput(NamedTuple):
+    """A picture that guides the painting."""
+
+    network: Control
+    picture: Any  # see `image.open_image`
+    strength: float
+
+
 class Stopped(Exception):
     """A callback asked to paint no further."""
 
@@ -61,6 +71,7 @@ class Inputs:
     x0: Tensor | None = None  # (1 or B, C, h, w) latents of the input image
     pixels: Tensor | None = None  # (1, 3, H, W) the input image itself, where a mask keeps some of it
     mask: Tensor | None = None  # (1, 1, H, W), 1 where to paint
+    controls: Sequence[ControlInput] = ()
 
 
 class Pass(NamedTuple):
@@ -128,13 +139,22 @@ def mix_inputs(a: Inputs, b: Inputs, fraction: float, mode: str) -> Inputs:
     )
 
 
-def make_inputs(model: Model, pictures: Sequence[Settings], image: Any = None, mask: Any = None) -> Inputs:
+def make_inputs(
+    model: Model,
+    pictures: Sequence[Settings],
+    image: Any = None,
+    mask: Any = None,
+    control: Sequence[tuple[str, Any, float]] = (),
+) -> Inputs:
     """Encode all that a batch is made from.
 
     Args:
         model: that will paint it.
         pictures: one for each picture; they differ in prompt and seed alone.
-        image, mask: see `Pipeline.__call__`.
+        image, mask, control: see `Pipeline.__call__`.
+
+    Raises:
+        InputError: a picture or control that cannot be used.
     """
     first = pictures[0]
     size, syntax = (first.width, first.height), first.prompt_syntax
@@ -155,6 +175,7 @@ def make_inputs(model: Model, pictures: Sequence[Settings], image: Any = None, m
         x0=None if pixels is None else model.vae.encode(pixels),
         pixels=pixels,
         mask=None if mask is None else load_mask(mask, size).to(model.device),
+        controls=[ControlInput(model.control(name), picture, strength) for name, picture, strength in control],
     )
 
 
@@ -192,6 +213,18 @@ def paint_latents(model: Model, inputs: Inputs, settings: Settings, callback: Ca
     return latents
 
 
+def _controlled(model: Model, controls: Sequence[ControlInput], shape: Sequence[int]) -> Any:
+    if not controls or not isinstance(model.unet, UNet):
+        return model.unet
+    size = (shape[-1] * model.vae.scale, shape[-2] * model.vae.scale)
+    guides = []
+    for control in controls:
+        grey = control.network.channels == 1
+        picture = load_mask(control.picture, size) if grey else load_image(control.picture, size) / 2 + 0.5
+        guides.append(control.network.guide(picture, control.strength))
+    return controlled(model.unet, guides)
+
+
 def _resized(latents: Tensor, shape: Sequence[int], mode: str) -> Tensor:
     """Latents (B, C, h, w), or of one frame (B, C, 1, h, w), at another size."""
     flat = functional.interpolate(latents.flatten(1, -3), size=tuple(shape[-2:]), mode=mode)
@@ -218,7 +251,7 @@ def _sample(
     """One run of the sampler: latents (B, C, h, w)."""
     kind = ConsistencyDenoiser if settings.sampler == "lcm" else Denoiser
     process = run.process
-    denoiser = kind(model.unet, model.diffusion)
+    denoiser = kind(_controlled(model, inputs.controls, run.shape), model.diffusion)
     steps = len(run.sigmas) - 1
     cond = steps_of(inputs.cond)(steps, earlier)
     uncond = None if inputs.uncond is None else steps_of(inputs.uncond)(steps, earlier)

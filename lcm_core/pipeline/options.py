@@ -18,6 +18,7 @@ _EXAMPLES: dict[str, Any] = {
     "timesteps": [999, 749],
     "shift": 3.0,
     "lora": [["style.safetensors", 0.8]],
+    "control": [["canny", "outlines.png", 0.8]],
     "embedding": ["style.safetensors"],
     "threads": 4,
 }
@@ -56,6 +57,8 @@ class PictureOptions:
     """Path of the input picture."""
     mask: str | None = None
     """Path of the picture that is white where to paint."""
+    control: Sequence[Sequence[Any]] | None = None
+    """Of each picture that guides the painting: the network's path or name, the picture's path, a strength."""
     # by the names of `model.load_model`, which explains them
     model: str | None = None
     unet: str | None = None
@@ -98,7 +101,12 @@ def parse_options(values: Mapping[str, Any]) -> PictureOptions:
                 f"the setting {name}={value!r:.60} has the wrong type; it should be like {_EXAMPLES[name]!r}"
             )
     paths = [known[name] for name in _PATHS if name in known]
-    for path in (*paths, *(path for path, _ in known.get("lora", ())), *known.get("embedding", ())):
+    for path in (
+        *paths,
+        *(path for path, _ in known.get("lora", ())),
+        *known.get("embedding", ()),
+        *_control_paths(known),
+    ):
         check_text("path", path)
         if path.replace("\\", "/").startswith("//"):  # Windows would log in there
             raise InputError(f"the settings ask for {path!r}, on another computer; copy it here and give its path")
@@ -109,6 +117,8 @@ def _is_like(name: str, value: object) -> bool:
     """Whether a value is of the type of its example."""
     if name == "timesteps":
         return isinstance(value, (list, tuple)) and all(type(number) is int for number in value)
+    if name == "control":
+        return isinstance(value, list) and all(map(_is_control, value))
     if name == "embedding":
         return isinstance(value, list) and all(isinstance(path, str) for path in value)
     if name == "lora":
@@ -117,6 +127,16 @@ def _is_like(name: str, value: object) -> bool:
     if type(value) is int and isinstance(example, float):
         return True
     return type(value) is type(example) and (name != "threads" or value > 0)  # type: ignore[operator]
+
+
+def _control_paths(known: Mapping[str, Any]) -> list[str]:
+    return [path for network, picture, _ in known.get("control", ()) for path in (network, picture)]
+
+
+def _is_control(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(path, str) for path in value[:2]):
+        return False
+    return type(value[2]) in (int, float) and math.isfinite(value[2])
 
 
 def _is_lora(value: object) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy
     from PIL.Image import Image
 
+    Controls = Sequence[tuple[str, "ImageInput", float]]
     ImageInput = str | os.PathLike[str] | Image | numpy.ndarray | torch.Tensor
 
 DEFAULT_STRENGTH = 0.6
@@ -103,6 +104,7 @@ class Pipeline:
         strength: float | None = None,
         image: ImageInput | None = None,
         mask: ImageInput | None = None,
+        control: Controls = (),
         timesteps: Sequence[int] | None = None,
         upscale: float | None = None,
         upscale_strength: float | None = None,
@@ -124,6 +126,8 @@ class Pipeline:
             image: start from this picture, noised by `strength`: a path, a Pillow picture, an array (H, W, 3) or a
                 tensor (3, H, W); whole numbers are 0 to 255, fractions 0 to 1.
             mask: repaint only where this picture is white; as `image`, of one channel or three.
+            control: (network, picture, strength) of each picture that guides the painting. The network is the path of
+                a T2I-Adapter or ControlNet, or "canny" of the embedded model, for white outlines on black.
             num_images_per_prompt: pictures of each prompt and seed, with rising seeds.
             generator: one, or one for each picture, that the seeds are taken from; see `calls.seeds_of`.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
@@ -160,9 +164,9 @@ class Pipeline:
         count = whole("num_images_per_prompt", num_images_per_prompt)
         pairs = pair_up(prompt, seed if generator is None else seeds_of(generator), count)
         pictures = [replace(base, prompt=words, seed=number).check() for words, number in pairs]
-        batches = list(self._batches(pictures, image, mask, batch_size, callback, output_type == "latent"))
+        batches = list(self._batches(pictures, image, mask, batch_size, callback, output_type == "latent", control))
         done = pictures[: sum(map(len, batches))]
-        return Result(as_output(batches, output_type), [self.describe(one, image, mask).said for one in done])
+        return Result(as_output(batches, output_type), [self.describe(one, image, mask, control).said for one in done])
 
     def resolve(self, options: PictureOptions, image: ImageInput | None = None) -> Settings:
         """Options with all that they leave open chosen by the model.
@@ -199,12 +203,13 @@ class Pipeline:
         mask: ImageInput | None = None,
         batch_size: int = 1,
         callback: Callback | None = None,
+        control: Controls = (),
     ) -> Iterator[Image]:
         """Paint pictures that differ in prompt and seed alone, handing out each as soon as it is done.
 
         Ends early when `callback` returns False; see `__call__`.
         """
-        for batch in self._batches(pictures, image, mask, batch_size, callback):
+        for batch in self._batches(pictures, image, mask, batch_size, callback, control=control):
             yield from to_pil(batch)
 
     def _batches(
@@ -215,6 +220,7 @@ class Pipeline:
         batch_size: int,
         callback: Callback | None,
         as_latents: bool = False,
+        control: Controls = (),
     ) -> Iterator[torch.Tensor]:
         """(B, 3, H, W) in [-1, 1], or latents."""
         if mask is not None and image is None:
@@ -225,7 +231,7 @@ class Pipeline:
             batch = pictures[start : start + max(batch_size, 1)]
             work = paint_latents if as_latents else paint
             try:
-                yield work(self.model, make_inputs(self.model, batch, image, mask), batch[0], callback)
+                yield work(self.model, make_inputs(self.model, batch, image, mask, control), batch[0], callback)
             except Stopped:
                 return
 
@@ -279,11 +285,18 @@ class Pipeline:
         return sum(len(run.sigmas) - 1 for run in plan_passes(self.model, settings))
 
     def describe(
-        self, settings: Settings, image: ImageInput | None = None, mask: ImageInput | None = None
+        self,
+        settings: Settings,
+        image: ImageInput | None = None,
+        mask: ImageInput | None = None,
+        control: Controls = (),
     ) -> PictureOptions:
         """All that makes a picture again, as far as its input pictures were given by their paths."""
-        paths = [os.fspath(path) if isinstance(path, (str, os.PathLike)) else None for path in (image, mask)]
-        return PictureOptions(**asdict(settings), image=paths[0], mask=paths[1]) | self.model.describe()
+        pictures = (image, mask, *(picture for _, picture, _ in control))
+        paths = [os.fspath(path) if isinstance(path, (str, os.PathLike)) else None for path in pictures]
+        named = [[name, path, float(share)] for (name, _, share), path in zip(control, paths[2:], strict=True) if path]
+        options = PictureOptions(**asdict(settings), image=paths[0], mask=paths[1], control=named or None)
+        return options | self.model.describe()
 
     def _size(self, image: ImageInput) -> tuple[int, int]:
         """The model's own size, in the proportions of the input image."""

@@ -189,6 +189,24 @@ def find_lora(path: PathLike, root: Path) -> Path:
     )
 
 
+def find_control(name: str, model: PathLike) -> Path:
+    """A T2I-Adapter or ControlNet: by its path, or by the end of its name in the folder `control` of a model.
+
+    Raises:
+        InputError: there is none.
+    """
+    if Path(name).exists():
+        return Path(name)
+    root = MODELS / os.fspath(model) if (MODELS / os.fspath(model)).is_dir() else Path(model)
+    own = sorted((root / "control").glob("*.safetensors"))
+    for file in own:
+        if name in (file.stem, file.stem.rpartition("_")[2]):
+            return file
+    check_hub_name(name)
+    known = ", ".join(file.stem.rpartition("_")[2] for file in own) or "none"
+    raise InputError(f"control {name!r:.200} does not exist; give a path, or one of this model's own ({known})")
+
+
 def recommended_for(source: ModelSource, guidance_embedding: bool, loras: Sequence[Path] = ()) -> Recommended:
     """How a model with `loras` merged wants to be sampled, by what the files of both say.
 

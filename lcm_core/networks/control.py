@@ -1,0 +1,135 @@
+"""Pictures that guide what a U-Net paints: T2I-Adapters (arXiv 2302.08453) and ControlNets (arXiv 2302.05543)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_core.errors import InputError
+from lcm_core.files.checkpoint import Component
+from lcm_core.files.safetensors import PathLike, read_folder, read_json, read_safetensors
+from lcm_core.networks.device import assemble
+from lcm_core.networks.unet import UNet
+
+Residuals = dict[str, list[Tensor]]
+"""The U-Net's own name of what is added to it -> tensors (B, C, h, w)."""
+Guide = Callable[[Tensor, Tensor, Mapping[str, Any]], Residuals]
+"""From a U-Net's x, t and conditioning to what is added to it."""
+_ADAPTER = "down_intrablock_additional_residuals"
+_DOWN, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
+_UNSHUFFLED = 64  # channels that a full adapter makes of one: 8 x 8 pixels
+
+
+class Control:
+    """A loaded T2I-Adapter or ControlNet.
+
+    Attributes:
+        channels: of its picture, 1 or 3.
+    """
+
+    def __init__(self, model: Any) -> None:
+        parameter = next(model.parameters())
+        self.model, self.device, self.dtype = model, parameter.device, parameter.dtype
+        self.is_adapter = type(model).__name__ == "T2IAdapter"
+        self.channels: int = model.config["in_channels" if self.is_adapter else "conditioning_channels"]
+
+    def guide(self, picture: Tensor, strength: float) -> Guide:
+        """What a picture (1, channels, H, W) in [0, 1] adds, times `strength`."""
+        hint = picture.to(self.device, self.dtype)
+        if self.is_adapter:
+            features = [feature * strength for feature in self.model(hint)]
+            return lambda x, t, cond: {_ADAPTER: [feature.expand(len(x), -1, -1, -1) for feature in features]}
+
+        def residuals(x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Residuals:
+            added = cond.get("added_cond_kwargs")
+            down, middle = self.model(
+                x.to(self.dtype),
+                t.to(self.device),
+                cond["encoder_hidden_states"].to(self.dtype),
+                hint.expand(len(x), -1, -1, -1),
+                conditioning_scale=strength,
+                added_cond_kwargs=None if added is None else {k: v.to(self.dtype) for k, v in added.items()},
+                return_dict=False,
+            )
+            return {_DOWN: list(down), _MIDDLE: [middle]}
+
+        return residuals
+
+
+def controlled(unet: UNet, guides: Sequence[Guide]) -> Callable[..., Tensor]:
+    """A U-Net to which pictures add; with several, they add up."""
+
+    def network(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        total: Residuals = {}
+        for guide in guides:
+            for name, tensors in guide(x, t, cond).items():
+                before = total.get(name)
+                total[name] = tensors if before is None else [a + b for a, b in zip(before, tensors, strict=True)]
+        return unet(x, t, residuals=total, **cond)
+
+    return network
+
+
+@torch.no_grad()
+def load_control(path: PathLike, device: torch.device, dtype: torch.dtype) -> Control:
+    """Load a T2I-Adapter (a file, or a diffusers folder) or a ControlNet (a diffusers folder), frozen.
+
+    Raises:
+        InputError: it is none of these, or broken.
+    """
+    from diffusers import ControlNetModel, T2IAdapter
+
+    root = Path(path)
+    component = _read(root)
+    kinds: dict[str, Any] = {"T2IAdapter": T2IAdapter, "ControlNetModel": ControlNetModel}
+    kind = component.config.get("_class_name")
+    if kind not in kinds:
+        raise InputError(f"control {root} is a {kind!s:.60}; give a T2I-Adapter, or a ControlNet as a diffusers folder")
+    config = {key: value for key, value in component.config.items() if not key.startswith("_")}
+    build = kinds[str(kind)]
+    return Control(assemble(lambda: build(**config), component, device, dtype, torch.contiguous_format))
+
+
+def check_control(control: Control, unet: UNet, path: PathLike) -> None:
+    """Refuse a control for a U-Net of other widths.
+
+    Raises:
+        InputError: names both.
+    """
+    name = "channels" if control.is_adapter else "block_out_channels"
+    theirs, ours = list(control.model.config[name]), list(unet.model.config["block_out_channels"])
+    text = None if control.is_adapter else control.model.config["cross_attention_dim"]
+    if theirs != ours or (text is not None and text != unet.model.config["cross_attention_dim"]):
+        raise InputError(
+            f"control {path} is for a U-Net of widths {theirs}, this model's are {ours}; give one made for it"
+        )
+
+
+def _read(root: Path) -> Component:
+    if root.is_dir():
+        return Component(read_folder(root), read_json(root / "config.json"), str(root))
+    tensors, _ = read_safetensors(root)
+    return Component(tensors, _adapter_config(tensors, root), str(root))
+
+
+def _adapter_config(tensors: Mapping[str, Tensor], root: Path) -> dict[str, Any]:
+    """A bare file's configuration, by its shapes."""
+    first = tensors.get("adapter.conv_in.weight")
+    widths = [
+        tensors[f"adapter.body.{number}.resnets.0.block2.weight"].shape[0]
+        for number in range(len(tensors))
+        if f"adapter.body.{number}.resnets.0.block2.weight" in tensors
+    ]
+    if first is None or not widths or first.ndim != 4 or first.shape[1] % _UNSHUFFLED:
+        raise InputError(f"control {root} is no T2I-Adapter in diffusers' layout; give one, or a ControlNet's folder")
+    blocks = sum(key.startswith("adapter.body.0.resnets.") and key.endswith(".block2.weight") for key in tensors)
+    return {
+        "_class_name": "T2IAdapter",
+        "in_channels": first.shape[1] // _UNSHUFFLED,
+        "channels": widths,
+        "num_res_blocks": blocks,
+    }
