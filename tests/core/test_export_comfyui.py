@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import lcm_core
 from lcm_core.cli.main import main
 from lcm_core.diffusion.guidance import guidance_bias
 from lcm_core.files.checkpoint import AS_FLOW, read_component, read_info, read_safetensors
@@ -112,6 +115,14 @@ def test_a_second_export_replaces_the_first_but_no_strangers_file(
     assert _export(models, comfyui) == 2
     assert "is no export of LCM Suite" in capsys.readouterr().err
     assert list(read_safetensors(own)[0]) == ["mine"]
+
+
+def test_an_embedded_python_runs_the_command_by_its_path(tmp_path: Path) -> None:
+    """Wrong when a portable ComfyUI's Python, which sees neither the current folder nor an installed package, cannot
+    export."""
+    command = [sys.executable, "-I", "-S", str(Path(lcm_core.__file__).parent), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("lcm-suite"), done.stderr
 
 
 def test_a_folder_that_is_no_comfyui_is_refused(

@@ -67,10 +67,15 @@ def encode(model: Model, name: str) -> dict[str, Any]:
     return model.encode([PROMPTS[name]], 8 * SIZE, 8 * SIZE)
 
 
+def find_host_python() -> str:
+    """ComfyUI's: $COMFYUI_PYTHON, or the one of the virtual environment beside the checkout."""
+    python = os.environ.get("COMFYUI_PYTHON") or f"{str(CHECKOUT).rstrip('/')}-venv/bin/python"
+    return python if Path(python).exists() else sys.executable
+
+
 def run_host(folder: Path) -> Any:
     """Run the script on a folder; returns its findings."""
-    python = os.environ.get("COMFYUI_PYTHON") or f"{str(CHECKOUT).rstrip('/')}-venv/bin/python"
-    command = [python if Path(python).exists() else sys.executable, str(SCRIPT), str(CHECKOUT), str(folder)]
+    command = [find_host_python(), str(SCRIPT), str(CHECKOUT), str(folder)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # as a user would start the host
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
