@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import folder_paths
@@ -11,9 +11,6 @@ import torch
 from comfy_api.latest import io
 
 from lcm_core.errors import InputError
-from trainer.config import LoopConfig
-from trainer.methods.config import method_config
-from trainer.methods.method import sampling_of
 
 from . import inputs
 from .attachments import attach_recommended
@@ -21,8 +18,9 @@ from .host import say, schema
 from .lora import lora_file
 from .model_patches import inspect_model
 from .panel import send
-from .training_data import TrainingData, encode_prompts, from_folder, from_latents
-from .training_run import ASK, IF_EXISTS, Run
+
+if TYPE_CHECKING:  # the trainer is loaded when a run begins, so that the host starts without it
+    from .training_data import TrainingData
 
 
 class LCMDistiller(io.ComfyNode):
@@ -114,8 +112,8 @@ class LCMDistiller(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "if_exists",
-                    options=list(IF_EXISTS),
-                    default=ASK,
+                    options=list(inputs.IF_EXISTS),
+                    default=inputs.ASK,
                     optional=True,
                     tooltip="What to do if the run of this name was begun with other data, captions, w, learning rate, "
                     "batch size or seed. ask: stop and say so. continue: go on with the new ones. start anew: replace "
@@ -152,9 +150,15 @@ class LCMDistiller(io.ComfyNode):
         latents: dict[str, Any] | None = None,
         positive: Any = None,
         negative: Any = None,
-        if_exists: str = ASK,
+        if_exists: str = inputs.ASK,
     ) -> io.NodeOutput:
         """Gather the data, train a copy, save, and put the result on the MODEL."""
+        from trainer.config import LoopConfig
+        from trainer.methods.config import method_config
+        from trainer.methods.method import sampling_of
+
+        from .training_run import Run
+
         facts = inspect_model(model)
         if facts.guidance is not None:
             raise InputError("this MODEL is a full LCM already; connect the plain model that you want to make fast")
@@ -198,6 +202,8 @@ def _gather(
     positive: Any,
     negative: Any,
 ) -> TrainingData:
+    from .training_data import encode_prompts, from_folder, from_latents
+
     if folder:
         if clip is None or vae is None:
             raise InputError(f"folder {folder} needs clip and vae to be encoded; connect both")

@@ -14,6 +14,8 @@ from .sampling import AUTO, SAMPLERS
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 _SAMPLERS = "lcm for LCM models and LCM-LoRAs. tcd for models and LoRAs that were distilled with tcd or segmented."
+ASK, CONTINUE, START_ANEW = IF_EXISTS = ("ask", "continue", "start anew")
+"""What to do where a run of LCM Distiller of the same name was begun with something else."""
 Number = TypeVar("Number", int, float)
 
 

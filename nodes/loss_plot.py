@@ -9,9 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trainer.report.charts import Axis
 
+from .panel import running_mean
+
 WIDTH, HEIGHT = 512, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 28, 34
-_SMOOTHING = 0.05  # weight of the newest loss in the running mean
 
 
 def draw_loss(losses: Sequence[float], steps: int) -> Image.Image:
@@ -35,14 +36,6 @@ def draw_loss(losses: Sequence[float], steps: int) -> Image.Image:
     _line(draw, [(across(step), up(loss)) for step, loss in enumerate(mean)], "royalblue", 2)
     draw.text((_LEFT, 6), f"loss, step {len(losses)} of {steps}: {mean[-1]:.4g}", "black", font)
     return sheet
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Each value's mean with those before it, the older the lighter."""
-    means = [values[0]]
-    for value in values[1:]:
-        means.append((1 - _SMOOTHING) * means[-1] + _SMOOTHING * value)
-    return means
 
 
 def _line(draw: Any, points: list[tuple[float, float]], colour: str, width: int) -> None:

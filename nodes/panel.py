@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from .host import page_server
-from .loss_plot import running_mean
 
 EVENT = "lcm_suite.distiller"
 SAVE = "/lcm_suite/save"
+_SMOOTHING = 0.05  # weight of the newest loss in the running mean
 _POINTS = 200  # of the curve
 _SIDE = 256  # pixels, at most, of a picture
 _wish = threading.Event()
@@ -80,3 +80,11 @@ def _as_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Each value's mean with those before it, the older the lighter."""
+    means = [values[0]]
+    for value in values[1:]:
+        means.append((1 - _SMOOTHING) * means[-1] + _SMOOTHING * value)
+    return means

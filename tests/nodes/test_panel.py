@@ -14,7 +14,6 @@ def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
     """The step and the time left from the steps of this start, a curve of bounded length that ends on the newest mean,
     pictures only when they are new, and small."""
     from lcm_suite_nodes import panel
-    from lcm_suite_nodes.loss_plot import running_mean
 
     told: list[dict[str, Any]] = []
     shown = panel.Panel(told.append, steps=3000, before=1000)
@@ -28,7 +27,7 @@ def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
     assert told[-1]["step"] == 1500
     assert told[-1]["seconds_left"] == pytest.approx(30, abs=1)  # 500 steps in 10 s, 1,500 to go
     assert len(told[-1]["losses"]) <= 201
-    assert told[-1]["losses"][-1] == pytest.approx(running_mean(losses)[-1])
+    assert told[-1]["losses"][-1] == pytest.approx(panel.running_mean(losses)[-1])
     assert "before" not in told[-1]
 
 
