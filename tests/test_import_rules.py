@@ -26,7 +26,7 @@ HOSTS = {
 TORCH_ONLY = ("lcm_core.diffusion", "lcm_core.errors")
 """Rooms and files that need torch alone: A1111 loads them without anything else."""
 SAFETENSORS_ONLY = ("lcm_core.files",)
-"""Those that need torch and safetensors alone."""
+"""Rooms that need torch and safetensors alone."""
 OF_DIFFUSERS = ("lcm_core.pipeline.scheduler",)
 """Files that only make sense inside diffusers, and extend its classes."""
 LAYERS = (

@@ -22,7 +22,7 @@ from tests.fuzz.guards import Case, Worker
 from tests.fuzz.kinds import KINDS, add_single_file, start_worker
 
 INPUTS = 25
-"""Of one seed."""
+"""Inputs of one seed."""
 
 
 def run_seed(worker: Worker, cases: SearchStrategy[Case], number: int, inputs: int = INPUTS) -> tuple[int, list[str]]:

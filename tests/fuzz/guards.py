@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ class Case:
     """What is odd about the files."""
     program: str = "lcm_core.__main__"
     encoding: str = "utf-8"
-    """Of the terminal."""
+    """The encoding of the terminal."""
 
 
 class Worker:
@@ -105,16 +105,18 @@ class Worker:
             folder.mkdir(parents=True)
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Raises TimeoutError where the worker does not answer, EOFError where it has ended."""
-        self._send(order)
-        answers = self._process.stdout
-        assert answers is not None
-        if not select.select([answers], [], [], ANSWER_SECONDS)[0]:
-            self._kill()
-            raise TimeoutError(f"no answer in {ANSWER_SECONDS:.0f} s to {order!r:.2000}")
-        line = answers.readline()
+        """Raises RuntimeError where the worker has ended, or does not answer and is killed."""
+        assert self._process.stdout is not None
+        killer = threading.Timer(ANSWER_SECONDS, self._kill)
+        killer.start()
+        try:
+            self._send(order)
+            line = self._process.stdout.readline()
+        finally:
+            killer.cancel()
         if not line:
-            raise EOFError(f"the worker ended with {self._process.poll()} at {order!r:.2000}")
+            ended = self._process.wait(END_SECONDS)
+            raise RuntimeError(f"the worker ended with {ended} and without an answer to {order!r:.2000}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
