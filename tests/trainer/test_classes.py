@@ -75,14 +75,16 @@ def test_a_class_that_the_teacher_does_not_know_is_named(folder_of, pictures, tm
         read_labelled(tmp_path, "", Teacher(folder_of("UNet2DModel")).labels)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("student", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "student"), [*((kind, "full") for kind in KINDS), ("dit", "lora"), ("UNet2DModel", "lora")]
+)
 def test_every_kind_is_distilled_and_its_student_paints(folder_of, pictures, tmp_path, kind, student):
     """A full student reads w through inputs that training moves; `Pipeline` loads what either run has written."""
     w = ("--w-min", "1", "--w-max", "1") if student == "lora" else ("--w-min", "0", "--w-max", "3")
     words = ["distill", "--teacher", folder_of(kind), "--data", pictures, "--output", tmp_path / "out"]
     words += ["--student", student, *w, "--steps", "3", "--learning-rate", "1e-3", *QUICK]
-    assert main([*map(str, words), "--dry-run"]) == 0
+    if kind == "dit":
+        assert main([*map(str, words), "--dry-run"]) == 0
     assert main([*map(str, words)]) == 0
     if student == "lora":
         files = [(tmp_path / "out" / "out_lora.safetensors", 1.0)]
@@ -104,3 +106,17 @@ def test_a_picture_is_of_the_class_of_the_nearest_real_one():
     score = class_alignment(["a", "b", "b", "c"], real, ["a", "b", "c"])
     found = score(torch.tensor([[1.0, 0.1, 0.0], [0.0, 1.0, 0.2], [0.9, 0.1, 0.0], [0.0, 0.0, 2.0]]))
     assert found == {"alignment": 0.75}
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_a_teacher_whose_student_is_scored_by_group(tmp_path):
+    """On the drawings that come with the embedded model, whose VAE it has."""
+    work = tmp_path / "work"
+    assert main(["recipe", "classes", "--work", str(work), "--effort", "0.0005"]) == 0
+    words = ["distill", "--teacher", str(work / "model"), "--data", "emoji", "--output", str(tmp_path / "out")]
+    words += [*QUICK, "--student", "full", "--steps", "1", "--samples", "8", "--shard-size", "4096"]
+    assert main(words) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["role"] for row in rows} == {"teacher", "student"}
+    assert all(0 <= row["alignment"] <= 1 for row in rows)
+    assert Pipeline.load(tmp_path / "out" / "diffusers", device="cpu").model.classes[2] == "animals"
