@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from lcm_core.errors import InputError
-from lcm_core.files.reading import read_json, read_text
 from trainer.config import DistillConfig
 from trainer.methods.config import (
     METHOD_CONFIGS,
@@ -29,7 +28,7 @@ from trainer.methods.config import (
     methods_that_read,
 )
 from trainer.presets import PRESETS
-from trainer.toml import to_toml
+from trainer.toml import read_settings, to_toml
 
 Config = TypeVar("Config")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -244,21 +243,6 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     return replace(config, **values)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """A configuration file's content.
-
-    Raises:
-        InputError: missing, or neither TOML nor JSON.
-    """
-    if path.suffix == ".json":
-        return read_json(path)
-    text = read_text(path)
-    try:
-        return _parse_toml(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"cannot read the settings in {path} ({error}); give a TOML or JSON file") from error
-
-
 def to_dict(config: DistillConfig) -> dict[str, Any]:
     """Plain JSON values, as a configuration file has them."""
     return dict(json.loads(json.dumps(asdict(config))))
@@ -274,14 +258,6 @@ def describe_run(config: DistillConfig) -> str:
     """All settings of a run as a file for `--config`, each with what it is for."""
     head = "# What this run was started with; the same again: python -m trainer distill --config run.toml\n\n"
     return head + to_toml(to_dict(config), {option.key: option.help for option in list_options()})
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ImportError as error:  # Python 3.10
-        raise InputError("TOML files need Python 3.11; give a JSON file") from error
-    return tomllib.loads(text)
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

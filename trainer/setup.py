@@ -23,12 +23,13 @@ from trainer.distill import for_method
 from trainer.distributed import Processes, join_processes
 from trainer.loop import check_optimizer
 from trainer.machine import describe_machine
-from trainer.options import describe_run, read_settings, to_dict
+from trainer.options import describe_run, to_dict
 from trainer.progress import check_trackers
 from trainer.ranges import check_ranges
 from trainer.report.prompts import read_prompts
 from trainer.state import has_state
 from trainer.students import check_compile, check_lora_start, check_same_layers, choose_precision
+from trainer.toml import read_settings
 
 MAY_CHANGE = {
     "output",

@@ -1,10 +1,14 @@
-"""Settings as TOML, to be read by people: what a preset sets, and what a run was started with."""
+"""Settings in files: read from TOML or JSON, and written as TOML for people."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lcm_core.errors import InputError
+from lcm_core.files.reading import read_json, read_text
 
 
 def toml_value(value: Any) -> str:
@@ -33,3 +37,26 @@ def _lines(values: Mapping[str, Any], comments: Mapping[str, str], prefix: str) 
         (f"# {text}\n" if (text := comments.get(prefix + name)) else "") + f"{name} = {toml_value(value)}\n"
         for name, value in values.items()
     )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A configuration file's content.
+
+    Raises:
+        InputError: missing, or neither TOML nor JSON.
+    """
+    if path.suffix == ".json":
+        return read_json(path)
+    text = read_text(path)
+    try:
+        return _parse_toml(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read the settings in {path} ({error}); give a TOML or JSON file") from error
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError as error:  # Python 3.10
+        raise InputError("TOML files need Python 3.11; give a JSON file") from error
+    return tomllib.loads(text)

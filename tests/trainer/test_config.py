@@ -13,9 +13,10 @@ from lcm_core.errors import InputError
 from trainer.cli.main import main
 from trainer.config import DistillConfig
 from trainer.methods.config import Dmd2Config, TcdConfig
-from trainer.options import add_options, apply, describe_presets, list_options, read_settings, resolve, to_dict
+from trainer.options import add_options, apply, describe_presets, list_options, resolve, to_dict
 from trainer.presets import PRESETS
 from trainer.setup import check, check_same_run
+from trainer.toml import read_settings
 
 
 def _resolve(*words):
