@@ -79,7 +79,8 @@ def put_right(
     steps, cfg_scale = int(steps), float(cfg_scale)
     try:
         file = host.chosen_checkpoint()
-        is_plain = sampler_name in SAMPLERS and file is not None and _advise(file, prompt, steps, cfg_scale) is None
+        is_ours = sampler_name in SAMPLERS and file is not None and _is_unet(file)
+        is_plain = is_ours and _advise(file, prompt, steps, cfg_scale) is None
         lora = _fitting_lora(file) if is_plain and file is not None else None
     except ValueError as error:
         said = html.escape(str(error))
@@ -131,6 +132,7 @@ def _request(p: Any) -> Request:
         p.sampler_name,
         p.steps,
         p.cfg_scale,
+        is_unet=p.sampler_name not in SAMPLERS or file is None or _is_unet(file),
         is_full_lcm=_is_full_lcm(file),
         has_negative=bool(host.negative_prompts_of(p).strip()),
         refiner=refiner.stem if refiner else None,
@@ -140,6 +142,14 @@ def _request(p: Any) -> Request:
 
 def _is_full_lcm(file: Path | None) -> bool:
     return file is not None and read_cond_proj(file) is not None
+
+
+def _is_unet(file: Path) -> bool:
+    """Whether a checkpoint is a Stable Diffusion: flow models are for few steps in ways that their files do not say.
+
+    Other formats than safetensors are not looked into, and count as one.
+    """
+    return file.suffix.lower() != ".safetensors" or checkpoint_width(file) is not None
 
 
 def _fitting_lora(checkpoint: Path) -> str | None:

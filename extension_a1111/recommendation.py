@@ -57,6 +57,8 @@ class Request:
     sampler: str
     steps: int
     guidance_scale: float
+    is_unet: bool = True
+    """False for Flux, SD3 and their kin."""
     is_full_lcm: bool = False
     has_negative: bool = False
     refiner: str | None = None
@@ -79,7 +81,7 @@ def remarks(request: Request, advised: Recommendation | None, say: Say = english
         )
     if not is_ours:
         return found
-    if advised is None:
+    if advised is None and request.is_unet:
         found.append(
             say(
                 "{model} is no LCM and no LCM-LoRA is in the prompt, so few steps give a poor picture; "

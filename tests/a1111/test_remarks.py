@@ -75,7 +75,7 @@ def test_a_refiner_of_the_other_kind_is_said(full_first: bool) -> None:
 def test_a_request_is_read_with_its_negative_prompt_and_refiner(fake_host: Any, tmp_path: Path) -> None:
     """Through `advice`, as the page calls it: plain model, refiner with guidance embedding."""
     cond_proj = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(4, 2)}
-    save_file({"x": torch.zeros(1)}, tmp_path / "dream.safetensors")
+    save_file({"model.diffusion_model.x.attn2.to_k.weight": torch.zeros(4, 768)}, tmp_path / "dream.safetensors")
     save_file(cond_proj, tmp_path / "full.safetensors")
     known = {name: SimpleNamespace(filename=str(tmp_path / f"{name}.safetensors")) for name in ("dream", "full")}
     fake_host.sd_models.get_closet_checkpoint_match = known.get
@@ -134,6 +134,20 @@ def test_the_button_sets_the_hosts_sampler_where_no_lora_fits(page: Any) -> None
     assert "no LCM-LoRA for it was found" in answer[7]
     nothing = page.advice.put_right("a cat", "fog", "Euler a", 25, 6.0, 0.3, 50)
     assert nothing[:5] == ("a cat", "fog", "Euler a", 25, 6.0)
+
+
+def test_a_flow_model_is_left_as_it_is(page: Any, tmp_path: Path) -> None:
+    """Schnell, turbo and lightning models are for few steps, and their files do not say so."""
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, tmp_path / "flux.safetensors")
+    page.host.sd_models.select_checkpoint = lambda: SimpleNamespace(filename=str(tmp_path / "flux.safetensors"))
+    answer = page.advice.put_right("a cat", "fog", "LCM Suite", 4, 1.0, 0.3, 50)
+    assert answer[:7] == ("a cat", "fog", "LCM Suite", 4, 1.0, 0.3, 50)
+    said: list[str] = []
+    page.host.shared.prompt_styles = SimpleNamespace(apply_styles_to_prompt=lambda text, styles: text)
+    p = SimpleNamespace(prompt="a cat", negative_prompt="", styles=[], steps=4, cfg_scale=1.0, comment=said.append)
+    p.sampler_name = "LCM Suite"
+    page.advice.apply(p, [False], {})
+    assert said == []
 
 
 def test_the_button_clears_what_a_full_lcm_does_not_read(page: Any) -> None:
