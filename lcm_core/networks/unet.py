@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ class UNet:
 
     Attributes:
         model: the UNet2DConditionModel.
+        forward: calls it; see `networks.traced`.
         guidance_embedding_dim: width of the guidance embedding that a full LCM takes as `timestep_cond`; else None.
     """
 
@@ -37,6 +38,7 @@ class UNet:
     def __init__(self, model: Any) -> None:
         parameter = next(model.parameters())
         self.model = model
+        self.forward: Callable[..., Any] = model
         self.device, self.dtype = parameter.device, parameter.dtype
         self.guidance_embedding_dim: int | None = model.config.time_cond_proj_dim
         self.in_channels: int = model.config.in_channels
@@ -77,7 +79,7 @@ class UNet:
         added = None if added_cond_kwargs is None else {k: self._cast(v) for k, v in added_cond_kwargs.items()}
         if added is not None and added_cond_kwargs is not None and "time_ids" in added:
             added["time_ids"] = added_cond_kwargs["time_ids"].to(self.device)  # pixel counts do not survive bfloat16
-        output = self.model(
+        output = self.forward(
             self._cast(x),
             t.to(self.device),
             None if encoder_hidden_states is None else self._cast(encoder_hidden_states),

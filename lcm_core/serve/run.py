@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
+from lcm_core.networks.traced import TRACED_AFTER
 from lcm_core.serve.app import build_app
 from lcm_core.serve.fields import Limits
 from lcm_core.serve.guard import LOOPBACK
@@ -83,11 +84,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _shelf(model: str, models: Path | None, loras: Path | None, load_options: dict[str, Any]) -> Shelf:
-    """The models, the first of them loaded and used once: a network's first call is slower than all others."""
+    """The models, the first of them loaded and used: a network's first calls are slower than all others."""
     from lcm_core.pipeline import Pipeline
 
     shelf = Shelf(find_models(model, models), find_loras(loras), partial(Pipeline.load, **load_options))
-    shelf.pipeline(shelf.usual)("", num_inference_steps=1)
+    shelf.pipeline(shelf.usual)("", num_inference_steps=1, num_images_per_prompt=TRACED_AFTER + 1)
     return shelf
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
+from lcm_core.networks.traced import trace_calls
+from lcm_core.networks.unet import UNet
 from lcm_core.serve.fields import RequestError
 
 if TYPE_CHECKING:
@@ -66,7 +68,10 @@ class Shelf:
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             paths = [(str(self.loras.get(name, name)), strength) for name, strength in loras]
-            self._loaded = (key, self._load(choice.path, unet=choice.unet, lora=paths))
+            loaded = self._load(choice.path, unet=choice.unet, lora=paths)
+            if isinstance(loaded.model.unet, UNet):
+                trace_calls(loaded.model.unet)
+            self._loaded = (key, loaded)
         return self._loaded[1]
 
 
