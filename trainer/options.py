@@ -129,11 +129,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(args: argparse.Namespace, usual: Mapping[str, Any] | None = None) -> DistillConfig:
-    """The configuration that a command line means.
-
-    Args:
-        args: of a parser with `add_options`.
-        usual: a command's own settings, which everything else goes before.
+    """The configuration that a command line means; everything said goes before `usual`, the command's own settings.
 
     Raises:
         InputError: the file cannot be read, or names a setting that does not exist or that the method does not read, or

@@ -206,8 +206,8 @@ def full_student(
 
     call = ready(online)
     target = call if average is None else ready(average)
-    critic_call = _no_critic if critic is None else ready(critic)
-    return Student(Networks(call, target, teacher or _no_teacher, critic_call), online, average, online, critic=critic)
+    critic_call = _absent if critic is None else ready(critic)
+    return Student(Networks(call, target, teacher or _absent, critic_call), online, average, online, critic=critic)
 
 
 def check_same_layers(start: Component, teacher: Component) -> None:
@@ -289,12 +289,8 @@ def trained_parameters(student: Student) -> int:
     return sum(p.numel() for p in student.trained.parameters() if p.requires_grad)
 
 
-def _no_teacher(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor | None) -> Tensor:
-    raise RuntimeError("this method has no teacher")
-
-
-def _no_critic(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor | None) -> Tensor:
-    raise RuntimeError("this method has no critic")
+def _absent(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor | None) -> Tensor:
+    raise RuntimeError("this method has no such network")
 
 
 def _halves(adapters: LoraAdapters, which: Which) -> nn.ModuleDict:

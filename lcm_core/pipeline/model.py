@@ -116,9 +116,8 @@ class Model:
             batch = len(next(iter(flatten(cond).values())))
             return guide(denoiser, {**cond, "guidance": torch.full((batch,), scale, device=self.device)}, None)
         if uncond is not None and self.guidance_embedding_dim is None:
-            cond, uncond = (
-                pad_alike(cond, uncond) if isinstance(self.unet, FamilyNetwork) else repeat_alike(cond, uncond)
-            )
+            alike = pad_alike if isinstance(self.unet, FamilyNetwork) else repeat_alike
+            cond, uncond = alike(cond, uncond)
         return guide(denoiser, cond, uncond, scale, self.guidance_embedding_dim)
 
     @property

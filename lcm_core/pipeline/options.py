@@ -82,6 +82,23 @@ class PictureOptions:
         """What is not left open, by name: plain JSON values."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
+    def for_classes(self, classes: Sequence[str] | None, model: str) -> PictureOptions:
+        """The same for a model of these classes, which has a class for a prompt; None for one that reads text.
+
+        Raises:
+            InputError: a class for a model that reads text, or a class beside a prompt.
+        """
+        name = self.class_name
+        if name is not None and classes is None:
+            raise InputError(f"class {name!r:.60} was given, but {model} paints by prompts; give a prompt")
+        if name is not None and self.prompt is not None:
+            raise InputError(f"both the class {name!r:.60} and the prompt {self.prompt!r:.60} were given; give one")
+        if classes is None:
+            return self
+        # names of classes hold commas and brackets, which are no syntax
+        prompt = self.prompt if name is None else name
+        return replace(self, prompt=prompt, class_name=None, prompt_syntax="plain")
+
     def over(self, usual: Settings) -> Settings:
         """Settings with `usual` where nothing was asked for."""
         names = {field.name for field in fields(Settings)}

@@ -180,10 +180,7 @@ class Pipeline:
         """
         if options.shift is not None and not self.model.is_flow:
             raise InputError(f"shift was given, but {self.model.name} is no flow model; leave it out")
-        if options.class_name is not None:
-            options = self._with_class(options)
-        if self.model.classes is not None:
-            options = replace(options, prompt_syntax="plain")  # names of classes hold commas and brackets
+        options = options.for_classes(self.model.classes, self.model.name)
         usual = self.model.settings(options.sampler)
         if options.timesteps:
             usual = replace(usual, num_inference_steps=len(options.timesteps))
@@ -268,17 +265,6 @@ class Pipeline:
                 yield from to_pil(paint(self.model, mixed, base, callback))
             except Stopped:
                 return
-
-    def _with_class(self, options: PictureOptions) -> PictureOptions:
-        """A class by name is what a class-conditional model has for a prompt."""
-        name = options.class_name
-        if self.model.classes is None:
-            raise InputError(
-                f"class {name!r} was given, but {self.model.name} paints by prompts; give a prompt instead"
-            )
-        if options.prompt is not None:
-            raise InputError(f"both the class {name!r} and the prompt {options.prompt!r:.60} were given; give one")
-        return replace(options, prompt=name, class_name=None)
 
     def count_steps(self, settings: Settings) -> int:
         """Steps of the sampler that one picture takes, in all passes."""
