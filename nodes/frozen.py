@@ -1,8 +1,8 @@
 """Frozen layers of a host's network: none of their weights is copied, and none is kept twice for the backward pass.
 
 A host keeps weights in the format of their file (half precision, 8-bit floats) and converts them whenever a layer runs.
-Plain autograd would keep each converted weight until the backward pass. Here a layer converts its weight once more
-there instead, so that the weights may stay as they are, and even in main memory beside an accelerator.
+So does `lcm_core.networks.frozen`, which lets the weights stay as they are, and even in main memory beside an
+accelerator.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional, grad
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from lcm_core.networks.frozen import layers_of, run_frozen
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
-    3: (functional.conv1d, grad.conv1d_input),
-    4: (functional.conv2d, grad.conv2d_input),
-    5: (functional.conv3d, grad.conv3d_input),
-}
 
 
 def copy_sharing_weights(network: nn.Module) -> nn.Module:
@@ -30,11 +25,6 @@ def copy_sharing_weights(network: nn.Module) -> nn.Module:
     """
     shared = {id(weight): _ordinary(weight) for layer in layers_of(network).values() for weight in layer.parameters()}
     return copy.deepcopy(network, shared)
-
-
-def layers_of(network: nn.Module) -> dict[str, Any]:
-    """All linear layers and convolutions, by their paths."""
-    return {path: layer for path, layer in network.named_modules() if isinstance(layer, LAYERS)}
 
 
 def freeze(network: nn.Module, device: torch.device, dtype: torch.dtype, resident: bool = True) -> None:
@@ -80,35 +70,4 @@ def _freeze_layer(layer: Any, device: torch.device, dtype: torch.dtype, resident
             tensor = tensor.detach().to(device, dtype if tensor.dtype in _FLOATS else None)
         # no parameter any more, so that moving the network leaves it where it is
         object.__setattr__(layer, name, None if tensor is None else tensor.detach())
-    layer.forward = lambda x: _Frozen.apply(x, layer)
-
-
-class _Frozen(torch.autograd.Function):
-    """A layer whose weight gets no gradient and is not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        weight = _converted(layer, x)
-        bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
-        if isinstance(layer, nn.Linear):
-            return functional.linear(x, weight, bias)
-        run, _ = _CONVOLUTIONS[weight.ndim]
-        result: Tensor = run(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layer, [gradient] = ctx.layer, grads
-        weight = _converted(layer, gradient)
-        if isinstance(layer, nn.Linear):
-            return gradient @ weight, None
-        _, invert = _CONVOLUTIONS[weight.ndim]
-        return invert(ctx.shape, weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups), None
-
-
-def _converted(layer: Any, x: Tensor) -> Tensor:
-    """The weight on the device and in the format of x; scaled, where a host keeps 8-bit floats with a scale."""
-    weight: Tensor = layer.weight.to(x.device, x.dtype, non_blocking=True)
-    scale = getattr(layer, "scale_weight", None)
-    return weight if scale is None else weight * scale.to(x.device, x.dtype)
+    layer.forward = lambda x: run_frozen(x, layer)

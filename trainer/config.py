@@ -30,7 +30,11 @@ class StudentConfig:
     """What the student starts from: an earlier LoRA of the same shape, or for a full student a checkpoint; the teacher
     where empty."""
     precision: str = "auto"
-    """Number format of the frozen weights and of the computation: float32, bfloat16, or auto for this machine's."""
+    """Number format of the frozen weights and of the computation: float32, bfloat16, float16 (for GPUs without
+    bfloat16; the loss is scaled), or auto for this machine's."""
+    base_dtype: str = ""
+    """Store the frozen weights under a LoRA in int8, fp8 or nf4 (needs bitsandbytes), and convert each when its layer
+    runs: half or a quarter of bfloat16's memory, slower; as they are computed with where empty."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third slower, much less memory."""
     compile: bool = False
@@ -65,6 +69,11 @@ class LoopConfig:
     """Seeds the first weights, and the batches and the noise of every step."""
     save_every: float = 120.0
     """Seconds between two saved states."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints: the weights as they are then, with a preview, the loss on held-out pictures
+    (--holdout) and the state, which --back-to goes back to; 0 for none."""
+    keep_checkpoints: int = 3
+    """Last checkpoints that are kept, beside the one with the lowest loss on held-out pictures; 0 keeps all."""
     accumulation: int = 1
     """Parts that each process takes its share of a batch in, one after the other: less memory, the same result."""
     optimizer: str = "adamw"
@@ -119,6 +128,8 @@ class DistillConfig:
     """cpu, cuda, cuda:1 or mps; the best one here where empty."""
     accept_changes: bool = False
     """Go on with a run though the files of its teacher, its data or its start have changed since it began."""
+    back_to: int = 0
+    """Go back to the checkpoint of this step, e.g. with another learning rate; 0 goes on where the run is."""
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=LcdConfig)
     student: StudentConfig = field(default_factory=StudentConfig)

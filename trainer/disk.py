@@ -13,9 +13,9 @@ TOKENS = 77
 
 
 def cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> int:
-    """Latents in float32, text embeddings in float16 with one for the empty prompt."""
+    """Latents and text embeddings in float16, with one of these for the empty prompt."""
     width = teacher_width = 0
-    latents = pictures * teacher.latent_channels * side**2 * 4
+    latents = pictures * teacher.latent_channels * side**2 * 2
     if teacher.source.family is not None:  # how long texts are is known to their encoders alone
         return latents
     for name in encoders(teacher.source):

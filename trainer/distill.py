@@ -117,7 +117,8 @@ def distill(
             losses = chosen.loss(student.networks, rows, diffusion, method)
             yield losses.sum() / loop.batch_size
 
-    train(student.trained, loss_fn, loop, folder, student.average, callback, processes, student.critic)
+    scale = student.scales_loss
+    train(student.trained, loss_fn, loop, folder, student.average, callback, processes, student.critic, scale)
 
 
 def for_method(diffusion: Diffusion, method: MethodConfig) -> Diffusion:

@@ -1,18 +1,20 @@
-"""Several processes that train one model: who they are, and adding up what each has computed. Through accelerate."""
+"""Several processes that train one model: who they are, through accelerate, and adding up what each has computed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lcm_core.errors import InputError
-
-_BUCKET = 32_000_000  # gradients sent at once
 
 
 @dataclass(frozen=True)
@@ -50,36 +52,79 @@ class Processes:
             return list(values)
         return self._sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all processes, in place, in buckets: many small messages would take longer."""
-        if self.size == 1:
-            return
-        bucket: list[Tensor] = []
-        for parameter in parameters:
-            # every process must send the same tensors, also one whose part did not reach this parameter
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            bucket.append(parameter.grad)
-            if sum(gradient.numel() for gradient in bucket) >= _BUCKET:
-                self._add(bucket)
-                bucket = []
-        self._add(bucket)
-
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
             _accelerate_state(self.device).wait_for_everyone()
-
-    def _add(self, bucket: list[Tensor]) -> None:
-        if bucket:
-            total = self._sum(torch.cat([gradient.flatten() for gradient in bucket]))
-            for gradient, part in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
 
     def _sum(self, tensor: Tensor) -> Tensor:
         from accelerate.utils import reduce
 
         result: Tensor = reduce(tensor, reduction="sum")
         return result
+
+
+class Gradients:
+    """Gradients of some modules' parameters, added up over all processes while the backward pass goes on.
+
+    The sums are torch's DistributedDataParallel's, but sums instead of means: each process gives its own share of the
+    loss. Parameters that no process has reached stay without a gradient.
+
+    Args:
+        modules: hold the parameters.
+        processes: those of the run.
+        parts: how many losses each process gives for a step; the last one's backward pass sends.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], processes: Processes, parts: int) -> None:
+        self.parts, self._shared = parts, None
+        if processes.size > 1:
+            self._shared = DistributedDataParallel(
+                _Together(modules), broadcast_buffers=False, find_unused_parameters=True
+            )
+            self._shared.register_comm_hook(None, _add_up)
+
+    def add(self, losses: Iterable[Tensor], scaler: torch.amp.GradScaler) -> float:
+        """Add the gradients of a step's losses, part by part, each freed before the next is asked for. Returns the sum
+        of the losses of this process.
+
+        Raises:
+            ValueError: of several processes, one gives another number of parts.
+        """
+        total: Tensor | float = 0.0
+        if self._shared is None:
+            for part in losses:
+                total = total + _backward(part, scaler)
+            return float(total)
+        waiting = iter(losses)
+        for number in range(self.parts):
+            with nullcontext() if number + 1 == self.parts else self._shared.no_sync():
+                total = total + _backward(self._shared(partial(next, waiting)), scaler)
+        if next(waiting, None) is not None:
+            raise ValueError(f"a step has more than {self.parts} parts")
+        return float(total)
+
+
+class _Together(nn.Module):
+    """Modules with parameters, whose forward pass is whatever computes a loss from them."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
+
+
+def _backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _add_up(state: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    sent: Any = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+    summed: torch.futures.Future[Tensor] = sent.get_future().then(lambda done: done.value()[0])
+    return summed
 
 
 def join_processes(device: torch.device) -> Processes:

@@ -21,11 +21,13 @@ from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device
 from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
-from trainer.data.cache import open_data, plan_cache
+from trainer.data.cache import LatentCache, open_data, plan_cache
 from trainer.data.hashing import FileHashes
+from trainer.data.index import find_index
+from trainer.data.teacher import Teacher
 from trainer.disk import TOKENS, cache_size, count_weights, encoders, result_size, state_size, trained_networks
 from trainer.distributed import Processes
-from trainer.estimate_flow import flow_memory
+from trainer.estimate_flow import flow_memory, small_bytes
 from trainer.inputs import check_inputs
 from trainer.memory import rehearsal
 from trainer.methods.method import Method, get_method
@@ -84,9 +86,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     teacher = teacher_of(config)
     unet = read_component(teacher.source.unet, "unet")
     side = (config.data.resolution or teacher.resolution) // teacher.scale
-    data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)
-    captions = len(set(data.captions))
-    pictures = len(data.captions) * (1 if config.data.is_image_free else config.data.variant_count)
+    pictures, captions = _count_data(config, teacher)
     is_flow = teacher.source.family is not None
     if is_flow:
         memory, trained = flow_memory(config, processes, teacher, trained_networks(config))
@@ -135,12 +135,22 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _count_data(config: DistillConfig, teacher: Teacher) -> tuple[int, int]:
+    """Pictures, all variants counted, and versions of captions."""
+    if config.data.path and (index := find_index(Path(config.data.path))) is not None:
+        cache = LatentCache(index, checked=True)
+        return len(cache), cache.caption_count * int(cache.about["versions"])
+    data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)
+    each = 1 if config.data.is_image_free else config.data.variant_count
+    return len(data.captions) * each, len(set(data.captions)) * config.data.caption_versions
+
+
 def _training_memory(
     config: DistillConfig, processes: Processes, unet: Component, side: int
 ) -> tuple[dict[str, int], int]:
     """Bytes by what they are for, and the number of trainable parameters."""
     student, training, device = config.student, config.training, processes.device
-    precision = choose_precision(device, student.precision, count_weights(unet))
+    precision = choose_precision(device, student.precision, count_weights(unet), scales_loss=True)
     part = max(rows.stop - rows.start for rows in processes.rows(training.batch_size, training.accumulation))
     with rehearsal(device, precision) as memory:
         fixed, trained, step = _build(config, unet, precision, (side, side))
@@ -150,7 +160,7 @@ def _training_memory(
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
     trainable = trained * trained_networks(config)
     table = {
-        "frozen weights": fixed,
+        "frozen weights": small_bytes(fixed, student, precision),
         "trainable parameters": 4 * trainable,
         "their moving average": 4 * trained if training.ema_decay > 0 else 0,
         "optimiser": per_weight * trainable,

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lcm_core.files.checkpoint import read_component
+from lcm_core.networks.frozen import FORMATS
 from lcm_core.networks.lora_layers import add_lora
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, StudentConfig
 from trainer.data.teacher import Teacher
 from trainer.disk import count_weights
 from trainer.distributed import Processes
@@ -30,16 +33,21 @@ def flow_memory(
     """
     weights = read_component(teacher.source.unet, "unet").tensors.values()
     count = sum(tensor.numel() for tensor in weights)
-    precision = choose_precision(processes.device, config.student.precision, count)
+    precision = choose_precision(processes.device, config.student.precision, count, scales_loss=True)
     trained = trained_weights(config, teacher)
     per_weight = 2 if config.training.optimizer == "adamw8bit" else 8
     table = {
-        "frozen weights": count * precision.itemsize,
+        "frozen weights": small_bytes(count * precision.itemsize, config.student, precision),
         "trainable parameters": 4 * trained * networks,
         "their moving average": 4 * trained if config.training.ema_decay > 0 else 0,
         "optimiser": per_weight * trained * networks,
     }
     return {name: value for name, value in table.items() if value}, trained
+
+
+def small_bytes(size: int, student: StudentConfig, precision: torch.dtype) -> int:
+    """Bytes of frozen weights that take so many in the format of the computation."""
+    return size * FORMATS[student.base_dtype] // (8 * precision.itemsize) if student.base_dtype else size
 
 
 def trained_weights(config: DistillConfig, teacher: Teacher) -> int:

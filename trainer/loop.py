@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig
-from trainer.distributed import Processes
+from trainer.distributed import Gradients, Processes
 from trainer.machine import peak_memory
 from trainer.progress import show_progress
 from trainer.ranges import check_choices
@@ -74,6 +74,7 @@ def train(
     callback: AfterStep | None = None,
     processes: Processes | None = None,
     critic: nn.Module | None = None,
+    scales_loss: bool = False,
 ) -> None:
     """Train the parameters of `model` that require gradients, from the last saved state in `folder` to `config.steps`.
 
@@ -90,6 +91,8 @@ def train(
         processes: those that share the work; None for this one alone.
         critic: a second module that is trained beside it, with gradients clipped by themselves. Of the two, one that
             has no part in a step's loss rests.
+        scales_loss: for gradients in float16: multiply the loss by a factor that falls when they overflow, in which
+            case the step is left out, and rises when they have not for long.
 
     Raises:
         InputError: the loss is not finite (the last good state stays on disk), or the state is of another model.
@@ -102,7 +105,9 @@ def train(
     device = next(iter(parameters.values())).device
     optimizer = make_optimizer([list(group.values()) for group in (parameters, critics) if group], config)
     parameters |= critics
-    state = State(folder, parameters, optimizer, ema, processes.is_main)
+    gradients = Gradients([model] if critic is None else [model, critic], processes, config.accumulation)
+    scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
+    state = State(folder, parameters, optimizer, ema, processes.is_main, scaler)
     first = state.load()
     with (
         torch.inference_mode(False),  # in which some hosts run everything
@@ -114,15 +119,19 @@ def train(
         for step in range(first, config.steps):
             started = time.monotonic()
             stop = float(stopping())
-            loss, stop = processes.total([_backward(loss_fn, step, config), stop])
+            losses = loss_fn(step, step_generator(config.seed, step))
+            own = gradients.add([losses] if isinstance(losses, Tensor) else losses, scaler)
+            loss, stop = processes.total([own, stop])
             state.updating = True
             moved = any(p.grad is not None for p in trained)  # a critic may have the step to itself
-            _update(step, loss, config, optimizer, processes, state)
+            _update(step, loss, config, optimizer, state, scaler)
             if ema is not None and moved:
                 update_ema(ema, model, min(config.ema_decay, (1 + step) / (10 + step)))
             log = Log(step, loss, learning_rate_at(step, config), time.monotonic() - started, peak_memory(device))
             state.record(log)
             show(log)
+            if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+                state.save()
             if callback is not None and processes.is_main:
                 callback(step, loss)
             if stop:
@@ -161,21 +170,10 @@ def check_optimizer(config: LoopConfig) -> None:
             raise InputError("optimizer adamw8bit needs bitsandbytes; install it, or choose adamw") from error
 
 
-def _backward(loss_fn: LossFunction, step: int, config: LoopConfig) -> float:
-    """Add the gradients of a step's loss, part by part. Returns the loss."""
-    losses = loss_fn(step, step_generator(config.seed, step))
-    total: Tensor | float = 0.0
-    for part in [losses] if isinstance(losses, Tensor) else losses:
-        part.backward()
-        total = total + part.detach()
-    return float(total)
-
-
-def _clip(parameters: list[nn.Parameter], config: LoopConfig, processes: Processes) -> float:
-    """Add up the gradients of all processes, and limit their norm. Returns what it was, 0 where there are none."""
+def _clip(parameters: list[nn.Parameter], config: LoopConfig) -> float:
+    """Limit the norm of the gradients. Returns what it was, 0 where there are none."""
     if all(parameter.grad is None for parameter in parameters):
         return 0.0
-    processes.add_gradients(parameters)
     return float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
 
 
@@ -184,19 +182,24 @@ def _update(
     loss: float,
     config: LoopConfig,
     optimizer: torch.optim.Optimizer,
-    processes: Processes,
     state: State,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """One optimiser step from the gradients at hand."""
-    norm = max(_clip(group["params"], config, processes) for group in optimizer.param_groups)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    groups = [group["params"] for group in optimizer.param_groups]
+    scaler.unscale_(optimizer)
+    norm = max(_clip(parameters, config) for parameters in groups)
+    # a scaled loss may overflow, for which its scale is made smaller; but not below what plain gradients are
+    may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
+    if not (math.isfinite(loss) and math.isfinite(norm)) and not may_overflow:
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient became {norm}"
         raise InputError(
             f"the {what} at step {step}; {state.path} keeps the last good state, of step {state.saved_step}: "
-            "lower the learning rate with --learning-rate, and the same command goes on from there; or look for broken "
-            "pictures in the data"
+            "lower the learning rate with --learning-rate, and the same command goes on from there, or with --back-to "
+            "from an earlier checkpoint; or look for broken pictures in the data"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)

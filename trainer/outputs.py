@@ -47,13 +47,19 @@ def run_name(config: DistillConfig) -> str:
     return config.name or Path(config.output).resolve().name
 
 
-def write_weights(config: DistillConfig, student: Student, source: ModelSource, info: ModelInfo) -> list[Path]:
+def write_weights(
+    config: DistillConfig, student: Student, source: ModelSource, info: ModelInfo, folder: Path | None = None
+) -> list[Path]:
     """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file.
+
+    Args:
+        config, student, source, info: of the run.
+        folder: where; None for the run's own.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.
     """
-    folder, name, family = Path(config.output), run_name(config), source.family
+    folder, name, family = folder or Path(config.output), run_name(config), source.family
     recommended = recommended_of(config, info)
     metadata = {**recommended.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:

@@ -13,14 +13,16 @@ import torch
 from lcm_core.families.network import FamilyNetwork
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_safetensors
+from lcm_core.networks.frozen import quantise
 from lcm_core.networks.lora_layers import TARGET_MODULES
 from lcm_core.networks.unet import UNet, exact_output, load_unet
 from lcm_core.pipeline.model import merge_into_network
 from lcm_core.pipeline.options import PictureOptions
-from lcm_core.pipeline.parts import open_network
+from lcm_core.pipeline.parts import as_network, open_network
 from lcm_core.pipeline.sources import find_source
 from trainer.card import write_card
-from trainer.config import DistillConfig
+from trainer.checkpoints import check_back_to, go_back, save_checkpoint
+from trainer.config import DistillConfig, StudentConfig
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
 from trainer.distill import distill
 from trainer.evaluate.style import kept, paint_references
@@ -41,7 +43,7 @@ from trainer.students import (
     to_network,
     trained_parameters,
 )
-from trainer.validation import is_scored, painter, preview_prompts, save_preview, show_off
+from trainer.validation import is_scored, paint_preview, painter, preview_prompts, save_preview, show_off
 
 
 def run(config: DistillConfig) -> None:
@@ -63,7 +65,11 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
 
     Raises: as `run`.
     """
+    if setup.config.back_to:
+        check_back_to(setup.folder, setup.config.back_to)
     begin(setup)
+    if setup.config.back_to and setup.processes.is_main:
+        go_back(setup.folder, setup.config.back_to)
     config, processes, folder = setup.config, setup.processes, setup.folder
     place = Path(config.data.cache) if config.data.cache else folder / "cache"
     plan = plan_cache(config.data, setup.teacher, place, processes, config.prediction_type)
@@ -80,6 +86,12 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
     if processes.is_main:
         say(f"{trained_parameters(student):,} trainable parameters, {len(cache):,} pictures, on {processes.device}")
     prompts = preview_prompts(config, cache)
+    preview = partial(paint_preview, setup, student, prompts) if config.report.preview_every else None
+
+    def watch(step: int, loss: float) -> None:
+        save_preview(setup, student, prompts, step, loss)
+        save_checkpoint(setup, student, cache, preview, step, loss)
+
     distill(
         student,
         cache,
@@ -88,7 +100,7 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
         config.training,
         folder / "run",
         config.data.caption_dropout,
-        partial(save_preview, setup, student, prompts),
+        watch,
         processes,
     )
     return student, prompts
@@ -99,18 +111,28 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     config, device = setup.config, setup.processes.device
     component = read_component(setup.source.unet, "unet")
     count = sum(tensor.numel() for tensor in component.tensors.values())
-    precision = choose_precision(device, config.student.precision, count)
+    precision = choose_precision(device, config.student.precision, count, scales_loss=True)
+    student = _build_student(setup, component, precision, size)
+    return replace(student, scales_loss=precision == torch.float16)
+
+
+def _build_student(setup: Setup, component: Component, precision: torch.dtype, size: tuple[int, int]) -> Student:
+    config, device = setup.config, setup.processes.device
     torch.manual_seed(config.training.seed)  # the first weights of what is added
     method, family = get_method(config.method), setup.source.family
     options: dict[str, Any] = {"with_average": config.training.ema_decay > 0, "with_critic": method.needs_critic}
 
     def load_teacher() -> UNet | FamilyNetwork:
+        place = _loading_device(config.student, device)
         if family is None:
-            call: UNet | FamilyNetwork = UNet(load_unet(component, device, precision, torch.contiguous_format))
+            call: UNet | FamilyNetwork = UNet(load_unet(component, place, precision, torch.contiguous_format))
             exact_output(call.model)
         else:
-            call = open_network(setup.source, device, precision)
+            call = open_network(setup.source, place, precision)
         merge_into_network(call, setup.teacher.loras)
+        if config.student.base_dtype:
+            quantise(call.model, config.student.base_dtype, device)
+            call = as_network(setup.source, call.model)
         prepare(call.model)
         return call
 
@@ -133,6 +155,11 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     for network in {student.trained, student.average, student.critic} - {None}:
         prepare(network)
     return replace(student, teacher_unet=None if teacher is None else teacher.model)
+
+
+def _loading_device(config: StudentConfig, device: torch.device) -> torch.device:
+    """Where a network is loaded: what is to be quantised may not fit on the device before that."""
+    return torch.device("cpu") if config.base_dtype else device
 
 
 def read_start(config: DistillConfig) -> Component | None:

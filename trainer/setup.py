@@ -15,14 +15,16 @@ from lcm_core.files.atomic import atomic_write
 from lcm_core.files.checkpoint import ModelInfo, read_component
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.device import choose_device
+from lcm_core.networks.frozen import check_format
 from lcm_core.pipeline.model import diffusion_of
 from lcm_core.pipeline.sources import ModelSource, find_source
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, StudentConfig
 from trainer.data.teacher import Teacher, find_teacher
 from trainer.distill import for_method
 from trainer.distributed import Processes, join_processes
 from trainer.loop import check_optimizer
 from trainer.machine import describe_machine
+from trainer.methods.method import get_method
 from trainer.options import describe_run, to_dict
 from trainer.progress import check_trackers
 from trainer.ranges import check_ranges
@@ -36,6 +38,7 @@ MAY_CHANGE = {
     "name",
     "device",
     "accept_changes",
+    "back_to",
     "report",
     "data.cache",
     "data.cache_batch",
@@ -46,6 +49,8 @@ MAY_CHANGE = {
     "training.learning_rate",
     "training.lr_schedule",
     "training.save_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
     "training.accumulation",
     "training.tensorboard",
     "training.trackers",
@@ -103,9 +108,11 @@ def examine(config: DistillConfig) -> Setup:
     check_optimizer(config.training)
     check_trackers(config.training.trackers)
     check_compile(config.student, processes.device)
+    check_base_dtype(config.student)
     processes.rows(config.training.batch_size, config.training.accumulation)
     weights = read_component(source.unet, "unet").tensors.values()
-    choose_precision(processes.device, config.student.precision, sum(tensor.numel() for tensor in weights))
+    count = sum(tensor.numel() for tensor in weights)
+    choose_precision(processes.device, config.student.precision, count, scales_loss=True)
     setup.teacher.check_parts()
     file = setup.folder / "config.json"
     if file.exists() and has_state(setup.folder / "run"):
@@ -136,6 +143,19 @@ def check_family(config: DistillConfig, source: ModelSource) -> None:
     check_ranges(config, {"shift": (0.0, 1000.0)})
 
 
+def check_base_dtype(config: StudentConfig) -> None:
+    """Refuse a format of the frozen weights that is not here, and one for a full student, which trains its weights.
+
+    Raises:
+        InputError: says what to choose.
+    """
+    if not config.base_dtype:
+        return
+    check_format(config.base_dtype)
+    if config.kind != "lora":
+        raise InputError(f"base_dtype {config.base_dtype} is for the frozen weights under a LoRA; leave it out")
+
+
 def begin(setup: Setup) -> None:
     """Write the run's `config.json`, and tell what the user should know.
 
@@ -146,7 +166,7 @@ def begin(setup: Setup) -> None:
     if processes.is_main:
         for line in [*notes(config), *_changes(setup)]:
             say(f"note: {line}")
-        kept = replace(config, accept_changes=False)
+        kept = replace(config, accept_changes=False, back_to=0)
         write_json(setup.folder / "config.json", to_dict(kept))
         with atomic_write(setup.folder / "run.toml") as temporary:
             temporary.write_text(describe_run(kept), encoding="utf-8", errors="backslashreplace")
@@ -178,6 +198,8 @@ def check(config: DistillConfig) -> None:
             "ema_decay": (0.0, 1.0),
             "seed": (0, 2**40),
             "save_every": (0.0, 1e9),
+            "checkpoint_every": (0, 10**8),
+            "keep_checkpoints": (0, 10**6),
             "accumulation": (1, 10**6),
         },
     )
@@ -187,6 +209,13 @@ def check(config: DistillConfig) -> None:
     check_ranges(config.student, ranges)
     ranges = {"preview_every": (0, 10**8), "preview_steps": (1, 1000), "samples": (0, 10**6)}
     check_ranges(config.report, ranges)
+    if config.data.holdout and get_method(config.method).needs_critic:
+        raise InputError(
+            f"the loss of {config.method.kind} does not say how good a student is, so that holding pictures out is of "
+            "no use; leave holdout out"
+        )
+    if config.data.holdout and not config.training.checkpoint_every:
+        raise InputError("holdout is for choosing among checkpoints; add --checkpoint-every, or leave holdout out")
     read_prompts(config.report.preview_prompts)
     if 0 < config.report.samples < 8:
         raise InputError(f"samples {config.report.samples} is too few for scores; use 8 or more, or 0 for no table")

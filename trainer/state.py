@@ -35,6 +35,7 @@ class Log(NamedTuple):
     """The most memory so far, in bytes."""
 
 
+_SCALE = "loss_scale"  # of a scaled loss, and for how many steps it has been right
 STATE, EARLIER_STATE = "state.safetensors", "state-earlier.safetensors"
 """The last state that was saved, and the one before, for when the last is damaged or of too high a learning rate."""
 
@@ -59,7 +60,9 @@ class State:
         optimizer: torch.optim.Optimizer,
         ema: nn.Module | None,
         writes: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.folder, self.parameters, self.optimizer, self.writes = folder, parameters, optimizer, writes
         self.averages = {} if ema is None else {n: p for n, p in ema.named_parameters() if n in parameters}
         self.log: list[Log] = []
@@ -129,6 +132,9 @@ class State:
                 like = parameter if value.shape == parameter.shape else value.to(parameter.device)
                 ready = value.item() if kind == "number" else torch.empty_like(like, dtype=value.dtype).copy_(value)
                 self.optimizer.state[parameter][field] = ready
+        if self.scaler is not None and _SCALE in tensors:
+            scale, steps = tensors[_SCALE].tolist()
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(steps)})
         rows = tensors["log"].tolist()
         self.log = [Log(int(row[0]), row[1], row[2], row[3], int(row[4])) for row in rows]
         self.saved_step = self.next_step
@@ -164,6 +170,9 @@ class State:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"online.{n}": p.detach() for n, p in self.parameters.items()}
         tensors |= {f"ema.{n}": p.detach() for n, p in self.averages.items()}
+        if self.scaler is not None:
+            said = self.scaler.state_dict()
+            tensors[_SCALE] = torch.tensor([said["scale"], said["_growth_tracker"]], dtype=torch.float64)
         for name, parameter in self.parameters.items():
             for field, value in self.optimizer.state[parameter].items():
                 # AdamW counts in tensors, bitsandbytes in plain numbers; each must get its own kind back

@@ -60,6 +60,8 @@ class Student:
     """Holds the parameters of a critic, which is trained beside the student; None for methods without one."""
     reads_guidance: bool = False
     """Whether the networks take w as an input of their own, the teacher too, which then needs no negative pass."""
+    scales_loss: bool = False
+    """Whether the loss is scaled up for the backward pass, so that gradients in float16 are not rounded to zero."""
 
     @property
     def final(self) -> Which:
@@ -67,14 +69,20 @@ class Student:
         return "online" if self.average is None else "ema"
 
 
-def choose_precision(device: torch.device, wanted: str, parameters: int) -> torch.dtype:
+def choose_precision(device: torch.device, wanted: str, parameters: int, scales_loss: bool = False) -> torch.dtype:
     """Number format of frozen weights and of the computation. Trainable parameters are always float32.
 
+    Args:
+        device: where the student is trained.
+        wanted: the format, or auto.
+        parameters: of the network.
+        scales_loss: whether the loss will be scaled up, without which the small gradients of float16 are lost.
+
     Raises:
-        InputError: float16, in which distillation overflows, or an unknown format.
+        InputError: float16 without that, or an unknown format.
     """
     dtype = choose_dtype(device, None if wanted == "auto" else wanted, parameters)
-    if dtype != torch.float16:
+    if dtype != torch.float16 or scales_loss:
         return dtype
     if wanted == "auto":
         return torch.float32
@@ -95,7 +103,7 @@ def to_network(call: UNet | FamilyNetwork, precision: torch.dtype = torch.float3
             extra["timestep_cond"] = guidance_embedding(w, call.guidance_embedding_dim)
         if w is not None and call.reads_guidance:
             extra["guidance"] = 1 + w
-        with torch.autocast(call.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.autocast(call.device.type, precision, enabled=precision != torch.float32):
             return call(x, t, **conditioning, **extra)
 
     return run

@@ -18,8 +18,9 @@ from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import as_network
 from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
-from trainer.data.cache import LatentCache
+from trainer.data.cache import EMOJI, LatentCache
 from trainer.data.hashing import hash_tensors
+from trainer.data.index import find_index
 from trainer.distributed import Processes
 from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, grade, read_pictures
 from trainer.evaluate.style import kept, own_features, read_references, style_evaluation
@@ -68,9 +69,7 @@ def preview_prompts(config: DistillConfig, cache: LatentCache) -> list[PictureOp
     """The prompts of all preview pictures: the given ones, or captions from all over the data."""
     if config.report.preview_prompts:
         return read_prompts(config.report.preview_prompts)
-    captions = [caption for caption in cache.captions if caption] or [""]
-    chosen = [captions[i * len(captions) // 6] for i in range(min(6, len(captions)))]
-    return [PictureOptions(prompt=caption, seed=number) for number, caption in enumerate(chosen)]
+    return [PictureOptions(prompt=caption, seed=number) for number, caption in enumerate(cache.examples)]
 
 
 def show_off(setup: Setup, student: Student, prompts: Sequence[PictureOptions], weights: Path) -> Scores:
@@ -111,8 +110,11 @@ def show_off(setup: Setup, student: Student, prompts: Sequence[PictureOptions], 
 
 
 def is_scored(config: DistillConfig, source: ModelSource) -> bool:
-    """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from."""
-    return bool(config.report.samples) and (source.is_shipped or bool(config.data.path) or bool(config.lora))
+    """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from, where
+    these are here and not only their latents."""
+    path = config.data.path
+    has_pictures = bool(path) and (path == EMOJI or find_index(Path(path)) is None)
+    return bool(config.report.samples) and (source.is_shipped or has_pictures or bool(config.lora))
 
 
 def _evaluation(setup: Setup) -> Evaluation:
@@ -140,8 +142,13 @@ def save_preview(setup: Setup, student: Student, prompts: Sequence[PictureOption
     report = setup.config.report
     if not report.preview_every or (step + 1) % report.preview_every:
         return
-    with painter(setup, student, "student") as model:
-        grid = preview_grid(model, prompts, list(range(len(prompts))), report.preview_steps)
     file = setup.folder / "previews" / f"step-{step + 1:06d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
+    paint_preview(setup, student, prompts, file)
+
+
+def paint_preview(setup: Setup, student: Student, prompts: Sequence[PictureOptions], file: Path) -> None:
+    """The preview grid of the student as it is now."""
+    with painter(setup, student, "student") as model:
+        grid = preview_grid(model, prompts, list(range(len(prompts))), setup.config.report.preview_steps)
     grid.save(file)

@@ -1,7 +1,9 @@
-"""What each process of `test_several_processes_have_the_losses_of_one` runs."""
+"""What each process of the tests of several processes runs."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from lcm_core.diffusion.diffusion import Diffusion
 from trainer.config import LoopConfig, StudentConfig
 from trainer.distill import Latents, distill
 from trainer.distributed import join_processes
-from trainer.methods.config import LcdConfig
+from trainer.methods.config import Dmd2Config, LcdConfig
 from trainer.students import lora_student
 
 
@@ -27,16 +29,29 @@ class Network(nn.Module):
         return (self.conv1(x) + self.to_q(context).mean(1)[:, :, None, None] + t[:, None, None, None] / 1000).tanh()
 
 
-def main(folder: str, steps: str) -> None:
+class Mortal(Latents):
+    """Data whose second process is killed when it asks for a step."""
+
+    def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> list[tuple[int, bool]]:
+        step = generator.initial_seed()  # of runs with seed 0
+        if os.environ.get("RANK") == "1" and os.environ.get("KILLED_AT") == str(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().draw(size, generator, caption_dropout)
+
+
+def main(folder: str, steps: str, accumulation: str = "2", kind: str = "lcd") -> None:
     """Distil up to `steps`, with whatever processes there are."""
     torch.manual_seed(0)
     module = Network()
-    student = lora_student(module, lambda x, t, c, w: module(x, t, c["context"]), StudentConfig(rank=2))
+    with_critic = {"with_critic": kind == "dmd2"}
+    student = lora_student(module, lambda x, t, c, w: module(x, t, c["context"]), StudentConfig(rank=2), **with_critic)
     draw = torch.Generator().manual_seed(0)
     latents, context = torch.randn(9, 4, 8, 8, generator=draw), torch.randn(9, 5, 3, generator=draw)
-    data = Latents(latents, {"context": context}, {"context": torch.zeros(1, 5, 3)})
-    loop = LoopConfig(int(steps), 6, 3e-2, warmup_steps=1, cooldown=0.0, ema_decay=0.9, accumulation=2)
+    data = Mortal(latents, {"context": context}, {"context": torch.zeros(1, 5, 3)})
+    loop = LoopConfig(
+        int(steps), 6, 3e-2, warmup_steps=1, cooldown=0.0, ema_decay=0.9, accumulation=int(accumulation), save_every=0
+    )
     processes = join_processes(torch.device("cpu"))
-    method = LcdConfig(loss="l2", noise_offset=0.1)
+    method = Dmd2Config(phases=2, critic_updates=2) if kind == "dmd2" else LcdConfig(loss="l2", noise_offset=0.1)
     distill(student, data, Diffusion(), method, loop, Path(folder), 0.3, processes=processes)
     processes.wait()

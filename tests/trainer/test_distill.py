@@ -64,7 +64,7 @@ def _assert_same_state(a, b):
         (["--teacher", "no/such.safetensors"], "no/such.safetensors"),
         (["--method", "magic"], "unknown method 'magic'"),
         (["--prediction-type", "noise"], "unknown prediction_type 'noise'"),
-        (["--precision", "float16"], "float16 overflows"),
+        (["--precision", "int4"], "unknown dtype 'int4'"),
         (["--w-min", "3", "--w-max", "2"], "w_min=3, w_max=2"),
         (["--method", "dmd2", "--critic-updates", "0"], "critic_updates 0 is out of range"),
         (["--accumulation", "5"], "batch_size=4 is too small"),

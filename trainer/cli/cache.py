@@ -53,5 +53,5 @@ def run(args: argparse.Namespace) -> None:
         return
     for line in cache.notes:
         note(line)
-    captions, sizes = plural(len(cache.captions) - 1, "caption"), plural(len(cache.buckets), "size")
+    captions, sizes = plural(cache.caption_count, "caption"), plural(len(cache.buckets), "size")
     print(f"{folder}: {plural(len(cache), 'picture')} of {sizes}, {captions}, {len(cache.skipped)} skipped")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,12 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.conditioning import nest, pad_alike, stack_rows
-from trainer.data.encode import LATENTS, NUMBERS, SKIPPED, TIME_IDS, TIME_IDS_NAME
+from trainer.data.encode import CHECKSUMS, LATENTS, TEXT_CHECKSUMS, TIME_IDS, TIME_IDS_NAME, row_checksum
+from trainer.data.index import HELD, ROWS, read_index
 from trainer.data.items import Skipped
 
-if TYPE_CHECKING:
-    from trainer.data.cache import CachePlan
-
 _OPEN_SHARDS = 64
+_FEW = 1 << 16  # of so many rows a whole permutation is drawn in half a millisecond
 
 
 @dataclass(frozen=True)
@@ -42,43 +41,50 @@ class Batch:
 
 
 class Pick(NamedTuple):
-    """One sample of a batch: which row of which bucket, and whether its caption is dropped."""
+    """One sample of a batch: which row of which bucket, whether its caption is dropped, and which version of the
+    caption it has."""
 
     bucket: str
     row: int
     dropped: bool
+    version: int = 0
 
 
 class LatentCache:
-    """Latents and text embeddings on disk, mapped into memory, never read all at once. Made by `prepare`.
+    """Latents and text embeddings on disk, mapped into memory, never read all at once.
+
+    What a row holds is compared with its checksum when it is read, so that no damage is trained on.
+
+    Args:
+        file: the cache's index.
+        zero_null: the empty prompt is all zeros instead of its embedding.
+        checked: see `read_index`.
 
     Attributes:
-        captions: every distinct caption; the first is empty.
+        examples: a few captions from all over the data.
+        caption_count: distinct captions that are not empty.
         skipped: (name, reason) of everything that could not be used.
         notes: what the user should know about the data, one line each.
         latent_channels: C of the latents.
-        buckets: "HxW" of the latents -> pictures of that size, all variants counted.
+        buckets: "HxW" of the latents -> pictures of that size to learn from, all variants and repeats counted.
 
     Raises:
-        InputError: a shard is missing, or there is no picture at all.
+        InputError: the index cannot be read.
     """
 
-    def __init__(self, plan: CachePlan) -> None:
-        self.captions, self.latent_channels = plan.captions, plan.teacher.latent_channels
-        self._latents, self._texts, self._zero_null = plan.latents, plan.texts, plan.config.null_prompt == "zeros"
-        self._table: dict[str, list[tuple[int, int]]] = {}  # bucket -> (rows before a shard, shard)
-        self.buckets: dict[str, int] = {}
-        self._enlarged: set[int] = set()
-        self.skipped = [*plan.data.skipped, *self._scan()]
-        if not self.buckets:
-            raise InputError(f"none of {len(self.skipped)} pictures can be used (first: {': '.join(self.skipped[0])})")
-        numbers = {caption: number for number, caption in enumerate(self.captions)}
-        self._caption_of = torch.tensor([numbers[caption] for caption in plan.data.captions])
-        self.notes = _notes(plan.data.captions, self.skipped, len(self._enlarged))
+    def __init__(self, file: Path, zero_null: bool = False, checked: bool = False) -> None:
+        self._folder, self._zero_null = file.parent, zero_null
+        self._tables, self.about = read_index(file, checked)
+        self.examples: list[str] = self.about["examples"]
+        self.caption_count: int = self.about["captions"]
+        self.skipped: Skipped = [(name, reason) for name, reason in self.about["skipped"]]
+        self.notes: list[str] = self.about["notes"]
+        self.latent_channels: int = self.about["latent_channels"]
+        self.buckets = {n.removeprefix(ROWS): len(t) for n, t in sorted(self._tables.items()) if n.startswith(ROWS)}
         self._open = lru_cache(_OPEN_SHARDS)(lambda path: read_safetensors(path)[0])
 
     def __len__(self) -> int:
-        """Pictures, all variants counted."""
+        """Pictures, all variants and repeats counted."""
         return sum(self.buckets.values())
 
     def batch(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> Batch:
@@ -88,8 +94,8 @@ class LatentCache:
     def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> list[Pick]:
         """Choose the samples of one batch, all from one bucket, which is drawn in proportion to its pictures.
 
-        No picture comes twice unless the bucket has fewer than `size`. Processes that share a batch draw all of it with
-        equal generators, and `read` each its own part.
+        No row comes twice unless the bucket has fewer than `size`. Processes that share a batch draw all of it with
+        equal generators, and `read` each its own part. Time and memory do not grow with the number of pictures.
 
         Args:
             size: samples of the batch.
@@ -99,61 +105,85 @@ class LatentCache:
         number = int(torch.randint(len(self), (), generator=generator))
         edges = list(accumulate(self.buckets.values()))
         bucket = list(self.buckets)[bisect_right(edges, number)]
-        count = self.buckets[bucket]
-        rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
-        dropped = torch.rand(size, generator=generator) < caption_dropout
-        rows = torch.cat(rounds)[:size]
-        return [Pick(bucket, row, drop) for row, drop in zip(rows.tolist(), dropped.tolist(), strict=True)]
+        rows = _distinct(self.buckets[bucket], size, generator)
+        dropped = (torch.rand(size, generator=generator) < caption_dropout).tolist()
+        versions = [0] * size
+        if (count := self.about["versions"]) > 1:
+            versions = torch.randint(count, (size,), generator=generator).tolist()
+        return [Pick(bucket, *pick) for pick in zip(rows, dropped, versions, strict=True)]
+
+    def held_out(self, size: int) -> Iterator[list[Pick]]:
+        """The pictures that are kept out of the training, in batches of at most `size`, always the same."""
+        for name, table in sorted(self._tables.items()):
+            if name.startswith(HELD):
+                for start in range(0, len(table), size):
+                    yield [Pick(name, row, False) for row in range(start, min(start + size, len(table)))]
 
     def read(self, picks: Sequence[Pick]) -> Batch:
         """Fetch samples of one `draw`.
 
         Raises:
-            InputError: a shard has gone since `prepare`.
+            InputError: a shard has gone since `prepare`, or is damaged.
         """
         found = [self._row(pick) for pick in picks]
         time_ids = torch.stack([row[2] for row in found]).float()
-        texts = [0 if pick.dropped else int(self._caption_of[row[1]]) for pick, row in zip(picks, found, strict=True)]
+        texts = [0 if pick.dropped else row[1] + pick.version for pick, row in zip(picks, found, strict=True)]
         cond, null = pad_alike(self._conditioning(texts, time_ids), self._conditioning([0] * len(picks), time_ids))
         return Batch(
-            latents=torch.stack([row[0] for row in found]),
+            latents=torch.stack([row[0] for row in found]).float(),
             conditioning=cond,
             null_conditioning=_zeros(null) if self._zero_null else null,
         )
 
-    def _scan(self) -> Skipped:
-        """Count the rows of each bucket in the shards. Returns what these say is skipped."""
-        skipped: Skipped = []
-        for shard in range(len(self._latents)):
-            tensors = read_safetensors(self._latents.path(shard))[0]
-            skipped += [(name, reason) for name, reason in json.loads(bytes(tensors[SKIPPED].tolist()))]
-            for name, tensor in sorted(tensors.items()):
-                if name.startswith(LATENTS):
-                    bucket = name.removeprefix(LATENTS)
-                    before = self.buckets.get(bucket, 0)
-                    self._table.setdefault(bucket, []).append((before, shard))
-                    self.buckets[bucket] = before + len(tensor)
-                    original, target = tensors[TIME_IDS + bucket][:, :2], tensors[TIME_IDS + bucket][:, 4:]
-                    small = (original < target).any(1)  # what is cropped to the target's shape must be enlarged
-                    self._enlarged.update(tensors[NUMBERS + bucket][small].tolist())
-        # the order decides what a seed draws, and must not depend on how many pictures a shard holds
-        self.buckets = dict(sorted(self.buckets.items()))
-        return skipped
-
     def _row(self, pick: Pick) -> tuple[Tensor, int, Tensor]:
-        """Latents (C, h, w), the number of the picture, and time_ids (6,)."""
-        table = self._table[pick.bucket]
-        before, shard = table[bisect_right(table, pick.row, key=lambda entry: entry[0]) - 1]
-        tensors, row = self._open(self._latents.path(shard)), pick.row - before
-        latents, numbers, time_ids = (tensors[kind + pick.bucket] for kind in (LATENTS, NUMBERS, TIME_IDS))
-        return latents[row], int(numbers[row]), time_ids[row]
+        """Latents (C, h, w), the number of the caption's first version, and time_ids (6,)."""
+        table = pick.bucket if pick.bucket.startswith(HELD) else ROWS + pick.bucket
+        shard, row, text = self._tables[table][pick.row].tolist()
+        size = pick.bucket.removeprefix(HELD)
+        path = self._folder / f"{shard:06d}.safetensors"
+        tensors = self._open(path)
+        latents = _checked(path, tensors, CHECKSUMS + size, row, [LATENTS + size])[0]
+        return latents, text, tensors[TIME_IDS + size][row]
 
     def _conditioning(self, texts: Sequence[int], time_ids: Tensor) -> dict[str, Any]:
-        rows = [(self._open(self._texts.path(text // self._texts.each)), text % self._texts.each) for text in texts]
-        flat = stack_rows([{name: _wide(tensor[row]) for name, tensor in tensors.items()} for tensors, row in rows])
+        rows = {text: self._text(text) for text in set(texts)}
+        flat = stack_rows([rows[text] for text in texts])
         if "added_cond_kwargs.text_embeds" in flat:
             flat[TIME_IDS_NAME] = time_ids
         return nest(flat)
+
+    def _text(self, number: int) -> dict[str, Tensor]:
+        shard, row = divmod(number, self.about["texts_each"])
+        path = self._folder.parent / self.about["texts"] / f"{shard:06d}.safetensors"
+        tensors = self._open(path)
+        names = sorted(tensors.keys() - {TEXT_CHECKSUMS})
+        return dict(zip(names, map(_wide, _checked(path, tensors, TEXT_CHECKSUMS, row, names)), strict=True))
+
+
+def _distinct(count: int, size: int, generator: torch.Generator) -> list[int]:
+    """`size` numbers below `count`; none twice, or where there are fewer, all about equally often."""
+    if count <= max(4 * size, _FEW):
+        rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
+        return torch.cat(rounds)[:size].tolist()
+    found: dict[int, None] = {}
+    while len(found) < size:  # twice at most, nearly always
+        found |= dict.fromkeys(torch.randint(count, (size,), generator=generator).tolist())
+    return list(found)[:size]
+
+
+def _checked(path: Path, tensors: Mapping[str, Tensor], sums: str, row: int, names: Sequence[str]) -> list[Tensor]:
+    """One row of some tensors of a shard.
+
+    Raises:
+        InputError: it is not what was written.
+    """
+    try:
+        rows = [tensors[name][row] for name in names]
+        if row_checksum(rows) == int(tensors[sums][row]):
+            return rows
+    except (KeyError, IndexError):
+        pass
+    raise InputError(f"{path} is damaged; delete it, and the command that made the cache makes it again")
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -170,21 +200,3 @@ def _zeros(conditioning: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in conditioning.items()
     }
-
-
-def _notes(captions: list[str], skipped: Skipped, enlarged: int) -> list[str]:
-    notes = []
-    if enlarged:
-        notes.append(
-            f"{enlarged} of {len(captions)} pictures are smaller than what is trained on and are enlarged, which the "
-            "student learns too; give larger ones, or a smaller --resolution"
-        )
-    if without := captions.count(""):
-        notes.append(
-            f"{without} of {len(captions)} pictures have no caption and are learnt with the empty prompt; "
-            "put captions into cat.txt beside cat.jpg, or into metadata.jsonl"
-        )
-    if skipped:
-        name, reason = skipped[0]
-        notes.append(f"{len(skipped)} skipped (first: {name}: {reason}); skipped.json names all")
-    return notes

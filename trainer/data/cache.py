@@ -4,33 +4,42 @@ A cache folder holds `latents-<hash>/000000.safetensors` ..., `text-<hash>/00000
 hashes of the data's files. The hashes in the names are of everything that the contents depend on (`about.json` lists
 it), so what was made with another VAE, caption or setting is another folder, never mixed and never overwritten. The
 data's files are read for their hashes once; later their size and time of change stand for them. Each shard appears
-under its name when it is whole, and one that is missing, or not bit by bit what was written, is made again.
+under its name when it is whole, and one that is missing, or not bit by bit what was written, is made again; it is read
+for this when its size or time of change is not the one of the last time (`checked.json`).
+
+A finished cache can stand for the pictures as data. Then its index alone is opened, however many pictures it holds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.device import choose_device
 from trainer.data.batches import Batch, LatentCache, Pick
 from trainer.data.encode import Data, Images, text_maker
 from trainer.data.hashing import FileHashes, hash_json
+from trainer.data.index import check_unchanged, find_index, index_path, write_index
 from trainer.data.paint import Prompts, Shipped
 from trainer.data.settings import DataConfig
-from trainer.data.shards import Shards, fill
+from trainer.data.shards import Shards, fill, is_unchanged, known_whole, remember_whole
 from trainer.data.teacher import Teacher
+from trainer.data.versions import write_versions
 from trainer.distributed import Processes
 
 __all__ = ["Batch", "CachePlan", "LatentCache", "Pick", "open_data", "plan_cache", "prepare", "write_skipped"]
 
-FORMAT = 2
+FORMAT = 3
 """Part of every hash; to be raised when the contents of shards change their meaning."""
 EMOJI = "emoji"
 """`DataConfig.path` that stands for the shipped drawings."""
@@ -44,7 +53,7 @@ class CachePlan:
     teacher: Teacher
     data: Data
     captions: list[str]
-    """Every distinct one; the first is empty."""
+    """Every distinct one, as written; the first is empty."""
     latents: Shards
     texts: Shards
 
@@ -70,19 +79,75 @@ class CachePlan:
             self.texts.begin()
             processes.wait()
         fill(self.latents, lambda: self.data.load(device), processes, "pictures")
-        fill(self.texts, lambda: text_maker(self.captions, self.teacher, device), processes, "captions")
+        written = write_versions(self.captions, self.config)
+        fill(self.texts, lambda: text_maker(written, self.teacher, device), processes, "captions")
         processes.wait()
         self.latents.check()
         self.texts.check()
-        cache = LatentCache(self)
+        index = index_path(self)
+        if processes.is_main:
+            if not is_unchanged(index, known_whole(self.latents.folder)):
+                write_index(self, index)
+            remember_whole(self.latents.folder)
+            remember_whole(self.texts.folder)
+        processes.wait()
+        cache = LatentCache(index, self.config.null_prompt == "zeros", checked=True)
         if processes.is_main:
             write_skipped(self.latents.folder / "skipped.json", cache.skipped)
         return cache
 
+    def made_by(self) -> dict[str, Any]:
+        """Hashes of the networks that a finished cache belongs to."""
+        return {"vae": self.teacher.hash_vae(), "text": self.teacher.hash_text()}
+
+
+@dataclass(frozen=True)
+class FinishedCache:
+    """A cache that is given as the data, instead of pictures; nothing of these is looked at."""
+
+    config: DataConfig
+    teacher: Teacher
+    index: Path
+
+    @cached_property
+    def cache(self) -> LatentCache:
+        """What it holds."""
+        checked = is_unchanged(self.index, known_whole(self.index.parent))
+        return LatentCache(self.index, self.config.null_prompt == "zeros", checked)
+
+    def hash_pictures(self) -> str:
+        """As `CachePlan.hash_pictures` was."""
+        return str(self.cache.about["contents"][0])
+
+    def hash_captions(self) -> str:
+        """As `CachePlan.hash_captions` was."""
+        return str(self.cache.about["contents"][1])
+
+    def fill(self, device: torch.device, processes: Processes) -> LatentCache:
+        """Open it.
+
+        Raises:
+            InputError: it is damaged or not complete, belongs to another teacher, or was made with other settings.
+        """
+        about = self.cache.about
+        check_unchanged(about, asdict(self.config), asdict(DataConfig()))
+        found = set(os.listdir(self.index.parent))
+        names = (f"{number:06d}.safetensors" for number in range(about["shards"]))
+        if (gone := next((name for name in names if name not in found), None)) is not None:
+            raise InputError(f"{self.index.parent / gone} is missing; fill the cache again")
+        made_by = {"vae": self.teacher.hash_vae(), "text": self.teacher.hash_text()}
+        for part, value in made_by.items():
+            if value != about["made_by"][part]:
+                raise InputError(
+                    f"the cache {self.config.path} was made with another {part} than that of {self.teacher.name}; "
+                    "give the teacher that it was made for"
+                )
+        return self.cache
+
 
 def plan_cache(
     config: DataConfig, teacher: Teacher, folder: Path, processes: Processes, prediction_type: str = ""
-) -> CachePlan:
+) -> CachePlan | FinishedCache:
     """Find out what a cache is made of. The data's files are read for their hashes, if that was not done before.
 
     Args:
@@ -95,15 +160,18 @@ def plan_cache(
     Raises:
         InputError: data or teacher that cannot be used.
     """
+    if config.path and (index := find_index(Path(config.path))) is not None:
+        return FinishedCache(config, teacher, index)
     data = open_data(config, teacher, FileHashes(folder / "files.json"), prediction_type)
     if not processes.is_main:
         processes.wait()  # until the first process has hashed the files, which then need not be read again
     identity = {"latents": data.identity(), "format": FORMAT}
     captions = list(dict.fromkeys(["", *data.captions]))
-    text_identity = {"captions": hash_json(captions), "text": teacher.hash_text(), "format": FORMAT}
+    written = write_versions(captions, config)
+    text_identity = {"captions": hash_json(written), "text": teacher.hash_text(), "format": FORMAT}
     each = 1 if config.is_image_free else config.variant_count  # pictures from one picture of the data
     latents = Shards(folder / "latents", identity, len(data.captions), max(1, config.shard_size // each))
-    texts = Shards(folder / "text", text_identity, len(captions), config.shard_size)
+    texts = Shards(folder / "text", text_identity, len(written), config.shard_size)
     return CachePlan(config, teacher, data, captions, latents, texts)
 
 

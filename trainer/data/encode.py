@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ from trainer.data.teacher import Teacher
 
 LATENTS, NUMBERS, TIME_IDS = "latents ", "numbers ", "time_ids "
 """A shard's tensors of each bucket, whose name (`64x48`, latent height and width) follows."""
+CHECKSUMS, TEXT_CHECKSUMS = "checksums ", "checksums"
+"""Of each row of a bucket's latents, and of each row of a shard of text: what `row_checksum` gave."""
 SKIPPED = "skipped"
 """Tensor of a shard with the JSON list of [name, reason] of what could not be used; metadata has no fixed order."""
 TIME_IDS_NAME = "added_cond_kwargs.time_ids"
@@ -46,6 +49,8 @@ class Data(Protocol):
 
     captions: list[str]
     """The captions of all pictures, by number."""
+    repeats: Sequence[int]
+    """How often each picture comes, by number; none for once."""
     skipped: Skipped
     """(name, reason) of what was found to be of no use before anything was decoded."""
 
@@ -73,8 +78,9 @@ class Images:
         )
         if config.colour:
             load_kornia()
-        self.source = read_labelled(Path(config.path), config.labels, teacher.labels)
+        self.source = read_labelled(Path(config.path), config.labels, teacher.labels, config.folder_names)
         self.captions = [item.caption for item in self.source.items]
+        self.repeats = [item.repeats for item in self.source.items]
         self.skipped = self.source.skipped
 
     def identity(self) -> dict[str, Any]:
@@ -130,9 +136,15 @@ class Images:
 
 
 class Rows:
-    """Latents of one shard, sorted by their size."""
+    """Latents of one shard, sorted by their size, in float16: what that rounds off is a thousandth of the noise that is
+    added in the least noisy step.
 
-    def __init__(self) -> None:
+    Args:
+        exact: keep them as they are.
+    """
+
+    def __init__(self, exact: bool = False) -> None:
+        self.exact = exact
         self._found: dict[tuple[int, int], list[tuple[Tensor, Sequence[int], Sequence[Sequence[int]]]]] = {}
 
     def add(self, latents: Tensor, numbers: Sequence[int], time_ids: Sequence[Sequence[int]]) -> None:
@@ -144,14 +156,16 @@ class Rows:
         if not bool(torch.isfinite(latents).all()):
             raise InputError("the teacher's networks gave NaN or infinity as latents; use another VAE or teacher")
         height, width = latents.shape[-2:]
-        self._found.setdefault((height, width), []).append((latents.float(), numbers, time_ids))
+        self._found.setdefault((height, width), []).append((latents, numbers, time_ids))
 
     def tensors(self, skipped: Skipped) -> dict[str, Tensor]:
         """All of them as the tensors of a shard: for each size the latents, their pictures' numbers and time_ids."""
         result = {SKIPPED: torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)}
         for (height, width), parts in self._found.items():
             size = f"{height}x{width}"
-            result[LATENTS + size] = torch.cat([latents for latents, _, _ in parts])
+            rows = torch.cat([latents for latents, _, _ in parts])
+            result[LATENTS + size] = rows = rows if self.exact else _small(rows)
+            result[CHECKSUMS + size] = torch.tensor([row_checksum([row]) for row in rows])
             result[NUMBERS + size] = torch.tensor([n for _, numbers, _ in parts for n in numbers])
             result[TIME_IDS + size] = torch.tensor([row for _, _, rows in parts for row in rows], dtype=torch.int32)
         return result
@@ -175,9 +189,20 @@ def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) 
         if cut and not told:  # once for all captions, not once for each
             warnings.warn(f"some captions are too long and lose their ends; the first: {cut[0].message}", stacklevel=2)
             told = True
-        return {name: _small(value).cpu() for name, value in flatten(cond).items() if name != TIME_IDS_NAME}
+        tensors = {name: _small(value).cpu() for name, value in flatten(cond).items() if name != TIME_IDS_NAME}
+        rows = [[tensors[name][row] for name in sorted(tensors)] for row in range(len(numbers))]
+        return {**tensors, TEXT_CHECKSUMS: torch.tensor([row_checksum(row) for row in rows])}
 
     return make
+
+
+def row_checksum(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of the bytes of some tensors, in their order."""
+    code = 0
+    for tensor in tensors:
+        data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        code = zlib.crc32(data, code)
+    return code
 
 
 def _small(value: Tensor) -> Tensor:

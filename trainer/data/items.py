@@ -39,6 +39,8 @@ class Item:
     """Empty where there is none."""
     open: Callable[[], Image]
     """Decodes the picture, turned as its EXIF orientation says; raises InputError where it cannot be read."""
+    repeats: int = 1
+    """How often it comes in an epoch."""
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,20 @@ FOLDER = "folder"
 """`DataConfig.labels` that stands for the names of folders."""
 
 
-def read_labelled(path: Path, labels: str, classes: ClassLabels | None) -> FoundData:
+def read_labelled(path: Path, labels: str, classes: ClassLabels | None, folder_names: bool = False) -> FoundData:
     """The pictures of some data, as `read_source` lists them, with labels for captions where that is asked for.
 
     Args:
         path: the data.
         labels: folder, or the name of a column; empty for captions, or with `classes` for folders.
         classes: of a class-conditional teacher.
+        folder_names: see `read_folders`.
 
     Raises:
         InputError: as `read_source`; or a column that no picture has, or a class that the teacher does not know.
     """
     chosen = labels or (FOLDER if classes is not None else "")
-    source = read_source(path, "" if chosen == FOLDER else chosen)
+    source = read_source(path, "" if chosen == FOLDER else chosen, folder_names)
     if chosen == FOLDER:
         source = replace(source, items=[replace(item, caption=_folder_of(item.key)) for item in source.items])
     elif chosen and not any(item.caption for item in source.items):

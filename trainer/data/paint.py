@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Prompts:
         self.side = config.resolution or teacher.resolution
         check_size(self.side, self.side, teacher.multiple)
         self.captions = [prompt for prompt in read_prompts(Path(config.prompts)) for _ in range(config.variant_count)]
+        self.repeats: Sequence[int] = ()
         self.skipped: Skipped = []
 
     def identity(self) -> dict[str, Any]:
@@ -98,6 +100,7 @@ class Shipped:
         self.latents, self.captions = load_shipped()
         if teacher.labels is not None:
             self.captions = [entry.group for entry in load_entries()]
+        self.repeats: Sequence[int] = ()
         self.skipped: Skipped = []
         if teacher.hash_vae() != Teacher("emoji").hash_vae():
             raise InputError(f"data emoji goes with teacher emoji alone; give images of your own for {teacher.name}")
@@ -111,7 +114,7 @@ class Shipped:
         side = self.teacher.resolution
 
         def make(numbers: range) -> dict[str, Tensor]:
-            rows = Rows()
+            rows = Rows(exact=True)
             part = self.latents[numbers.start : numbers.stop]
             rows.add(part, numbers, [(side, side, 0, 0, side, side)] * len(numbers))
             return rows.tensors([])

@@ -15,8 +15,9 @@ class DataConfig:
     """Pictures with captions, or prompts alone; give `path` or `prompts`."""
 
     path: str = ""
-    """A folder of images with captions in .txt files or metadata.jsonl; a webdataset .tar or a folder of them; a folder
-    saved by the `datasets` library; or emoji, for the drawings of the embedded model."""
+    """A folder of images with captions in .txt files or metadata.jsonl, and for each folder in it, if you like, a
+    folder.json with `repeats` and a `caption` for images without one; a webdataset .tar or a folder of them; a folder
+    saved by the `datasets` library; a finished cache; or emoji, for the drawings of the embedded model."""
     prompts: str = ""
     """A text file with one prompt on each line, instead of images: the teacher paints what the student learns from."""
     labels: str = ""
@@ -41,6 +42,15 @@ class DataConfig:
     variants: int = 0
     """Versions of each picture in the cache, of which the first is plain; for prompts, pictures of each. 0 takes 1, or
     2 with flip, or 4 with crop or colour."""
+    folder_names: bool = False
+    """Folders named like `10_a cat` mean 10 repeats and that caption, as for sd-scripts."""
+    caption_versions: int = 1
+    """Versions of each caption: the first is as written, the others have its tags, which commas part, in other orders.
+    One is drawn each time; each takes its place in the cache."""
+    keep_tags: int = 0
+    """First tags of a caption that stay where they are."""
+    holdout: int = 0
+    """Pictures that are not learnt from, to measure the loss on; from all over the data."""
     caption_dropout: float = 0.0
     """Share of captions that are replaced by the empty prompt while training."""
     null_prompt: str = "empty"
@@ -90,6 +100,9 @@ class DataConfig:
             "crop": (0.1, 1),
             "colour": (0, 1),
             "variants": (0, 1000),
+            "caption_versions": (1, 1000),
+            "keep_tags": (0, 1000),
+            "holdout": (0, 10**6),
             "caption_dropout": (0, 1),
             "teacher_steps": (0, 1000),
             "teacher_guidance": (0, 100),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from lcm_core.errors import InputError
 from lcm_core.files.safetensors import (
     CHECKSUM_KEY,
     check_checksum,
-    check_file,
+    read_json,
     read_safetensors,
     write_json,
     write_safetensors,
@@ -25,6 +26,7 @@ from trainer.distributed import Processes
 
 Maker = Callable[[range], dict[str, Tensor]]
 """A function from the numbers of pictures (or captions) to the tensors of their shard."""
+_CHECKED, _SUFFIX = "checked.json", ".safetensors"
 _STALE = 3600.0  # seconds after which a temporary file is nobody's: a shard is written in a moment
 
 
@@ -50,8 +52,9 @@ class Shards:
         Raises:
             InputError: a shard is missing.
         """
+        found = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         for index in range(len(self)):
-            if not self.has(index):
+            if self.path(index).name not in found:
                 raise InputError(
                     f"{self.path(index)} is missing though another process made it; give all machines one cache folder"
                 )
@@ -76,19 +79,11 @@ class Shards:
 
     def path(self, index: int) -> Path:
         """Where a shard is."""
-        return self.folder / f"{index:06d}.safetensors"
+        return self.folder / f"{index:06d}{_SUFFIX}"
 
     def numbers(self, index: int) -> range:
         """Which things a shard is made from."""
         return range(index * self.each, min((index + 1) * self.each, self.total))
-
-    def has(self, index: int) -> bool:
-        """Whether a shard is there and has its length; its contents are not read."""
-        try:
-            check_file(self.path(index))
-        except InputError:
-            return False
-        return True
 
     def is_whole(self, index: int) -> bool:
         """Whether a shard is there and is, bit by bit, what was written; the whole file is read.
@@ -119,7 +114,8 @@ def fill(shards: Shards, load: Callable[[], Maker], processes: Processes, what: 
     checked = tqdm(
         mine, desc=f"checking cached {what}", unit="file", delay=2, leave=False, disable=not processes.is_main
     )
-    missing = [index for index in checked if not shards.is_whole(index)]
+    known = known_whole(shards.folder)
+    missing = [i for i in checked if not is_unchanged(shards.path(i), known) and not shards.is_whole(i)]
     if not missing:
         return
     make, started = load(), time.monotonic()
@@ -130,3 +126,27 @@ def fill(shards: Shards, load: Callable[[], Maker], processes: Processes, what: 
             bar.update(len(shards.numbers(index)))
     if processes.is_main:
         write_json(shards.speed, {"seconds": (time.monotonic() - started) / (total * processes.size)})
+
+
+def known_whole(folder: Path) -> dict[str, Any]:
+    """Name of each file in a folder that was read and found whole -> its size and time of change then."""
+    try:
+        return read_json(folder / _CHECKED)
+    except InputError:  # it only saves time
+        return {}
+
+
+def remember_whole(folder: Path) -> None:
+    """Write down that the files in a folder, as they are now, are whole."""
+    files = {entry.name: _stamp(entry.stat()) for entry in os.scandir(folder) if entry.name.endswith(_SUFFIX)}
+    if files != known_whole(folder):
+        write_json(folder / _CHECKED, dict(sorted(files.items())))
+
+
+def is_unchanged(file: Path, known: Mapping[str, Any]) -> bool:
+    """Whether a file is as it was when it was last found whole."""
+    return file.name in known and file.exists() and known[file.name] == _stamp(file.stat())
+
+
+def _stamp(state: os.stat_result) -> list[int]:
+    return [state.st_size, state.st_mtime_ns]

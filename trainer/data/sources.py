@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcm_core.errors import InputError
+from trainer.data.folders import read_folders, settings_of
 from trainer.data.items import (
     CAPTIONS,
     LONE_CAPTION,
@@ -38,12 +39,13 @@ __all__ = ["FoundData", "Item", "read_prompts", "read_source"]
 METADATA = "metadata.jsonl"
 
 
-def read_source(path: Path, column: str = "") -> FoundData:
+def read_source(path: Path, column: str = "", folder_names: bool = False) -> FoundData:
     """List the pictures of a folder, of webdataset tars, or of a folder saved by `datasets`; nothing is decoded yet.
 
     Args:
         path: of the data.
         column: of its tables, or JSON, that has the captions, where it is none of the usual.
+        folder_names: see `read_folders`.
 
     Raises:
         InputError: nothing there, nothing in it that can be used, or a broken table of captions.
@@ -51,7 +53,7 @@ def read_source(path: Path, column: str = "") -> FoundData:
     if not path.exists():
         raise InputError(f"data {path} does not exist; give a folder of images, a .tar, or a saved datasets folder")
     try:
-        source = _read_any(path, column)
+        source = _read_any(path, column, folder_names)
     except OSError as error:
         raise InputError(f"cannot read data {path}: {error.strerror}; check its permissions") from error
     if not source.items:
@@ -59,13 +61,13 @@ def read_source(path: Path, column: str = "") -> FoundData:
     return source
 
 
-def _read_any(path: Path, column: str) -> FoundData:
+def _read_any(path: Path, column: str, folder_names: bool) -> FoundData:
     if path.is_dir() and is_saved(path):
         return read_saved(path, column)
     if tars := find_tars(path):
         return read_tars(tars, column)
     if path.is_dir():
-        return read_folder(path, column)
+        return read_folder(path, column, folder_names)
     raise InputError(f"data {path} is a single file; give its folder, or a prompts file as prompts instead of data")
 
 
@@ -90,13 +92,14 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_folder(root: Path, column: str = "") -> FoundData:
+def read_folder(root: Path, column: str = "", folder_names: bool = False) -> FoundData:
     """The images in a folder and its subfolders, sorted by path; hidden files are left out.
 
-    `metadata.jsonl` speaks for the images that it names, a text file beside the image for the others.
+    `metadata.jsonl` speaks for the images that it names, a text file beside the image for the others, and for what is
+    left the folder.
 
     Raises:
-        InputError: a line of metadata.jsonl is not what it should be.
+        InputError: a line of metadata.jsonl, or a folder.json, is not what it should be.
     """
     skipped: Skipped = []
     names = sorted(_walk(root, skipped))
@@ -104,13 +107,16 @@ def read_folder(root: Path, column: str = "") -> FoundData:
     skipped += [(name, other_kind(name)) for name in names if name.lower().endswith(OTHER_PICTURES)]
     texts = {name for name in names if name.endswith(CAPTIONS)}
     stated = _read_metadata(root / METADATA, column) if METADATA in names else {}
+    folders = read_folders(root, names, folder_names)
     items, used = [], set()
     for name in pictures:
         beside = next((text for end in CAPTIONS if (text := posixpath.splitext(name)[0] + end) in texts), None)
         used.add(beside)
         try:
-            caption = stated.pop(name) if name in stated else read_text(root / beside) if beside and not column else ""
-            items.append(Item(name, caption, partial(_open_file, root / name, name)))
+            said = settings_of(name, folders)
+            own = stated.pop(name) if name in stated else read_text(root / beside) if beside and not column else ""
+            caption = own or ("" if column else said.caption)
+            items.append(Item(name, caption, partial(_open_file, root / name, name), said.repeats))
         except InputError as error:
             skipped.append((name, str(error)))
     skipped += [(name, LONE_CAPTION) for name in sorted([*stated, *(texts - used)])]

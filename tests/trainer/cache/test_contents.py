@@ -119,7 +119,7 @@ def test_prompts_alone_are_painted_as_the_pipeline_paints_them(tmp_path, teacher
         prompts=str(tmp_path / "prompts.txt"), variants=2, teacher_steps=3, teacher_guidance=3.0, teacher_seed=7
     )
     cache = prepare(config, teacher, tmp_path / "cache", "cpu")
-    assert cache.captions == ["", "a red apple, noto style", "a cat"]
+    assert cache.examples == ["a red apple, noto style", "a cat"]
     pipe = Pipeline.load(teacher, "cpu", unet="teacher" if kind == "emoji" else None)
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, "sampler": "dpmpp_2m", "seed": [7, 8, 9, 10]}
     words = ["a red apple, noto style"] * 2 + ["a cat"] * 2
@@ -138,7 +138,7 @@ def test_the_shipped_drawings_need_no_vae(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.recipes.emoji.data.load_shipped", lambda: load_shipped(tmp_path))
     cache = prepare(DataConfig(path="emoji"), "emoji", tmp_path / "cache", "cpu")
     torch.testing.assert_close(rows(cache).latents, latents, rtol=0, atol=0)
-    assert cache.captions == ["", "pizza, noto style"]
+    assert cache.examples == ["pizza, noto style"]
 
 
 def test_shards_are_mapped_not_read(made):

@@ -1,0 +1,138 @@
+"""Frozen layers with small weights: these are converted whenever a layer runs, in the backward pass once more.
+
+Plain autograd would keep each converted weight until the backward pass, so that nothing was saved; so do the layers of
+the usual quantisation libraries, which are made for inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional, grad
+
+from lcm_core.errors import InputError
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FORMATS = {"int8": 8, "fp8": 8, "nf4": 4}
+"""Small formats of frozen weights -> bits of each."""
+_FEW = 1 << 14  # weights of a layer that is left as it is: it takes no memory, and inputs and outputs are often such
+_FP8 = torch.float8_e4m3fn
+_CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
+    3: (functional.conv1d, grad.conv1d_input),
+    4: (functional.conv2d, grad.conv2d_input),
+    5: (functional.conv3d, grad.conv3d_input),
+}
+
+
+def layers_of(network: nn.Module) -> dict[str, Any]:
+    """All linear layers and convolutions, by their paths."""
+    return {path: layer for path, layer in network.named_modules() if isinstance(layer, LAYERS)}
+
+
+def run_frozen(x: Tensor, layer: Any) -> Tensor:
+    """What a layer makes of x, (..., in) or (B, C, ...), in the format that autocast asks for, or of x.
+
+    The layer has a `weight` in any format, which gets no gradient, perhaps with a `scale_weight` to multiply it with,
+    or `unpacked_weight()`.
+    """
+    return _Frozen.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
+    """Store the weights of a network's larger layers in a small format, one after the other, on a device.
+
+    int8 and fp8 (e4m3) have one scale for each output; nf4 has one for 64 weights (arXiv 2305.14314 Sec. 3) and is
+    bitsandbytes'. The layers stay what they are but for their weight, which is no parameter any more.
+
+    Args:
+        network: loaded, perhaps elsewhere; what is not quantised is moved to the device too.
+        kind: one of `FORMATS`.
+        device: where it is to run.
+
+    Raises:
+        InputError: an unknown format, or bitsandbytes is not installed.
+    """
+    check_format(kind)
+    for layer in layers_of(network).values():
+        if type(layer) in LAYERS and layer.weight.numel() >= _FEW:  # others have a forward pass of their own
+            weight = layer._parameters.pop("weight").detach().to(device, torch.float32)
+            _store(layer, weight, kind)
+            layer.forward = _forward_of(layer)
+    network.to(device)
+
+
+def check_format(kind: str) -> None:
+    """Refuse a format that is not known or not here.
+
+    Raises:
+        InputError: says what there is, or what is missing.
+    """
+    if kind not in FORMATS:
+        raise InputError(f"unknown format of frozen weights {kind!r}; choose {', '.join(FORMATS)}")
+    if kind == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise InputError("nf4 needs bitsandbytes; install it, or choose int8 or fp8") from error
+
+
+def _forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: run_frozen(x, layer)
+
+
+def _store(layer: Any, weight: Tensor, kind: str) -> None:
+    if kind == "nf4":
+        from bitsandbytes import functional as bnb
+
+        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        layer.weight = torch.zeros(1, device=weight.device).expand(weight.shape)  # for code that asks for its shape
+        layer.unpacked_weight = lambda: bnb.dequantize_4bit(packed, state)
+        return
+    largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
+    if kind == "int8":
+        scale = largest / 127
+        layer.weight = (weight / scale).round().to(torch.int8)
+    else:
+        scale = largest / torch.finfo(_FP8).max
+        layer.weight = (weight / scale).to(_FP8)
+    layer.scale_weight = scale
+
+
+class _Frozen(torch.autograd.Function):
+    """A layer whose weight gets no gradient and is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = _converted(layer, x)
+        bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
+        if isinstance(layer, nn.Linear):
+            return functional.linear(x, weight, bias)
+        run, _ = _CONVOLUTIONS[weight.ndim]
+        result: Tensor = run(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layer, [gradient] = ctx.layer, grads
+        weight = _converted(layer, gradient)
+        if isinstance(layer, nn.Linear):
+            return (gradient @ weight).to(ctx.dtype), None
+        _, invert = _CONVOLUTIONS[weight.ndim]
+        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return invert(ctx.shape, weight, gradient, *options).to(ctx.dtype), None
+
+
+def _converted(layer: Any, x: Tensor) -> Tensor:
+    """The weight on the device and in the format of x; scaled, where 8-bit numbers have a scale."""
+    unpack = getattr(layer, "unpacked_weight", None)
+    if unpack is not None:
+        return unpack().to(x.dtype)  # type: ignore[no-any-return]
+    weight: Tensor = layer.weight.to(x.device, x.dtype, non_blocking=True)
+    scale = getattr(layer, "scale_weight", None)
+    return weight if scale is None else weight * scale.to(x.device, x.dtype)
