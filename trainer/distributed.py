@@ -79,10 +79,9 @@ class Gradients:
     def __init__(self, modules: Sequence[nn.Module], processes: Processes, parts: int) -> None:
         self.parts, self._shared = parts, None
         if processes.size > 1:
-            self._shared = DistributedDataParallel(
-                _Together(modules), broadcast_buffers=False, find_unused_parameters=True
-            )
-            self._shared.register_comm_hook(None, _add_up)
+            self._shared = DistributedDataParallel(_Together(modules), find_unused_parameters=True)
+            # torch reads the types of a hook's arguments, but not as the texts that they are in this file
+            self._shared.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
 
     def add(self, losses: Iterable[Tensor], scaler: torch.amp.GradScaler) -> float:
         """Add the gradients of a step's losses, part by part, each freed before the next is asked for. Returns the sum
@@ -121,7 +120,7 @@ def _backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
     return loss.detach()
 
 
-def _add_up(state: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+def _add_up(bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
     sent: Any = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
     summed: torch.futures.Future[Tensor] = sent.get_future().then(lambda done: done.value()[0])
     return summed
