@@ -1,7 +1,8 @@
 """The plan of a run, for `--dry-run`: how much memory, disk and time it will take.
 
 Memory comes from a rehearsal of one step (`trainer.memory`), disk from the shapes of what will be written, time from
-what was measured when a part of this run's cache, steps and scores was made; without any, it is said to be unknown.
+what was measured when a part of this run's cache, steps and scores was made; without any, that of a U-Net's training is
+guessed (`trainer.speed`), the rest said to be unknown.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ from trainer.report.page import read_log
 from trainer.report.sections import duration, size
 from trainer.scores import Scores, shown_steps
 from trainer.setup import examine, notes, say, teacher_of
+from trainer.speed import count_operations, rough_seconds
 from trainer.state import has_state
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
 from trainer.validation import is_scored
 
+GUESSED = "training, a rough guess from its operations"
+"""Name of the time of training as long as no step was measured."""
 LIBRARIES = 450_000_000
 """Bytes of main memory that Python and its libraries take before a model is loaded; matters on a CPU only."""
 
@@ -90,8 +94,11 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     is_flow = teacher.source.family is not None
     if is_flow:
         memory, trained = flow_memory(config, processes, teacher, trained_networks(config))
+        guess = None
     else:
-        memory, trained = _training_memory(config, processes, unet, side)
+        memory, trained, guess = _rehearse(config, processes, unet, side)
+    measured = training_left(config)
+    training = {"training": measured} if measured is not None or guess is None else {GUESSED: guess}
     return Plan(
         facts={
             "teacher": f"{config.teacher} ({teacher.source.info.family}), {count_weights(unet):,} weights",
@@ -110,7 +117,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
         },
         seconds={
             "caching": caching_left(config, pictures, captions),
-            "training": training_left(config),
+            **training,
             "scoring": scoring_left(config) if is_scored(config, teacher.source) else 0.0,
         },
     )
@@ -145,17 +152,17 @@ def _count_data(config: DistillConfig, teacher: Teacher) -> tuple[int, int]:
     return len(data.captions) * each, len(set(data.captions)) * config.data.caption_versions
 
 
-def _training_memory(
+def _rehearse(
     config: DistillConfig, processes: Processes, unet: Component, side: int
-) -> tuple[dict[str, int], int]:
-    """Bytes by what they are for, and the number of trainable parameters."""
+) -> tuple[dict[str, int], int, float]:
+    """Bytes by what they are for, the number of trainable parameters, and about how many seconds the training takes."""
     student, training, device = config.student, config.training, processes.device
     precision = choose_precision(device, student.precision, count_weights(unet), scales_loss=True)
     part = max(rows.stop - rows.start for rows in processes.rows(training.batch_size, training.accumulation))
     with rehearsal(device, precision) as memory:
         fixed, trained, step = _build(config, unet, precision, (side, side))
         before = memory.live
-        step(part)
+        operations = count_operations(partial(step, part))
         transient = memory.peak - before
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
     trainable = trained * trained_networks(config)
@@ -167,7 +174,9 @@ def _training_memory(
         "activations and gradients": transient,
         "libraries": LIBRARIES if device.type == "cpu" else 0,
     }
-    return {name: value for name, value in table.items() if value}, trained
+    steps = training.steps * training.accumulation
+    seconds = rough_seconds(steps * operations, device, precision)
+    return {name: value for name, value in table.items() if value}, trained, seconds
 
 
 def _build(
