@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -96,10 +95,6 @@ class CachePlan:
             write_skipped(self.latents.folder / "skipped.json", cache.skipped)
         return cache
 
-    def made_by(self) -> dict[str, Any]:
-        """Hashes of the networks that a finished cache belongs to."""
-        return {"vae": self.teacher.hash_vae(), "text": self.teacher.hash_text()}
-
 
 @dataclass(frozen=True)
 class FinishedCache:
@@ -135,8 +130,7 @@ class FinishedCache:
         names = (f"{number:06d}.safetensors" for number in range(about["shards"]))
         if (gone := next((name for name in names if name not in found), None)) is not None:
             raise InputError(f"{self.index.parent / gone} is missing; fill the cache again")
-        made_by = {"vae": self.teacher.hash_vae(), "text": self.teacher.hash_text()}
-        for part, value in made_by.items():
+        for part, value in self.teacher.hash_encoders().items():
             if value != about["made_by"][part]:
                 raise InputError(
                     f"the cache {self.config.path} was made with another {part} than that of {self.teacher.name}; "

@@ -110,7 +110,7 @@ def write_index(plan: CachePlan, file: Path) -> None:
         "skipped": skipped,
         "notes": _notes(plan.data.captions, skipped, enlarged),
         "contents": [plan.hash_pictures(), plan.hash_captions()],
-        "made_by": plan.made_by(),
+        "made_by": plan.teacher.hash_encoders(),
         "data": asdict(plan.config),
     }
     tables[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)

@@ -115,13 +115,17 @@ class Teacher:
         config = {key: self._vae.config.get(key) for key in ("scaling_factor", "shift_factor")}
         return hash_json([hash_tensors(self._vae.tensors), config])
 
+    def hash_encoders(self) -> dict[str, Any]:
+        """The networks that a finished cache belongs to."""
+        return {"vae": self.hash_vae(), "text": self.hash_text()}
+
     def hash_text(self) -> list[str]:
         """The hash of its text encoders with their words, and how they are asked."""
         skipped = [f"clip_skip {self.clip_skip}"] if self.clip_skip else []
         changed = any(part != "unet" for lora, _ in self.loras for part in lora.layers)
-        return self._hash_encoders() + skipped + ([hash_json(self._hash_loras())] if changed else [])
+        return self._hash_texts() + skipped + ([hash_json(self._hash_loras())] if changed else [])
 
-    def _hash_encoders(self) -> list[str]:
+    def _hash_texts(self) -> list[str]:
         family = self.source.family
         if family is not None:
             if (labels := self.labels) is not None:
