@@ -11,18 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
+import trainer.run
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.model import load_model
 from trainer.cli.main import main
+from trainer.config import DistillConfig
 from trainer.data import batches
 from trainer.data.batches import _distinct
 from trainer.data.cache import Pick, plan_cache, prepare
 from trainer.data.settings import DataConfig
 from trainer.data.sources import read_source
-from trainer.data.teacher import Teacher
+from trainer.data.teacher import Teacher, find_teacher
 from trainer.data.versions import shuffle_tags
 from trainer.distributed import Processes
+from trainer.validation import is_scored
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,15 +55,17 @@ def test_a_finished_cache_gives_the_batches_of_its_pictures_without_them(made, m
     assert (again.buckets, again.skipped, again.notes) == (made[1].buckets, made[1].skipped, made[1].notes)
 
 
-def test_a_run_learns_from_a_finished_cache(made, tmp_path, capsys):
-    """And is scored on nothing, for there are no pictures to compare with."""
-    words = ["--teacher", "emoji", "--data", made[0], "--output", tmp_path, "--w-min", 1, "--w-max", 1, "--rank", 2]
+def test_a_run_learns_from_a_finished_cache(made, teachers, tmp_path, capsys, monkeypatch):
+    """And is not scored against pictures, for there are none."""
+    monkeypatch.setattr(trainer.run, "finish", lambda *_: None)
+    words = ["--teacher", teachers(), "--data", made[0], "--output", tmp_path, "--w-min", 1, "--w-max", 1, "--rank", 2]
     words += ["--batch-size", 2, "--steps", 1, "--preview-every", 0, "--no-tensorboard", "--device", "cpu"]
     assert main(["distill", *map(str, words), "--dry-run"]) == 0
     assert "6 pictures of about 64 x 64 pixels" in capsys.readouterr().out
-    words += ["--samples", 0]
     assert main(["distill", *map(str, words)]) == 0
-    assert (tmp_path / f"{tmp_path.name}_lora.safetensors").exists()
+    assert (tmp_path / "run" / "state.safetensors").exists()
+    config = DistillConfig(teacher="x", data=DataConfig(path=str(made[0])))
+    assert not is_scored(config, find_teacher(teachers()))
 
 
 def test_a_cache_of_another_teacher_or_with_other_settings_is_refused(made, teachers):
