@@ -116,7 +116,7 @@ class _Together(nn.Module):
 
 
 def _backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    scaler.scale(loss).backward()
     return loss.detach()
 
 

@@ -38,7 +38,7 @@ def run_frozen(x: Tensor, layer: Any) -> Tensor:
     The layer has a `weight` in any format, which gets no gradient, perhaps with a `scale_weight` to multiply it with,
     or `unpacked_weight()`.
     """
-    return _Frozen.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
+    return _Frozen.apply(x, layer)
 
 
 def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
@@ -132,7 +132,7 @@ def _converted(layer: Any, x: Tensor) -> Tensor:
     """The weight on the device and in the format of x; scaled, where 8-bit numbers have a scale."""
     unpack = getattr(layer, "unpacked_weight", None)
     if unpack is not None:
-        return unpack().to(x.dtype)  # type: ignore[no-any-return]
+        return unpack().to(x.dtype)
     weight: Tensor = layer.weight.to(x.device, x.dtype, non_blocking=True)
     scale = getattr(layer, "scale_weight", None)
     return weight if scale is None else weight * scale.to(x.device, x.dtype)
