@@ -29,8 +29,9 @@ from trainer.options import describe_run, to_dict
 from trainer.progress import check_trackers
 from trainer.ranges import check_ranges
 from trainer.report.prompts import read_prompts
+from trainer.starts import check_lora_start
 from trainer.state import has_state
-from trainer.students import check_compile, check_lora_start, check_same_layers, choose_precision
+from trainer.students import check_compile, check_same_layers, choose_precision
 from trainer.toml import read_settings
 
 MAY_CHANGE = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from lcm_core.families.family import Family
 from lcm_core.families.guidance_input import guidance_weights
 from lcm_core.families.network import FamilyNetwork, build_label_network
 from lcm_core.files.checkpoint import Component
-from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.device import choose_device, choose_dtype
 from lcm_core.networks.lora_layers import (
     TARGET_MODULES,
     LoraAdapters,
     Which,
     add_lora,
-    check_lora_state_dict,
     checkpoint,
     load_lora_state_dict,
 )
@@ -155,24 +152,6 @@ def lora_student(
     average = _halves(adapters, "ema") if with_average else None
     critic = _halves(adapters, "critic") if with_critic else None
     return Student(networks, _halves(adapters, "online"), average, unet, adapters, None, critic, reads_guidance)
-
-
-def check_lora_start(start: Path, teacher: Component, config: StudentConfig) -> None:
-    """Refuse a LoRA that a LoRA student of this teacher cannot start from; no weights are loaded.
-
-    Raises:
-        InputError: unreadable, of other layers, or of another rank.
-    """
-    from diffusers import UNet2DConditionModel
-
-    tensors, _ = read_safetensors(start)
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(plain_config(teacher.config))
-        add_lora(unet, config.rank, config.alpha or None, config.target_modules or TARGET_MODULES)
-    try:
-        check_lora_state_dict(unet, tensors)
-    except InputError as error:
-        raise InputError(f"start {start}: {error}") from error
 
 
 def full_student(

@@ -43,7 +43,7 @@ def test_any_args_are_options_or_refused(args: list[Any], axes: dict[str, Any]) 
     assert 1 <= options.original_steps <= 1000
     for sampler in (LCM_SAMPLER, TCD_SAMPLER):
         pasted: dict[str, Any] = dict(options.infotext(sampler))
-        reset_unnamed(pasted)
+        reset_unnamed("", pasted)
         assert pasted["LCM original steps"] == options.original_steps
 
 
