@@ -40,6 +40,7 @@ from lcm_core.pipeline.settings import Settings, check_size
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
 """A function from a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
 
+_MOST_STRENGTH = 10.0  # of a control
 _SAMPLERS = {
     "lcm": sample_lcm,
     "tcd": sample_tcd,
@@ -219,6 +220,8 @@ def _controlled(model: Model, controls: Sequence[ControlInput], shape: Sequence[
     size = (shape[-1] * model.vae.scale, shape[-2] * model.vae.scale)
     guides = []
     for control in controls:
+        if not abs(control.strength) <= _MOST_STRENGTH:
+            raise InputError(f"control strength {control.strength:g} is out of range; 0 is off, 1 is usual")
         grey = control.network.channels == 1
         picture = load_mask(control.picture, size) if grey else load_image(control.picture, size) / 2 + 0.5
         guides.append(control.network.guide(picture, control.strength))

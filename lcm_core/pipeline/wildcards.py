@@ -53,10 +53,9 @@ def fill_wildcards(prompt: str, folder: Path, seed: int) -> str:
 
 def _fill(prompt: str, line_of: Callable[[re.Match[str]], str]) -> str:
     for _ in range(_DEEPEST):
-        filled = _WILDCARD.sub(line_of, prompt)
-        if filled == prompt:
+        if _WILDCARD.search(prompt) is None:
             return prompt
-        if len(filled) > _LONGEST:
+        prompt = _WILDCARD.sub(line_of, prompt)
+        if len(prompt) > _LONGEST:
             break
-        prompt = filled
     raise InputError(f"wildcards of {prompt[:40]!r} lead back to themselves; take one of them out of its file")

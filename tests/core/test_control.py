@@ -57,6 +57,11 @@ def make_adapter(channels: int = 3) -> Any:
     return T2IAdapter(channels, list(WIDTHS), num_res_blocks=2, adapter_type="full_adapter").eval()
 
 
+def make_folder(path: Path) -> str:
+    make_adapter().save_pretrained(path)
+    return str(path)
+
+
 def theirs(kind: str, folder: Path, picture: Any, **parts: Any) -> torch.Tensor:
     """diffusers' picture (1, 3, H, W) in [0, 1]."""
     import diffusers
@@ -133,6 +138,8 @@ def test_the_shipped_adapter_is_not_used(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unfit_control_ends_in_a_traceback(plain: Pipeline, outlines: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="control strength inf is out of range"):
+        plain("cat", control=[(make_folder(tmp_path / "adapter"), outlines, float("inf"))], **SMALL)
     shipped = MODELS / "emoji" / "control" / "emoji_canny.safetensors"
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     tensors = read_safetensors(shipped)[0]

@@ -27,7 +27,7 @@ _INTEGERS = ["0", "1", "-1", "2", "51", "1001", "99999999999999999999", "1.5", "
 _FLOATS = [*_INTEGERS, "0.5", "-0.5", "inf", "-inf", "1e308", "1e-300", "100", "101"]
 _OPTIONS = {
     "--steps": _INTEGERS,
-    "--seed": [*_INTEGERS, str(2**63), str(-(2**63)), str(2**64)],
+    "--seed": [*_INTEGERS, str(2**63), str(-(2**63)), str(2**64), "1,2", "1,", ",", "1,1", f"1,{2**64}"],
     "--guidance": _FLOATS,
     "--size": ["64", "64x64", "65", "0", "-64", "64x", "8193", "x", "1e3", "64x64x64", "9" * 30, "32", "8"],
     "--sampler": ["lcm", "tcd", "euler", "dpmpp_2m", "dpm_2m", "", "LCM", "x"],
@@ -51,6 +51,14 @@ _MORE = {
         "--negative": TEXTS,
         "--count": _INTEGERS[:3],
         "--batch": ["0", "2", "-1"],
+        "--control": ["canny", "=x", "x=INPUTS/file.png", "INPUTS/folder=INPUTS/file.png", "\0=\0", "canny=x:1", LONE],
+        "--embedding": ["INPUTS/file.png", "INPUTS/folder", "", "\0", LONE, "x" * 300],
+        "--prompts": ["INPUTS/words.txt.gz", "INPUTS/folder", "x"],
+        "--wildcards": ["INPUTS/folder", "x", "\0"],
+        "--sheet": ["INPUTS/folder", ".png", "a.gif", "\0.png"],
+        "--blend": _FLOATS,
+        "--second-prompt": TEXTS,
+        "--prompt-syntax": ["a1111", "plain", "x"],
         "--image": ["INPUTS/file.png"],
     },
     "interpolate": {"--fps": _FLOATS, "--ease": ["smooth", "x", ""], "--mode": ["lerp", "x"], "--to-seed": _INTEGERS},
