@@ -1,8 +1,9 @@
 """Runs inside a real ComfyUI's Python: a step of LCM Distiller on a transformer of 500 million random 8-bit weights.
 
-Usage: python host_memory.py CHECKOUT FOLDER. Prints as JSON the bytes of this process's own memory that the run took at
-its peak, beside those of the same step by plain autograd on bfloat16 weights. On a CPU the weights are offloaded to a
-file: its pages are not the process's own, and are read again when a layer runs.
+Usage: python host_memory.py CHECKOUT FOLDER (weights | ours | plain). Writes the weights and prints their number; or
+prints the bytes of this process's own memory that a run took at its peak, or that the same step by plain autograd on
+bfloat16 weights took. On a CPU the weights are offloaded to a file: its pages are not the process's own, and are read
+again when a layer runs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
-import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHECKOUT, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+CHECKOUT, FOLDER, WHAT = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 ROOT = Path(__file__).resolve().parents[2]
 sys.argv = ["main.py", "--cpu", "--base-directory", str(FOLDER)]
 sys.path[0] = str(CHECKOUT)
@@ -113,31 +113,28 @@ def plain_step(model: Any) -> None:
     network(x, torch.full((1,), 500.0), context=text.bfloat16(), y=pooled).float().square().mean().backward()
 
 
+def distil(file: Path) -> None:
+    """Two steps of the node, from the loading of the weights on."""
+    node = load_distiller()
+    prompts = {"positive": prompt("SD3", 1), "negative": prompt("SD3", 2)}
+    options = {"output_name": "memory", "steps": 2, "batch_size": 1, "rank": 4, "w": 1.0, "preview_every": 2}
+    with peak() as found, torch.inference_mode():
+        model = make_model(torch.float8_e4m3fn, comfy.utils.load_torch_file(str(file)))
+        node.EXECUTE_NORMALIZED(model=model, latents={"samples": empty("SD3", 16) + 1}, **prompts, **options)
+    print(found[0])
+
+
 def main() -> None:
-    """Measure both."""
+    """Do one of the three, each in a process of its own: what is freed stays with a process."""
     file = FOLDER / "weights.safetensors"
-    count = lay_out(file)
-    with torch.inference_mode():
-        node = load_distiller()
-        state = comfy.utils.load_torch_file(str(file))
-        with peak() as ours:
-            model = make_model(torch.float8_e4m3fn, state)
-            node.EXECUTE_NORMALIZED(
-                model=model,
-                latents={"samples": empty("SD3", 16) + 1},
-                positive=prompt("SD3", 1),
-                negative=prompt("SD3", 2),
-                output_name="memory",
-                steps=2,
-                batch_size=1,
-                rank=4,
-                w=1.0,
-                preview_every=2,
-            )
-    del model, state
-    with peak() as plain:
-        plain_step(make_model(torch.bfloat16, None))
-    print(json.dumps({"weights": count, "ours": ours[0], "plain": plain[0]}))
+    if WHAT == "weights":
+        print(lay_out(file))
+    elif WHAT == "ours":
+        distil(file)
+    else:
+        with peak() as found:
+            plain_step(make_model(torch.bfloat16, None))
+        print(found[0])
 
 
 if __name__ == "__main__":
