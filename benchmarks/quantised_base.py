@@ -63,8 +63,11 @@ def make_meta(width: int, layers: int) -> nn.Module:
 
 def stored_bytes(network: nn.Module) -> int:
     """Of its weights, in whatever format."""
-    tensors = [*network.parameters(), *(layer.weight for layer in layers_of(network).values())]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    packed = [layer.weight for layer in layers_of(network).values() if hasattr(layer, "unpacked_weight")]
+    kept = [layer.weight for layer in layers_of(network).values() if not hasattr(layer, "unpacked_weight")]
+    tensors = [*network.parameters(), *kept]
+    whole = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    return whole + sum(weight.numel() * FORMATS["nf4"] // 8 for weight in packed)
 
 
 def peak_memory(now: bool = False) -> int:
