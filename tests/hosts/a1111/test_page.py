@@ -20,7 +20,7 @@ from webui_harness import HttpError, WebUI, difference
 pytestmark = pytest.mark.host
 
 
-def test_plotaxes_of(webui: WebUI) -> None:
+def test_plot_axes(webui: WebUI) -> None:
     """X/Y/Z plot of the guidance and of gamma: the cells are the pictures painted one by one."""
     webui.load("emoji_lcm")
     choices = axes_of(webui)
