@@ -49,6 +49,7 @@ _SETTINGS = {  # noise as everywhere, no downloads for previews, and no second c
     "eta_noise_seed_delta": 0,  # what is not here keeps the value that a request has overridden
     "sgm_noise_multiplier": False,
     "s_min_uncond": 0,
+    "show_refiner": True,  # Neo hides it
     "VERSION_UID": "PY313",  # Neo waits for a key to be pressed where its settings are of an earlier version
 }
 _STARTED = "Startup time:"
