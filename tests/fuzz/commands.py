@@ -8,8 +8,25 @@ from hypothesis import strategies as st
 
 from tests.fuzz.guards import Case
 from tests.fuzz.mutations import LONE, TEXTS
+from tests.fuzz.training import picture
 
+_SYNTAX = [
+    *("(a:1.3)", "(a:nan)", "(a:1e308)", "(a:" + "9" * 5000 + ")", "(" * 1000, "[" * 1000 + "]" * 1000, "[a|b]", "[a|"),
+    *(
+        "[a:b:0.5]",
+        "[a:b:-1]",
+        "[a::" + "9" * 30 + "]",
+        "a AND b",
+        "a AND b :nan",
+        "AND",
+        "BREAK",
+        "a BREAK",
+        "__words__",
+    ),
+    *("__words__", "__../words__", "\\(a\\)", "(a:)", "[:::]", "a :-1e308 AND b", "__" * 1000),
+]
 _PROMPTS = st.one_of(
+    st.sampled_from(_SYNTAX),
     st.sampled_from(
         [*TEXTS, "word " * 3000, "a" * 100_000, f"a {LONE}", "<lora:x:1>", "-", "@", "cat@5", "cat@" + "9" * 30]
     ),
@@ -44,22 +61,27 @@ _OPTIONS = {
     "--lora": ["INPUTS/file.png", "INPUTS/folder", "x", "", ":", ":1", "x:nan", "\0", "x" * 300],
     "--vae": ["INPUTS/file.png", "INPUTS/folder", "x", "", "\0", LONE, "x" * 300],
     "--tokenizer": ["INPUTS/file.png", "INPUTS/folder", "INPUTS/words.txt.gz", "", "\0"],
+    "--shift": _FLOATS,
+    "--prompt-syntax": ["a1111", "plain", "x", ""],
     "--model": ["INPUTS/file.png", "INPUTS/folder", "owner/name", "", "\0", LONE, "x" * 300, "/dev/zero", "emoji/.."],
 }
+_CONTROLS = ("canny", "", "x", "\0", "INPUTS/file.png", "INPUTS/folder")
+_CONTROL_PICTURES = ("INPUTS/small.png", "INPUTS/small.png:nan", "INPUTS/small.png:1e308", "INPUTS/file.png", "x:1", "")
 _MORE = {
     "generate": {
         "--negative": TEXTS,
         "--count": _INTEGERS[:3],
         "--batch": ["0", "2", "-1"],
-        "--control": ["canny", "=x", "x=INPUTS/file.png", "INPUTS/folder=INPUTS/file.png", "\0=\0", "canny=x:1", LONE],
-        "--embedding": ["INPUTS/file.png", "INPUTS/folder", "", "\0", LONE, "x" * 300],
-        "--prompts": ["INPUTS/words.txt.gz", "INPUTS/folder", "x"],
-        "--wildcards": ["INPUTS/folder", "x", "\0"],
-        "--sheet": ["INPUTS/folder", ".png", "a.gif", "\0.png"],
+        "--image": ["INPUTS/file.png", "INPUTS/small.png"],
+        "--mask": ["INPUTS/file.png", "INPUTS/small.png", "x"],
+        "--second-prompt": [*TEXTS, *_SYNTAX],
         "--blend": _FLOATS,
-        "--second-prompt": TEXTS,
-        "--prompt-syntax": ["a1111", "plain", "x"],
-        "--image": ["INPUTS/file.png"],
+        "--class": TEXTS,
+        "--prompts": ["INPUTS/prompts.txt", "INPUTS/odd.txt", "INPUTS/folder", "INPUTS/words.txt.gz", "x", "", "\0"],
+        "--wildcards": ["INPUTS/folder", "INPUTS/file.png", "INPUTS", "x", "", "\0"],
+        "--sheet": ["sheet.png", "a.png", "a.gif", "", "taken", "taken/a.png", "\0", ".png", "x" * 300 + ".png"],
+        "--control": [f"{network}={image}" for network in _CONTROLS for image in _CONTROL_PICTURES] + ["x", "", LONE],
+        "--embedding": ["INPUTS/file.png", "INPUTS/folder", "x", "", "\0", LONE, "x" * 300, "/dev/zero"],
     },
     "interpolate": {"--fps": _FLOATS, "--ease": ["smooth", "x", ""], "--mode": ["lerp", "x"], "--to-seed": _INTEGERS},
     "compare": {"--teacher": ["INPUTS/folder", "x"], "--teacher-guidance": _FLOATS},
@@ -68,6 +90,10 @@ _FILES = {
     "../output/taken/a.txt": b"",
     "../output/taken.png": b"mine",
     "file.png": b"no picture",
+    "small.png": picture(),
+    "prompts.txt": "a cat\n\n漢字 __words__\n".encode(),
+    "odd.txt": b"a cat\n\xff\xfe\0\n",
+    "words.txt": b"red\nblue\n",
     "folder/a.txt": b"",
     "words.txt.gz": b"\x1f\x8b broken",
 }
