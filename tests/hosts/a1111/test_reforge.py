@@ -72,7 +72,8 @@ def make_checkpoints(folder: Path) -> None:
     info = ModelInfo(family="sd1")
     save_single_file(folder / "random.safetensors", components, info)
     weights = {**components["unet"].tensors, "time_embedding.cond_proj.weight": torch.randn(320, 256).half() / 16}
-    components["unet"] = Component(weights, {**components["unet"].config, "time_cond_proj_dim": 256})
+    config = {name: value for name, value in unet.config.items() if name != "_use_default_values"}
+    components["unet"] = Component(weights, config | {"time_cond_proj_dim": 256})
     save_single_file(folder / "random_full.safetensors", components, info)
 
 
