@@ -81,7 +81,7 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
         for line in cache.notes:
             say(line)
     if config.lora and processes.is_main and is_scored(config, setup.source):
-        paint_references(setup, plan.data.captions)  # before the student takes memory
+        paint_references(setup, plan.captions)  # before the student takes memory
     student = build_student(setup, _largest(cache))
     if processes.is_main:
         say(f"{trained_parameters(student):,} trainable parameters, {len(cache):,} pictures, on {processes.device}")

@@ -55,6 +55,15 @@ def test_a_finished_cache_gives_the_batches_of_its_pictures_without_them(made, m
     assert (again.buckets, again.skipped, again.notes) == (made[1].buckets, made[1].skipped, made[1].notes)
 
 
+def test_a_finished_cache_has_captions_to_paint_references_of_a_style_from(made, photos):
+    """As a cache that is made of the pictures has."""
+    finished, planned = (
+        plan_cache(DataConfig(path=str(place)), Teacher("emoji"), made[0], Processes()) for place in (made[0], photos)
+    )
+    assert finished.captions
+    assert set(finished.captions) <= set(planned.captions)
+
+
 def test_a_run_learns_from_a_finished_cache(made, teachers, tmp_path, capsys, monkeypatch):
     """And is not scored against pictures, for there are none."""
     monkeypatch.setattr(trainer.run, "finish", lambda *_: None)

@@ -110,6 +110,11 @@ class FinishedCache:
         checked = is_unchanged(self.index, known_whole(self.index.parent))
         return LatentCache(self.index, self.config.null_prompt == "zeros", checked)
 
+    @property
+    def captions(self) -> list[str]:
+        """A few of them, from all over; the index has no more."""
+        return self.cache.examples
+
     def hash_pictures(self) -> str:
         """As `CachePlan.hash_pictures` was."""
         return str(self.cache.about["contents"][0])

@@ -80,7 +80,7 @@ class Images:
             load_kornia()
         self.source = read_labelled(Path(config.path), config.labels, teacher.labels, config.folder_names)
         self.captions = [item.caption for item in self.source.items]
-        self.repeats = [item.repeats for item in self.source.items]
+        self.repeats: Sequence[int] = [item.repeats for item in self.source.items]
         self.skipped = self.source.skipped
 
     def identity(self) -> dict[str, Any]:
