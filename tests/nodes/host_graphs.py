@@ -182,7 +182,13 @@ def conditionings(suite: Any) -> Changes:
         "two ControlNets": {"positive": twice[0], "negative": twice[1]},
         "ControlNet and area": {"positive": combine(outlines[0], area)[0], "negative": outlines[1]},
     }
-    hooks = run("nodes_hooks", "CreateHookLora", lora_name="peft.safetensors", strength_model=1.0, strength_clip=0.0)
+    hooks = run(
+        "nodes_hooks",
+        "CreateHookLora",
+        lora_name="for the stock loader.safetensors",
+        strength_model=1.0,
+        strength_clip=0.0,
+    )
     own = run(
         "nodes_hooks",
         "ConditioningSetProperties",
