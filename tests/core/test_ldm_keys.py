@@ -17,7 +17,7 @@ from torch import Tensor
 from lcm_core.files import architecture, ldm_convert, ldm_keys
 from lcm_core.files.checkpoint import Component, detect_architecture, read_info
 from lcm_core.files.safetensors import write_safetensors
-from lcm_core.networks.text_encoder import Encoder, _final_states, _load_encoder, _run
+from lcm_core.networks.text_encoder import Encoder, _load_encoder, _run, _states
 from lcm_core.networks.unet import load_unet
 from lcm_core.networks.vae import load_vae
 
@@ -205,12 +205,12 @@ def test_openclip_text_encoder_computes_what_the_original_does(name: str) -> Non
         component.config["num_hidden_layers"] -= 1  # what the rule for the full-size encoder does
     encoder = Encoder(_load_encoder(component, CPU, torch.float32), _Rows(data["token_ids"]))  # type: ignore[arg-type]
     if projected:
-        outputs = [_run(encoder, prompt) for prompt in "01"]
+        outputs = [_run(encoder, encoder.tokenizer(prompt)) for prompt in "01"]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs])
         pooled = torch.cat([output.text_embeds for output in outputs])
         assert_same(pooled, data["outputs"]["text_pooled"])
     else:
-        hidden = torch.cat([_final_states(encoder, prompt, 0) for prompt in "01"])
+        hidden = torch.cat([_states(encoder, _run(encoder, encoder.tokenizer(prompt)), 0, is_sdxl=False)[0] for prompt in "01"])
     assert_same(hidden.flatten()[::11], data["outputs"]["text_hidden"])
 
 

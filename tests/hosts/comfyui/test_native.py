@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 from comfyui import Server, export_into, make_base
-from graphs import CONTROL, Graph, Link, Prompt
+from graph import CONTROL, Graph, Link, Prompt
 from PIL import Image
 
 from lcm_core.pipeline import Pipeline
