@@ -126,10 +126,10 @@ def in_diffusers_names(suite: Any) -> dict[str, float]:
     model, generator = tiny("Flux"), torch.Generator().manual_seed(6)
     width = SIZES["Flux"]["hidden_size"]
     tensors = {}
-    for layer in ("attn.to_q", "attn.to_v", "proj_mlp"):
-        key, wide = f"transformer.single_transformer_blocks.0.{layer}", width * (2 if layer == "proj_mlp" else 1)
+    for layer in ("to_q", "to_k", "to_v"):
+        key = f"transformer.single_transformer_blocks.0.attn.{layer}"
         tensors[f"{key}.lora_A.weight"] = torch.randn(4, width, generator=generator)
-        tensors[f"{key}.lora_B.weight"] = torch.randn(wide, 4, generator=generator)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(width, 4, generator=generator)
     save_file(tensors, file_of("diffusers"))
     stock, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
     ours = suite.run("LCMLoraConvert", model=model, lora_name="diffusers.safetensors")[0]
