@@ -62,7 +62,7 @@ def make_meta(width: int, layers: int) -> nn.Module:
 
 
 def stored_bytes(network: nn.Module) -> int:
-    """Of its weights, in whatever format."""
+    """The bytes of its weights, in whatever format."""
     packed = [layer.weight for layer in layers_of(network).values() if hasattr(layer, "unpacked_weight")]
     kept = [layer.weight for layer in layers_of(network).values() if not hasattr(layer, "unpacked_weight")]
     tensors = [*network.parameters(), *kept]

@@ -163,7 +163,7 @@ def _check_unet(lora: Lora) -> None:
 
 
 def _shape(weights: Mapping[str, Tensor], target: Any) -> tuple[int, ...]:
-    """Of a weight, or of a part of it, which the host names (weight, (dimension, start, length), ...)."""
+    """The shape of a weight, or of a part of it, which the host names (weight, (dimension, start, length), ...)."""
     if isinstance(target, str):
         return tuple(weights[target].shape)
     name, (dimension, _, length), *_ = target
@@ -173,7 +173,7 @@ def _shape(weights: Mapping[str, Tensor], target: Any) -> tuple[int, ...]:
 
 
 def _kind_of(flats: Sequence[str]) -> str:
-    """In brackets, the kind of model that has layers of these names, where it is one without a U-Net."""
+    """The kind of model, in brackets, that has layers of these names, where it is one without a U-Net."""
     kind = None if _is_of_unet(flats) else next(filter(None, map(name_architecture, flats)), None)
     return f" ({kind})" if kind else ""
 

@@ -14,7 +14,7 @@ from trainer.data.teacher import find_teacher
 from trainer.presets import PRESETS, Values
 
 GUIDANCE = 7.5
-"""Of a teacher that does not say what it is used with."""
+"""The guidance scale of a teacher that does not say what it is used with."""
 PICTURES, MOST_VARIANTS = 256, 16
 """Pictures that the teacher paints at least, in several from each prompt where there are few prompts."""
 SAMPLES = 256

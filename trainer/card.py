@@ -52,7 +52,7 @@ def _learnt_by(method: MethodConfig) -> str:
 
 
 def _flow_usage(config: DistillConfig, info: ModelInfo, name: str) -> str:
-    """Of a LoRA for a flow model. The jumps of trajectory methods are Euler's, which need no fresh noise."""
+    """How a LoRA for a flow model is used. The jumps of trajectory methods are Euler's, which need no fresh noise."""
     said, file = recommended_of(config, info), f"{name}_lora.safetensors"
     scheduler = "FlowMatchLCMScheduler" if said.sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
     return (

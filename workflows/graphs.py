@@ -240,7 +240,7 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "LCM 10 Compare steps in a grid": steps_grid,
     "LCM 11 Flow model in 4 steps": flow_model,
 }
-"""Those that run at once, on the embedded model."""
+"""The workflows that run at once, on the embedded model."""
 _ALL = WORKFLOWS | DOWNLOADS
 
 

@@ -80,7 +80,7 @@ def thumbnail(pictures: list[Image.Image]) -> Image.Image:
 
 
 def card(name: str) -> Image.Image:
-    """In place of a picture, which cannot be painted without the model: what the workflow is."""
+    """A card in place of a picture, which cannot be painted without the model: what the workflow is."""
     sheet = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (36, 41, 56))
     draw = ImageDraw.Draw(sheet)
     model, _, steps = name.removesuffix(" (download)").split(" ", 2)[2].partition(" in ")

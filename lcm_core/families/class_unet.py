@@ -20,7 +20,7 @@ from lcm_core.networks.vae import load_vae
 
 
 def predict(model: Any, x: Tensor, t: Tensor, class_labels: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
-    """Of a UNet2DModel."""
+    """The output of a UNet2DModel."""
     set_guidance(model, timestep_cond)
     output: Tensor = model(x, t, class_labels, return_dict=False)[0]
     return output
@@ -29,7 +29,7 @@ def predict(model: Any, x: Tensor, t: Tensor, class_labels: Tensor, timestep_con
 def predict_conditional(
     model: Any, x: Tensor, t: Tensor, class_labels: Tensor, timestep_cond: Tensor | None = None
 ) -> Tensor:
-    """Of a UNet2DConditionModel, which reads guidance by itself."""
+    """The output of a UNet2DConditionModel, which reads guidance by itself."""
     output: Tensor = model(x, t, None, class_labels, timestep_cond, return_dict=False)[0]
     return output
 

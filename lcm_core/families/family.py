@@ -70,8 +70,8 @@ class Family:
     encode: Callable[[Any, list[str]], dict[str, Tensor]] | None = None
     """(diffusers' pipeline with text encoders alone, prompts) -> conditioning, tensors (B, ...)."""
     count_labels: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
-    """Of a class-conditional family: configuration of the network -> (classes, labels in all), where nothing names the
-    classes. A label behind those of the classes stands for none of them. None for families that read text."""
+    """A function of a class-conditional family: configuration of the network -> (classes, labels in all), where nothing
+    names the classes. A label behind those of the classes stands for none of them. None for families that read text."""
     is_square: bool = False
     """Whether it paints squares alone."""
     is_flow: bool = True

@@ -18,7 +18,7 @@ from lcm_core.networks.unet import UNet
 Residuals = dict[str, list[Tensor]]
 """The U-Net's own name of what is added to it -> tensors (B, C, h, w)."""
 Guide = Callable[[Tensor, Tensor, Mapping[str, Any]], Residuals]
-"""From a U-Net's x, t and conditioning to what is added to it."""
+"""A function from a U-Net's x, t and conditioning to what is added to it."""
 _ADAPTER = "down_intrablock_additional_residuals"
 _DOWN, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 _UNSHUFFLED = 64  # channels that a full adapter makes of one: 8 x 8 pixels

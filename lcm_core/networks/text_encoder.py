@@ -116,7 +116,7 @@ def _encode(encoders: Sequence[Encoder], clip_skip: int, prompt: str) -> States:
 def _encode_weighted(
     encoders: Sequence[Encoder], clip_skip: int, words: Sequence[Mapping[tuple[int, ...], Tensor]], prompt: str
 ) -> States:
-    """As `_encode`, (1, 77 N, D) of N chunks."""
+    """The same as `_encode` for N chunks, (1, 77 N, D)."""
     segments = parse_weights(prompt)
     found = []
     for encoder, inversions in zip(encoders, words, strict=True):

@@ -91,7 +91,8 @@ class UNet:
         return output.to(x.device, x.dtype)
 
     def _added(self, residuals: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-        """In diffusers' words; it has one tensor for the middle, and takes the others out of their list."""
+        """What is added, by diffusers' names; it has one tensor for the middle, and takes the others out of their
+        list."""
         lists = {name: [self._cast(tensor) for tensor in tensors] for name, tensors in residuals.items()}
         return {name: tensors[0] if name.startswith("mid_") else tensors for name, tensors in lists.items()}
 

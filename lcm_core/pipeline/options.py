@@ -51,14 +51,14 @@ class PictureOptions:
     blend: float | None = None
     prompt_syntax: str | None = None
     class_name: str | None = None
-    """Of a class-conditional model, instead of the prompt: a class by its name or its number."""
+    """What a class-conditional model paints instead of a prompt: a class by its name or its number."""
     # pictures to start from
     image: str | None = None
     """Path of the input picture."""
     mask: str | None = None
     """Path of the picture that is white where to paint."""
     control: Sequence[Sequence[Any]] | None = None
-    """Of each picture that guides the painting: the network's path or name, the picture's path, a strength."""
+    """The pictures that guide the painting, each as the network's path or name, the picture's path, a strength."""
     # by the names of `model.load_model`, which explains them
     model: str | None = None
     unet: str | None = None

@@ -27,7 +27,8 @@ class Step:
 
 
 StepSource = Callable[[int, "int | None"], list[Step]]
-"""From a pass's steps, and those of the pass before it, to what each of them is given; see `texts_at_steps`."""
+"""A function from a pass's steps, and those of the pass before it, to what each of them is given; see
+`texts_at_steps`."""
 
 
 def encode_prompts(

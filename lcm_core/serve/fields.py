@@ -35,7 +35,7 @@ class Limits:
     pictures: int = 8
     """Pictures in one request."""
     frames: int = 48
-    """Of a loop."""
+    """Frames of a loop."""
     waiting: int = 32
     """Requests that have not been painted yet; further ones are refused."""
     live: int = 32

@@ -116,11 +116,11 @@ class FinishedCache:
         return self.cache.examples
 
     def hash_pictures(self) -> str:
-        """As `CachePlan.hash_pictures` was."""
+        """What `CachePlan.hash_pictures` was."""
         return str(self.cache.about["contents"][0])
 
     def hash_captions(self) -> str:
-        """As `CachePlan.hash_captions` was."""
+        """What `CachePlan.hash_captions` was."""
         return str(self.cache.about["contents"][1])
 
     def fill(self, device: torch.device, processes: Processes) -> LatentCache:

@@ -33,7 +33,7 @@ from trainer.data.teacher import Teacher
 LATENTS, NUMBERS, TIME_IDS = "latents ", "numbers ", "time_ids "
 """A shard's tensors of each bucket, whose name (`64x48`, latent height and width) follows."""
 CHECKSUMS, TEXT_CHECKSUMS = "checksums ", "checksums"
-"""Of each row of a bucket's latents, and of each row of a shard of text: what `row_checksum` gave."""
+"""The checksums of each row of a bucket's latents, and of each row of a shard of text: what `row_checksum` gave."""
 SKIPPED = "skipped"
 """Tensor of a shard with the JSON list of [name, reason] of what could not be used; metadata has no fixed order."""
 TIME_IDS_NAME = "added_cond_kwargs.time_ids"

@@ -19,12 +19,12 @@ _MOST_REPEATS = 1000
 
 @dataclass(frozen=True)
 class FolderSettings:
-    """Of one folder, and of those in it that say nothing themselves."""
+    """The settings of one folder, and of those in it that say nothing themselves."""
 
     repeats: int = 1
     """How often each picture comes."""
     caption: str = ""
-    """Of pictures without one of their own."""
+    """The caption of pictures without one of their own."""
 
 
 def read_folders(root: Path, names: Sequence[str], by_name: bool) -> dict[str, FolderSettings]:

@@ -21,9 +21,9 @@ class DataConfig:
     prompts: str = ""
     """A text file with one prompt on each line, instead of images: the teacher paints what the student learns from."""
     labels: str = ""
-    """Of class-conditional teachers: folder, where pictures lie in folders named like their classes; or the column of
-    metadata.jsonl, of a table or of a tar's JSON that names them, or in tars the suffix of a file beside each picture,
-    such as cls. Folder where empty."""
+    """Where the classes of a class-conditional teacher's pictures are told: folder, where pictures lie in folders named
+    like their classes; or the column of metadata.jsonl, of a table or of a tar's JSON that names them, or in tars the
+    suffix of a file beside each picture, such as cls. Folder where empty."""
     cache: str = ""
     """Folder of latents and text embeddings, which several runs may share; OUTPUT/cache where empty."""
     resolution: int = 0

@@ -97,7 +97,7 @@ class Teacher:
 
     @property
     def labels(self) -> ClassLabels | None:
-        """Of a class-conditional teacher: the names of its classes, which pictures have for captions."""
+        """The labels of a class-conditional teacher: the names of its classes, which pictures have for captions."""
         family = self.source.family
         return None if family is None or family.count_labels is None else open_labels(self.source, torch.device("cpu"))
 

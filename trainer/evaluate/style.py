@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FILE = "references.safetensors"
 SHOWN_STEPS = 4
-"""Of the student, in the line that says what is kept."""
+"""Steps of the student, in the line that says what is kept."""
 KEPT = ("style", "alignment", "recall")
 
 
@@ -78,7 +78,7 @@ def read_references(folder: Path) -> References:
 
 
 def choose_captions(captions: Sequence[str], samples: int) -> list[str]:
-    """As many as there are samples, from all over, each as often as the others."""
+    """Captions, as many as there are samples, from all over, each as often as the others."""
     distinct = [caption for caption in dict.fromkeys(captions) if caption] or [""]
     count = min(samples, len(distinct))
     spread = [distinct[i * len(distinct) // count] for i in range(count)]

@@ -32,7 +32,7 @@ CLASSES = tuple(GROUPS.values())
 """Names of the labels, by number; the number behind the last stands for no label."""
 LOOP = LoopConfig(steps=3000, batch_size=32, learning_rate=2e-3, ema_decay=0.998)
 GUIDANCE = 2.0
-"""That the teacher is used with."""
+"""The guidance scale that the teacher is used with."""
 
 
 @dataclass(frozen=True)
