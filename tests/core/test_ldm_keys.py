@@ -210,7 +210,9 @@ def test_openclip_text_encoder_computes_what_the_original_does(name: str) -> Non
         pooled = torch.cat([output.text_embeds for output in outputs])
         assert_same(pooled, data["outputs"]["text_pooled"])
     else:
-        hidden = torch.cat([_states(encoder, _run(encoder, encoder.tokenizer(prompt)), 0, is_sdxl=False)[0] for prompt in "01"])
+        hidden = torch.cat(
+            [_states(encoder, _run(encoder, encoder.tokenizer(prompt)), 0, is_sdxl=False)[0] for prompt in "01"]
+        )
     assert_same(hidden.flatten()[::11], data["outputs"]["text_hidden"])
 
 
