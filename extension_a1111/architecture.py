@@ -17,6 +17,8 @@ FLOW = "const"
 _CONTEXT = "attn2.to_k.weight"
 _PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}
 _OTHER_PROCESSES = ("EDM", "X0", "IMG_TO_IMG", "CONST", "COSMOS_RFLOW")
+# They are asked at no table's timesteps, whatever their networks predict.
+_CONTINUOUS = ("ModelSamplingContinuousEDM", "ModelSamplingContinuousV", "PredictionContinuousEDM", "PredictionEDM")
 # The first part of a key in a LoRA for a transformer, in kohya's, ComfyUI's and diffusers' names.
 _TRANSFORMER = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.|lora_transformer_|(?:lora_unet_|diffusion_model\.)(?:double|single|joint)_)"
@@ -43,10 +45,12 @@ def prediction_of(process: object) -> str:
     Forge's has the name in `prediction_type`. ComfyUI's, which reForge uses, is a class made of `EPS`, `V_PREDICTION`
     and others that derive from these two and mean something else: the nearest name counts.
     """
+    names = [kind.__name__ for kind in type(process).__mro__]
+    if continuous := next((name for name in names if name in _CONTINUOUS), None):
+        return continuous
     stated = getattr(process, "prediction_type", None)
     if stated is not None:
         return str(stated)
-    names = [kind.__name__ for kind in type(process).__mro__]
     return next((_PREDICTIONS.get(name, name) for name in names if name in (*_PREDICTIONS, *_OTHER_PROCESSES)), "other")
 
 

@@ -144,6 +144,14 @@ def test_prediction_by_class_and_by_name() -> None:
     assert prediction_of(SimpleNamespace(prediction_type="const")) == "const"
 
 
+def test_continuous_noise_is_no_table_of_timesteps() -> None:
+    """reForge's V_PREDICTION_EDM and Forge's PredictionContinuousV predict v, but at no timestep that we know."""
+    continuous = type("ModelSamplingContinuousEDM", (nn.Module,), {})
+    assert prediction_of(type("ModelSampling", (continuous, V_PREDICTION), {})()) == "ModelSamplingContinuousEDM"
+    edm = type("PredictionContinuousEDM", (), {"prediction_type": "v_prediction"})
+    assert prediction_of(type("PredictionContinuousV", (edm,), {})()) == "PredictionContinuousEDM"
+
+
 def test_samplers_say_that_they_use_the_noise_seed_delta(fake_host: Any) -> None:
     """Or the host leaves ENSD out of the infotext, and a pasted picture differs."""
     host = fake_host.load("extension_a1111.host")

@@ -33,6 +33,8 @@ PROCESSES = """
 import json, sys
 sys.argv = sys.argv[:1] + ["--always-cpu"]
 from modules import paths
+from ldm_patched.modules import args_parser
+args_parser.args = args_parser.parser.parse_known_args()[0]
 from ldm_patched.modules.model_base import ModelType, model_sampling
 from ldm_patched.modules.supported_models import SD15
 sys.path.append({root!r})
