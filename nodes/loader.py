@@ -10,6 +10,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import AS_FLOW, read_component, save_single_file
@@ -20,6 +21,7 @@ from .attachments import attach_guidance, attach_recommended, take_recommended
 from .guidance import take_guidance
 from .host import say, schema
 from .model_patches import inspect_model
+from .native_vae import own_config, take_vae, to_usual_width
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _SHIPPED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -66,6 +68,21 @@ class LCMCheckpointLoader(io.ComfyNode):
         return io.NodeOutput(model, clip, vae, info)
 
 
+class EmojiVAE(comfy.sd.VAE):
+    """The embedded model's VAE at its own width, a sixteenth of the work. Files hold it as the host's loaders take it.
+
+    Args:
+        state: its weights, in the ldm layout without a prefix.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__(sd=state, config=own_config())
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The weights that the host saves."""
+        return to_usual_width(super().get_sd())
+
+
 def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     """The host's MODEL, CLIP, VAE and CLIP vision of a file, with a full LCM's guidance attached to the MODEL.
 
@@ -80,8 +97,13 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     guidance = take_guidance(state, metadata or {})
     recommended = take_recommended(state, metadata or {}, Path(path).name)
+    vae = take_vae(state)
     loaded = comfy.sd.load_state_dict_guess_config(
-        state, embedding_directory=folder_paths.get_folder_paths("embeddings"), metadata=metadata, **options
+        state,
+        output_vae=vae is None,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        metadata=metadata,
+        **options,
     )
     if loaded is None:
         raise InputError(
@@ -92,7 +114,7 @@ def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
     if guidance is not None:
         attach_guidance(model, guidance)
     attach_recommended(model, recommended)
-    return loaded
+    return loaded if vae is None else (*loaded[:2], EmojiVAE(vae), *loaded[3:])
 
 
 def _names() -> list[str]:

@@ -6,12 +6,10 @@ that go with them, so that a file written by `python -m lcm_core export --to com
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import comfy.sd
 import torch
 from comfy import clip_model, model_base, sd1_clip, supported_models, supported_models_base
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -25,11 +23,11 @@ from lcm_core.files.safetensors import read_json
 from lcm_core.pipeline.sources import CARD, MODELS
 
 from .guidance import Guidance, settle_guidance
+from .native_vae import is_own, to_usual_width
 
 FOLDER = MODELS / "emoji"
 _CARD = read_json(FOLDER / CARD)
 _UNET = read_json(FOLDER / "unet_lcm" / "config.json")
-_VAE = read_json(FOLDER / "vae" / "config.json")
 _TEXT = read_json(FOLDER / "text_encoder" / "config.json")
 _DIFFUSION = Diffusion(prediction_type="v_prediction")
 _COND_PROJ = "time_embed.cond_proj.weight"
@@ -143,51 +141,16 @@ class Emoji(supported_models.SD15):
             state_dict["time_embed.0.bias"] = state_dict["time_embed.0.bias"].float() + shift
         return state_dict
 
+    def process_vae_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The VAE at the width at which the host's loader is about to build it."""
+        return to_usual_width(state_dict) if is_own(state_dict) else state_dict
+
     def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> supported_models_base.ClipTarget:
         """Tokenizer and text encoder."""
         return supported_models_base.ClipTarget(EmojiTokenizer, EmojiText)
 
 
 def register() -> None:
-    """Add the embedded model to those that ComfyUI recognises. Once is enough; more does no harm.
-
-    A model has a list to be added to. A VAE has none: its kind is decided inside `VAE.__init__`, where nothing can be
-    added, so that function is wrapped; for every other VAE it does what it did.
-    """
+    """Add the embedded model to those that ComfyUI recognises. Once is enough; more does no harm."""
     if Emoji not in supported_models.models:
         supported_models.models.append(Emoji)
-        comfy.sd.VAE.__init__ = _recognising(comfy.sd.VAE.__init__)
-
-
-def _recognising(initialise: Any) -> Any:
-    """ComfyUI's `VAE(sd)`, which takes every AutoencoderKL for one of the usual width, told the width of ours."""
-
-    @functools.wraps(initialise)
-    def init(self: Any, sd: Any = None, device: Any = None, config: Any = None, *args: Any, **kwargs: Any) -> None:
-        if config is None and sd is not None and _is_own_vae(sd):
-            config = {"params": {"ddconfig": _vae_sizes(), "embed_dim": _VAE["latent_channels"]}}
-        initialise(self, sd, device, config, *args, **kwargs)
-
-    return init
-
-
-def _is_own_vae(sd: Mapping[str, Tensor]) -> bool:
-    widths = {"encoder.conv_in.weight": _VAE["block_out_channels"][0], "decoder.conv_out.weight": 3}
-    widths["decoder.conv_in.weight"] = _VAE["block_out_channels"][-1]
-    return all(key in sd and sd[key].shape[0] == width for key, width in widths.items())
-
-
-def _vae_sizes() -> dict[str, Any]:
-    channels = _VAE["block_out_channels"]
-    return {
-        "double_z": True,
-        "z_channels": _VAE["latent_channels"],
-        "resolution": _VAE["sample_size"],
-        "in_channels": _VAE["in_channels"],
-        "out_ch": _VAE["out_channels"],
-        "ch": channels[0],
-        "ch_mult": [width // channels[0] for width in channels],
-        "num_res_blocks": _VAE["layers_per_block"],
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }

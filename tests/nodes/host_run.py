@@ -33,7 +33,8 @@ from host_distil import try_distil_families, try_flow_teacher  # noqa: E402
 from host_families import try_families  # noqa: E402
 from host_loras import try_distiller, try_lora, try_stated  # noqa: E402
 from host_patches import try_patches  # noqa: E402
-from host_trials import apart, message_of, try_guidance, try_saved, try_stock_nodes  # noqa: E402
+from host_trials import apart, message_of, try_guidance, try_saved, try_stock_nodes, try_vae  # noqa: E402
+from host_watch import functions, replaced  # noqa: E402
 
 
 def load_suite() -> dict[str, Any]:
@@ -55,7 +56,9 @@ class Suite:
     """The nodes, and what they are tried on."""
 
     def __init__(self) -> None:
+        self.host = functions()
         self.nodes, self.folder = load_suite(), FOLDER
+        self.replaced = replaced(self.host)
         self.tensors = load_file(FOLDER / "tensors.safetensors")
         self.prompts = {name: [[self.tensors.pop(name), {}]] for name in ("positive", "negative", "other")}
         self.models: dict[str, Any] = {}
@@ -198,8 +201,9 @@ def main() -> None:
     else:
         trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller, try_stated)
         trials += (try_families, try_distil_families, try_flow_teacher, try_guidance, try_saved, try_stock_nodes)
-        trials += (try_patches,)
+        trials += (try_patches, try_vae)
         findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
+        findings["replaced"] = {"at the start": suite.replaced, "at the end": replaced(suite.host)}
     (FOLDER / "findings.json").write_text(json.dumps(findings))
 
 

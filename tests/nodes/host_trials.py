@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import comfy.sample
 import comfy.sd
 import folder_paths
 import torch
-from comfy_extras import nodes_model_advanced
+from comfy_extras import nodes_model_advanced, nodes_model_merging
 
 import nodes
 
@@ -56,6 +57,30 @@ def try_saved(suite: Any) -> dict[str, str]:
     for name, model in models.items():
         comfy.sd.save_checkpoint(f"{lists}/again {name}.safetensors", model)
         found[name] = suite.load(f"again {name}.safetensors")[3]
+    return found
+
+
+def try_vae(suite: Any) -> dict[str, Any]:
+    """The embedded model's VAE from the stock loaders, and after the stock nodes have saved it, beside our loader's."""
+    model, clip, own, _ = suite.load("full.safetensors")
+    vaes = {"stock loader": nodes.CheckpointLoaderSimple().load_checkpoint("full.safetensors")[2]}
+    lists = {name: Path(folder_paths.get_folder_paths(name)[0]) for name in ("vae", "checkpoints")}
+    nodes_model_merging.VAESave().save(own, "own")
+    [file] = Path(folder_paths.get_output_directory()).glob("own_*.safetensors")
+    lists["vae"].mkdir(exist_ok=True)
+    file.rename(lists["vae"] / "own.safetensors")
+    vaes["file of its own"] = nodes.VAELoader().load_vae("own.safetensors")[0]
+    comfy.sd.save_checkpoint(str(lists["checkpoints"] / "with vae.safetensors"), model, clip, own)
+    vaes["saved"] = nodes.CheckpointLoaderSimple().load_checkpoint("with vae.safetensors")[2]
+    vaes["saved, by our loader"] = suite.load("with vae.safetensors")[2]
+    latents = suite.tensors["image"] / 4
+    image = own.decode(latents)
+    encoded = own.encode(image)
+    weights = [sum(weight.numel() for weight in vae.first_stage_model.parameters()) for vae in (own, vaes["saved"])]
+    found: dict[str, Any] = {"weights": weights}
+    for name, vae in vaes.items():
+        found[f"decoded, {name}"] = apart(vae.decode(latents), image)
+        found[f"encoded, {name}"] = apart(vae.encode(image), encoded)
     return found
 
 

@@ -144,6 +144,21 @@ def test_the_stock_nodes_know_ours_and_are_told_what_they_do_wrong(findings: Any
     assert "16x16 pixels, is too small for this MODEL" in found["too small"]
 
 
+def test_nothing_of_the_host_is_replaced(findings: Any) -> None:
+    """Every function, class and method is the one that the host came with: after the import, and after all trials."""
+    assert findings["replaced"] == {"at the start": [], "at the end": []}
+
+
+def test_the_stock_loaders_take_the_small_vae(findings: Any) -> None:
+    """At Stable Diffusion's width, which is all that they build: it decodes and encodes as at its own, from our
+    checkpoint and from files that the stock nodes have saved."""
+    found = dict(findings["vae"])
+    own, usual = found.pop("weights")
+    assert own < usual / 20
+    assert len(found) == 8
+    assert {name: apart for name, apart in found.items() if not apart <= 1e-4} == {}
+
+
 def test_the_hosts_patches_do_what_they_do_with_the_stock_nodes(findings: Any) -> None:
     """More than 41 usual graphs (patches, merges, LoRAs, ControlNets, areas, masks, guiders): LCM KSampler and LCM
     Sampler paint what the stock lcm paints from the same noise, and each graph changes the picture; tcd in two halves
