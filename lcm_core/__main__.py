@@ -3,12 +3,10 @@
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # by its path, since an embedded Python (a portable ComfyUI's) does not look into the current folder
+if not __package__:  # by its path: an embedded Python, as of a portable ComfyUI, does not look into the current folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from lcm_core.cli.main import main
+from lcm_core.cli.main import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

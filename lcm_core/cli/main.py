@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from lcm_core import __version__
 from lcm_core.cli import compare, export, generate, info, interpolate, serve
 from lcm_core.cli.common import note, one_line
+from lcm_core.cli.imports import leave_out_unused
 from lcm_core.errors import InputError, is_out_of_memory
 
 USER_ERROR = 2
@@ -54,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (generate, compare, interpolate, serve, export, info):
         command.add_to(commands)
     return parser
+
+
+def start() -> NoReturn:
+    """Run this process's command line, and end it."""
+    leave_out_unused()
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
