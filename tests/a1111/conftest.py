@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,10 +29,20 @@ class SamplerData(NamedTuple):
 
 
 class Fake(SimpleNamespace):
-    """The parts of a web UI by their names, and `load` for a module of ours that imports them."""
+    """The parts of a web UI by their names, and what loads code of ours that imports them."""
 
     def load(self, name: str) -> Any:
         return importlib.import_module(name)
+
+    def load_script(self, name: str) -> Any:
+        """One of `extension_a1111/scripts`, by its path as the web UI does it."""
+        file = Path(extension_a1111.__file__).parent / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
 
 @pytest.fixture

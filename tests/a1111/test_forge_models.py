@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
 
 from extension_a1111.forge_models import find_entries
 
@@ -34,3 +39,23 @@ def test_foreign_and_broken_folders_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "empty.config").mkdir()
     (folder(tmp_path, "broken.config", 32) / "unet" / "config.json").write_text("{")
     assert find_entries(tmp_path) == []
+
+
+def test_neo_learns_the_model_from_its_list_of_folders_in_both_of_its_tables(
+    fake_host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neo has `ckpt_dirs` and no `ckpt_dir`, and its loader takes no type that `matched_guesses` does not name."""
+    exported = folder(tmp_path, "second/emoji.config", 32)
+    theirs = type("SD15", (), {"unet_config": {"context_dim": 768, "num_res_blocks": 2}})
+    models, engine = SimpleNamespace(SD15=theirs, models=[theirs]), SimpleNamespace(matched_guesses=[theirs])
+    for name in ("backend", "backend.diffusion_engine", "backend.diffusion_engine.sd15", "huggingface_guess"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["backend.diffusion_engine.sd15"].StableDiffusion = engine  # type: ignore[attr-defined]
+    sys.modules["huggingface_guess"].model_list = models  # type: ignore[attr-defined]
+    fake_host.sd_models.model_path = str(tmp_path / "models")
+    fake_host.shared.cmd_opts = SimpleNamespace(ckpt_dirs=[str(tmp_path / "first"), str(tmp_path / "second")])
+    fake_host.load_script("lcm_forge_models")
+    for table in (models.models, engine.matched_guesses):
+        assert [known.__name__ for known in table] == ["SD15OwnSize", "SD15"]
+        assert table[0].huggingface_repo == str(exported)
+        assert table[0].unet_config == {"context_dim": 128, "num_res_blocks": 2, "model_channels": 32}

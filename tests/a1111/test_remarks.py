@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,6 +114,7 @@ def page(fake_host: Any, tmp_path: Path) -> Iterator[Any]:
     fake_host.sd_models.get_closet_checkpoint_match = files.get
     fake_host.sd_models.select_checkpoint = lambda: files[fake_host.chosen]
     fake_host.sd_samplers.all_samplers = [SimpleNamespace(name="DPM++ 2M")]
+    fake_host.shared.prompt_styles = SimpleNamespace(apply_styles_to_prompt=lambda text, styles: text)
     fake_host.chosen = "dream"
     networks: Any = ModuleType("networks")
     networks.available_networks = {name: file for name, file in files.items() if name.startswith("lcm")}
@@ -143,11 +145,23 @@ def test_a_flow_model_is_left_as_it_is(page: Any, tmp_path: Path) -> None:
     answer = page.advice.put_right("a cat", "fog", "LCM Suite", 4, 1.0, 0.3, 50)
     assert answer[:7] == ("a cat", "fog", "LCM Suite", 4, 1.0, 0.3, 50)
     said: list[str] = []
-    page.host.shared.prompt_styles = SimpleNamespace(apply_styles_to_prompt=lambda text, styles: text)
-    p = SimpleNamespace(prompt="a cat", negative_prompt="", styles=[], steps=4, cfg_scale=1.0, comment=said.append)
-    p.sampler_name = "LCM Suite"
-    page.advice.apply(p, [False], {})
+    page.advice.apply(request_for(said), [False], {})
     assert said == []
+
+
+def request_for(said: list[str]) -> Any:
+    """The web UI's request for a picture; what is remarked on goes into `said`."""
+    settings = {"prompt": "a cat", "negative_prompt": "", "styles": [], "steps": 4, "cfg_scale": 1.0}
+    return SimpleNamespace(**settings, sampler_name="LCM Suite", comment=said.append)
+
+
+def test_below_the_picture_and_beside_the_button_the_language_of_the_page_is_spoken(page: Any) -> None:
+    page.host.shared.opts.localization = "ko_KR"
+    said: list[str] = []
+    page.advice.apply(request_for(said), [False], {})
+    said.append(page.advice.put_right("a cat", "", "LCM Suite", 4, 1.0, 0.3, 50)[7])
+    assert len(said) == 2
+    assert all(re.search("[가-힣]", line) for line in said)
 
 
 def test_the_button_clears_what_a_full_lcm_does_not_read(page: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -165,13 +164,7 @@ def script(fake_host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> A
         return Painted(images=images, infotexts=infotexts, comments="".join(f"{said}\n" for said in p.comments))
 
     fake_host.processing.Processed = processed
-    file = Path(__file__).parents[2] / "extension_a1111" / "scripts" / "lcm_travel.py"
-    spec = importlib.util.spec_from_file_location("lcm_travel", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return fake_host.load_script("lcm_travel")
 
 
 def request_for(folder: Path) -> Any:

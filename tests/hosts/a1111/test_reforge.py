@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from webui_harness import ROOT, WebUI, difference, to_base64
-from webui_page import browser_page, choose, fill, generate, open_tab, said, shoot, value_of, wait_for_active
+from webui_page import ask_for_plan, browser_page, choose, fill, generate, open_tab, shoot, value_of, wait_for_active
 
 from lcm_core.files.checkpoint import Component, ModelInfo, save_single_file
 from lcm_core.files.lora import save_lora
@@ -103,17 +103,23 @@ def put_models(models: Path, kept: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["REFORGE", "CLASSIC"])
-def reforge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WebUI:
+    """A web UI that does not run."""
     path = os.environ.get(f"{request.param}_PATH")
     if not path:
         pytest.skip(f"{request.param}_PATH is not set to a checkout of the web UI")
-    server = WebUI(request.param, Path(path), tmp_path_factory.mktemp("reforge"))
-    put_models(server.data / "models", Path(os.environ.get("REFORGE_MODELS") or tmp_path_factory.mktemp("models")))
+    return WebUI(request.param, Path(path), tmp_path_factory.mktemp("reforge"))
+
+
+@pytest.fixture(scope="module")
+def reforge(installed: WebUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    """It, running, with the models of this file."""
+    put_models(installed.data / "models", Path(os.environ.get("REFORGE_MODELS") or tmp_path_factory.mktemp("models")))
     try:
-        server.start()
-        yield server
+        installed.start()
+        yield installed
     finally:
-        server.close()
+        installed.close()
 
 
 @lru_cache(maxsize=1)  # gigabytes each
@@ -142,9 +148,9 @@ def test_everything_is_loaded_and_listed(reforge: WebUI) -> None:
     assert "lcm_distil_start" in parts
 
 
-def test_its_own_noise_processes_are_understood(reforge: WebUI) -> None:
-    command = [reforge._python(), "-c", PROCESSES.format(root=str(ROOT))]
-    result = subprocess.run(command, cwd=reforge.checkout, capture_output=True, text=True, check=False, timeout=300)
+def test_its_own_noise_processes_are_understood(installed: WebUI) -> None:
+    command = [installed._python(), "-c", PROCESSES.format(root=str(ROOT))]
+    result = subprocess.run(command, cwd=installed.checkout, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert found["EPS"] == ["epsilon", 1000]
@@ -225,7 +231,7 @@ def test_in_the_browser(reforge: WebUI) -> None:
         assert value_of(page, "#txt2img_sampling") == "LCM Suite"
         open_tab(page)
         wait_for_active(page, "start")
-        page.click("#lcm_distil_plan")
-        page.wait_for_selector("#lcm_distil_said >> text=Memory at the peak")
-        assert "Preset: emoji" in said(page)
+        planned = ask_for_plan(page)
+        assert "Preset: emoji" in planned
+        assert "Memory at the peak" in planned
         shoot(page, reforge, "distil-plan")

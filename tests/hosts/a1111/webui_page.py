@@ -100,3 +100,15 @@ def wait_for_active(page: Any, *names: str) -> None:
 
 def said(page: Any) -> str:
     return page.locator("#lcm_distil_said").first.inner_text()
+
+
+def ask_for_plan(page: Any) -> str:
+    """Press "Time and memory"; the plan, or a complaint other than the one that is there already."""
+    before = said(page)
+    page.click("#lcm_distil_plan")
+    script = """before => {
+        const box = document.querySelector("#lcm_distil_said"), wrong = box.querySelector("[role=alert]");
+        return box.innerText.includes("Memory at the peak") || (wrong && wrong.innerText !== before);
+    }"""
+    page.wait_for_function(script, arg=before)
+    return said(page)
