@@ -14,6 +14,7 @@ another machine. Parts:
     embedded   the embedded LCM and LCM-LoRA, which were trained for longer than the runs below
     methods    each method as LoRA and as full model; dmd2 spends half of its time as lcd
     coarse     tcd and segmented with skip k = 100 and 125; as full models also for five times as long
+    any-step   a full student that is told where a jump ends
     skip       lcd with skip k = 1, 5, 10, 20, 50, after a quarter, half and all of the time
     guidance   lcd with w = 2, 4, 8, 12; with w = 8, as in the paper's tables, also tcd, segmented and the solvers
     variety    lcd with other noise schedules, and with augmented pictures beside plain ones
@@ -43,7 +44,7 @@ from trainer.recipes.emoji.benchmark import Benchmark, load_benchmark
 from trainer.recipes.emoji.data import load_shipped
 from trainer.report.preview import paint_previews
 
-PARTS = ("floor", "solvers", "embedded", "methods", "coarse", "skip", "guidance", "variety", "noise")
+PARTS = ("floor", "solvers", "embedded", "methods", "coarse", "any-step", "skip", "guidance", "variety", "noise")
 EMBEDDED_PARTS = {"solvers", "embedded", "guidance", "noise"}
 """The parts that measure the embedded models."""
 STEPS = (1, 2, 4, 8)

@@ -54,6 +54,10 @@ COARSE: dict[str, Values] = {
     "segmented, k = 125, 2 phases": {"kind": "segmented", "original_steps": 8, "phases": 2},
 }
 """Grids as coarse as a teacher can stand whose 8 steps are as good as its 25."""
+ANY_STEP: dict[str, Values] = {
+    "flowmap, k = 125": {"kind": "flowmap", "original_steps": 8, "grid_jitter": True},
+}
+"""Students that are told where a jump ends."""
 LONGER = 5.0
 """How much longer full models on a coarse grid are trained once more."""
 VARIETY: dict[str, Values] = {
@@ -109,6 +113,8 @@ def list_trials(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Trial]:
     for name, method in COARSE.items() if "coarse" in parts else ():
         for student, share in (("lora", 1.0), ("full", 1.0), ("full", LONGER)):
             yield Trial("coarse", name, student, seeds[0], {"method": method}, share)
+    for name, method in ANY_STEP.items() if "any-step" in parts else ():
+        yield Trial("any-step", name, "full", seeds[0], {"method": method}, 1.0)
     for skip in (1, 5, 10, 20, 50) if "skip" in parts else ():
         for share in (0.25, 0.5, 1.0):
             yield Trial("skip", f"k = {skip}", "lora", seeds[0], {"method": {"original_steps": 1000 // skip}}, share)

@@ -13,7 +13,7 @@ from lcm_core.files.recommended import SCHEDULERS
 from lcm_core.pipeline.sources import CARD, MODELS
 from trainer.config import DistillConfig
 from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
-from trainer.methods.method import sampling_of
+from trainer.methods.method import get_method, sampling_of
 from trainer.outputs import recommended_of, run_name
 from trainer.report.tables import to_markdown
 
@@ -72,6 +72,8 @@ def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> 
         return _flow_usage(config, info, name)
     if is_class_conditional(info.family):
         return _class_usage(config, name, is_lora)
+    if get_method(config.method).needs_end:
+        return _flow_map_usage(1 + config.method.w_min)
     said = sampling_of(config.method)
     scheduler = SCHEDULERS[str(said.sampler)]
     how = f"num_inference_steps={said.steps}" + ("" if said.gamma is None else f", eta={said.gamma:g}")
@@ -123,6 +125,17 @@ def _class_usage(config: DistillConfig, name: str, is_lora: bool) -> str:
         f"```\n{shell}\n```\n\n```python\nfrom lcm_core.pipeline import Pipeline\n\n"
         f'pipe = Pipeline.load("{model}"{lora})\nprint(pipe.model.classes)\n'
         'pipe(pipe.model.classes[0]).images[0].save("picture.png")\n```\n'
+    )
+
+
+def _flow_map_usage(guidance_scale: float) -> str:
+    return (
+        '```\npython -m lcm_core generate "a lighthouse" --model diffusers --steps 8\n```\n\n'
+        '```python\nfrom lcm_core.pipeline import Pipeline\n\npipe = Pipeline.load("diffusers")\n'
+        f'pipe("a lighthouse", num_inference_steps=8, guidance_scale={guidance_scale:g})'
+        '.images[0].save("picture.png")\n```\n\n'
+        "Any number of steps will do. The network is told where each step ends; diffusers, ComfyUI and A1111 cannot "
+        "tell it, and do not open it.\n"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lcm_core.diffusion.flow_map import EMBEDDING_DIM
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device
@@ -196,6 +197,7 @@ def _build(
         networks, trained = student.networks, student.trained
     else:
         width = unet.config.get("time_cond_proj_dim") or config.student.guidance_embedding_dim
+        width += EMBEDDING_DIM if method.needs_end else 0
         trained, critic = (_network({**unet.config, "time_cond_proj_dim": width}, config, size) for _ in range(2))
         online = unet_network(trained, precision)
         networks = Networks(online, online, call or online, unet_network(critic, precision))

@@ -17,7 +17,8 @@ from trainer.data.teacher import Teacher
 from trainer.disk import count_weights
 from trainer.distributed import Processes
 from trainer.memory import rehearsal
-from trainer.students import choose_precision, with_guidance
+from trainer.starts import with_guidance
+from trainer.students import choose_precision
 
 
 def flow_memory(

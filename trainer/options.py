@@ -184,7 +184,8 @@ def _without_unread(settings: dict[str, Any], method: MethodConfig) -> dict[str,
     stated = settings.get("method")
     if not isinstance(stated, Mapping):
         return settings
-    usual = {name: value for config in METHOD_CONFIGS.values() for name, value in defaults_of(config).items()}
+    kinds = [*reversed(METHOD_CONFIGS.values()), METHOD_CONFIGS.get(str(stated.get("kind")), MethodConfig)]
+    usual = {name: value for config in kinds for name, value in defaults_of(config).items()}
     own = defaults_of(type(method)).keys() | {"kind"}
     kept = {key: value for key, value in stated.items() if key in own or key not in usual or value != usual[key]}
     return {**settings, "method": kept}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lcm_core.diffusion.flow_map import END_KEY
 from lcm_core.families.labels import INDEX
 from lcm_core.files.atomic import new_folder
 from lcm_core.files.checkpoint import (
@@ -33,7 +34,8 @@ from trainer.methods.config import MethodConfig
 from trainer.methods.method import sampling_of
 from trainer.options import to_dict
 from trainer.setup import say, teacher_of
-from trainer.students import Student, plain_config
+from trainer.starts import plain_config
+from trainer.students import Student
 from trainer.whole import join_style
 
 DISTILL_KEY = "lcm_suite.distill"
@@ -50,7 +52,8 @@ def run_name(config: DistillConfig) -> str:
 def write_weights(
     config: DistillConfig, student: Student, source: ModelSource, info: ModelInfo, folder: Path | None = None
 ) -> list[Path]:
-    """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file.
+    """Write the result: a LoRA in kohya's layout; or the whole model, as a diffusers folder and as one file, a flow map
+    as a folder alone.
 
     Args:
         config, student, source, info: of the run.
@@ -83,6 +86,9 @@ def write_weights(
     if family is not None:
         return _write_class_folder(folder / "diffusers", student, source, info, recommended, config.vae)
     components = read_parts(source, config.vae) | {"unet": _unet_component(student)}
+    if END_KEY in components["unet"].config:  # no other program could run it, so that no file pretends so
+        _write_folder(folder / "diffusers", components, info, source, recommended)
+        return [folder / "diffusers" / "unet" / DIFFUSERS_WEIGHTS, folder / "diffusers"]
     _write_file(folder / f"{name}.safetensors", components, info, source, metadata)
     _write_folder(folder / "diffusers", components, info, source, recommended)
     return [folder / f"{name}.safetensors", folder / "diffusers"]

@@ -150,7 +150,7 @@ def _build_student(setup: Setup, component: Component, precision: torch.dtype, s
         return lora_student(call.model, to_network(call, precision), config.student, **options)
     teacher = load_teacher() if method.needs_teacher else None
     asked = None if teacher is None else to_network(teacher, precision)
-    options |= {"start": read_start(config), "source": setup.source}
+    options |= {"start": read_start(config), "source": setup.source, "with_end": method.needs_end}
     student = full_student(component, asked, config.student, precision, device, **options)
     for network in {student.trained, student.average, student.critic} - {None}:
         prepare(network)
@@ -177,7 +177,7 @@ def finish(setup: Setup, student: Student, prompts: Sequence[PictureOptions]) ->
     config, info, folder = setup.config, setup.info, setup.folder
     written = write_weights(config, student, setup.source, info)
     scores = show_off(setup, student, prompts, written[0])
-    if setup.source.family is None:
+    if setup.source.family is None and not get_method(config.method).needs_end:
         with painter(setup, student, "student") as model:
             written.append(write_workflow(config, info, model.resolution))
     written += [write_card(config, info, scores.rows, scores.remark), write_report(folder)]

@@ -29,7 +29,7 @@ from trainer.options import describe_run, to_dict
 from trainer.progress import check_trackers
 from trainer.ranges import check_ranges
 from trainer.report.prompts import read_prompts
-from trainer.starts import check_lora_start
+from trainer.starts import check_flow_map, check_lora_start
 from trainer.state import has_state
 from trainer.students import check_compile, check_same_layers, choose_precision
 from trainer.toml import read_settings
@@ -105,6 +105,7 @@ def examine(config: DistillConfig) -> Setup:
             "a full student does not go with lora; merge that first, with python -m lcm_core export --to diffusers "
             "--lora PATH, and give the merged model as the teacher"
         )
+    check_flow_map(config, source)
     check_start(config, source)
     check_optimizer(config.training)
     check_trackers(config.training.trackers)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcm_core.diffusion.flow_map import EMBEDDING_DIM
 from lcm_core.diffusion.guidance import guidance_embedding
 from lcm_core.errors import InputError
 from lcm_core.families.family import Family
-from lcm_core.families.guidance_input import guidance_weights
 from lcm_core.families.network import FamilyNetwork, build_label_network
 from lcm_core.files.checkpoint import Component
 from lcm_core.networks.device import choose_device, choose_dtype
@@ -34,6 +34,7 @@ from lcm_core.pipeline.parts import as_network
 from lcm_core.pipeline.sources import ModelSource
 from trainer.config import StudentConfig
 from trainer.methods.shared import Conditioning, Network, Networks
+from trainer.starts import with_guidance
 
 _SMALL_PICTURE = 32 * 32  # positions in the latents up to which plain attention trains faster on a CPU
 
@@ -164,6 +165,7 @@ def full_student(
     with_critic: bool = False,
     start: Component | None = None,
     source: ModelSource | None = None,
+    with_end: bool = False,
 ) -> Student:
     """A whole network that starts as the teacher, with a guidance input that at first changes nothing.
 
@@ -177,6 +179,7 @@ def full_student(
         with_critic: whether there is a critic; it starts as the teacher and reads guidance too.
         start: the network to start from; None for the teacher.
         source: the teacher's, where it may be of another kind than Stable Diffusion's U-Nets.
+        with_end: whether it is also told where a jump ends.
 
     Raises:
         InputError: `start` is of another architecture.
@@ -184,8 +187,10 @@ def full_student(
     if start is not None:
         check_same_layers(start, component)
     family = None if source is None else source.family
-    online = _trainable(start or component, config, device, family)
-    critic = _trainable(component, config, device, family) if with_critic else None
+    end = EMBEDDING_DIM if with_end else 0
+    online = _trainable(with_guidance(start or component, config.guidance_embedding_dim, end), device, family)
+    plain = with_guidance(component, config.guidance_embedding_dim) if with_critic else None
+    critic = None if plain is None else _trainable(plain, device, family)
     average = copy.deepcopy(online).requires_grad_(False) if with_average else None
 
     def ready(network: Any) -> Network:
@@ -215,9 +220,8 @@ def check_same_layers(start: Component, teacher: Component) -> None:
         )
 
 
-def _trainable(component: Component, config: StudentConfig, device: torch.device | None, family: Family | None) -> Any:
-    """A network that reads guidance, in float32, to be trained; in evaluation mode, in which no label is dropped."""
-    weights = with_guidance(component, config.guidance_embedding_dim)
+def _trainable(weights: Component, device: torch.device | None, family: Family | None) -> Any:
+    """A network in float32, to be trained; in evaluation mode, in which no label is dropped."""
     if family is None:
         network = load_unet(weights, device, torch.float32, torch.contiguous_format)
     else:
@@ -225,22 +229,6 @@ def _trainable(component: Component, config: StudentConfig, device: torch.device
     if hasattr(network, "conv_out"):
         exact_output(network)
     return network.requires_grad_(True)
-
-
-def with_guidance(component: Component, embedding_dim: int) -> Component:
-    """A network's weights, copied to float32, with `cond_proj` for the guidance embedding at zero where it has none."""
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in component.tensors.items()}
-    stated = next((t.shape[1] for name, t in tensors.items() if name.endswith("cond_proj.weight")), None)
-    if stated is None:
-        stated = embedding_dim
-        tensors |= guidance_weights(tensors, embedding_dim)
-    return Component(tensors, {**plain_config(component.config), "time_cond_proj_dim": stated}, component.source)
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's configuration without diffusers' notes to itself, of which one would reset changed values."""
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return {"_class_name": config.get("_class_name", "UNet2DConditionModel"), **plain}
 
 
 def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> None:

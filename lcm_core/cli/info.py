@@ -81,7 +81,7 @@ def _describe_checkpoint(file: Checkpoint) -> Iterator[tuple[str, object]]:
         component = file.take(name)
         yield name, _describe_weights(component.tensors)
         if name == "unet":
-            yield "guidance embedding", component.config.get("time_cond_proj_dim") or "none"
+            yield from _describe_inputs(component.config)
 
 
 def _describe_folder(root: Path) -> Iterator[tuple[str, object]]:
@@ -94,9 +94,19 @@ def _describe_folder(root: Path) -> Iterator[tuple[str, object]]:
     for config in sorted(root.glob("*/config.json")):
         yield config.parent.name, _describe_weights(read_folder(config.parent))
         if config.parent.name.startswith("unet"):
-            yield "guidance embedding", read_json(config).get("time_cond_proj_dim") or "none"
+            yield from _describe_inputs(read_json(config))
     for lora in sorted(root.glob("lora/*.safetensors")):
         yield "lora", lora.stem
+
+
+def _describe_inputs(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """What a U-Net reads beside text and timestep."""
+    from lcm_core.diffusion.flow_map import END_KEY
+
+    end = config.get(END_KEY) or 0
+    yield "guidance embedding", (config.get("time_cond_proj_dim") or 0) - end or "none"
+    if end:
+        yield "flow map", f"is told where a step ends (embedding {end}); any number of steps, sampler tcd"
 
 
 def _describe_weights(tensors: Mapping[str, Tensor]) -> str:

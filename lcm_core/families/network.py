@@ -32,6 +32,7 @@ class FamilyNetwork:
         scheduler: what its folder states of noise levels.
         reads_guidance: whether guidance is an input of its own, `guidance` (B,), instead of a negative pass.
         guidance_embedding_dim: width of the guidance embedding that a full LCM takes as `timestep_cond`; else None.
+        end_embedding_dim: 0, for none is a flow map yet.
     """
 
     def __init__(self, model: Any, family: Family, scheduler: Scheduler) -> None:
@@ -40,6 +41,7 @@ class FamilyNetwork:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.reads_guidance = bool(model.config.get("guidance_embeds"))
         self.guidance_embedding_dim: int | None = model.config.get("time_cond_proj_dim")
+        self.end_embedding_dim = 0
 
     @property
     def multiple(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
+from lcm_core.diffusion.flow_map import END_KEY
 from lcm_core.errors import InputError
 from lcm_core.files.ldm_keys import UNetTopology, count
 
@@ -18,6 +19,7 @@ Family = Literal["sd1", "sd2", "sdxl"]
 SAMPLE_SIZES = {"sd1": 64, "sd2": 96, "sdxl": 128}  # in latent pixels
 _SD2_TEXT_LAYERS = 23
 _WIDEST, _DEEPEST, _MOST_WORDS = 65_536, 128, 2**24
+_NARROWEST = 4  # of a sinusoidal embedding
 _WIDTHS = (
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "encoder_block_out_channels"),
     *("decoder_block_out_channels", "cross_attention_dim", "time_cond_proj_dim", "sample_size", "norm_num_groups"),
@@ -32,6 +34,7 @@ _RANGES = {
     **dict.fromkeys(_WIDTHS, (1, _WIDEST)),
     **dict.fromkeys(_DEPTHS, (0, _DEEPEST)),
     "vocab_size": (1, _MOST_WORDS),
+    END_KEY: (_NARROWEST, _WIDEST),
     **dict.fromkeys(("num_class_embeds", "num_embeds_ada_norm"), (1, _MOST_WORDS)),
 }
 """Whole numbers of a network: the least and the greatest that make sense."""
@@ -116,6 +119,8 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         for value in _flat(config.get(key)) if key in _PER_LEVEL else _given(config, key):
             if type(value) is not int or not least <= value <= most:
                 _refuse(source, key, config[key], f"use whole numbers from {least} to {most}")
+    if (end := config.get(END_KEY)) is not None and end > (config.get("time_cond_proj_dim") or 0) - _NARROWEST:
+        _refuse(source, END_KEY, end, f"use at least {_NARROWEST} less than time_cond_proj_dim, of which it is a part")
     for key in _LISTS:
         value = config.get(key)
         if value is not None and not (isinstance(value, (list, tuple)) and 1 <= len(value) <= _DEEPEST):

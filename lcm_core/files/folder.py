@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_core.diffusion.flow_map import END_KEY
 from lcm_core.files import safetensors as weights
 from lcm_core.files.components import Component, ModelInfo
 from lcm_core.files.recommended import FOLDER_KEY, SCHEDULERS, Recommended
 from lcm_core.files.safetensors import PathLike, write_json, write_safetensors
 
 _NOTHING_SAID = Recommended()
+_FLOW_MAP = "LCMSuiteFlowMapPipeline"  # no class of diffusers, so that it refuses what it could not sample
+
 _USUAL_GRID = 50  # timesteps of a distillation, where nothing else is said; diffusers assumes them too
 
 
@@ -86,5 +89,7 @@ def _model_index(components: Mapping[str, Component], info: ModelInfo, scheduler
         library, default = ("transformers", "CLIPTextModel") if name.startswith("text") else ("diffusers", "")
         kind = component.config.get("_class_name") or component.config.get("architectures", [default])[0]
         index[name] = [library, kind]
+        if END_KEY in component.config:
+            index["_class_name"] = _FLOW_MAP
     optional = ("feature_extractor", "image_encoder") if sdxl else ("feature_extractor", "safety_checker")
     return index | {name: [None, None] for name in optional}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_core.diffusion.flow_map import END_KEY
 from lcm_core.errors import InputError
 from lcm_core.files import architecture, ldm_convert
 from lcm_core.files.architecture import Family
@@ -183,7 +184,15 @@ def save_single_file(
         tokenizer_files: name to text; only for a model with a vocabulary of its own.
         metadata: more safetensors metadata.
         marks: names of empty weights that tell a host more, such as `AS_FLOW`.
+
+    Raises:
+        InputError: a flow map, which no program that reads such files could run.
     """
+    if any(END_KEY in component.config for component in components.values()):
+        raise InputError(
+            "a flow map has to be told where each step ends, which no host does; paint with python -m lcm_core "
+            "generate, or distil with --method tcd or segmented"
+        )
     state = ldm_convert.diffusers_to_ldm({name: part.tensors for name, part in components.items()}, info.family)
     known = {"v_pred": info.prediction_type == "v_prediction", "ztsnr": info.zero_terminal_snr}
     state |= {name: torch.tensor([]) for name in (*(name for name, marked in known.items() if marked), *marks)}

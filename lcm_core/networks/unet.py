@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lcm_core.diffusion.flow_map import END_KEY, end_embedding
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component, ModelPath, read_component
 from lcm_core.networks.device import Device, assemble, choose_device, choose_dtype, choose_memory_format
@@ -30,6 +31,7 @@ class UNet:
         model: the UNet2DConditionModel.
         forward: calls it; see `networks.traced`.
         guidance_embedding_dim: width of the guidance embedding that a full LCM takes as `timestep_cond`; else None.
+        end_embedding_dim: width of the embedding of a jump's end, which follows it in a flow map; else 0.
     """
 
     reads_guidance = False
@@ -40,7 +42,9 @@ class UNet:
         self.model = model
         self.forward: Callable[..., Any] = model
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.guidance_embedding_dim: int | None = model.config.time_cond_proj_dim
+        self.end_embedding_dim: int = model.config.get(END_KEY) or 0
+        width = model.config.time_cond_proj_dim
+        self.guidance_embedding_dim: int | None = None if width is None else width - self.end_embedding_dim
         self.in_channels: int = model.config.in_channels
 
     @property
@@ -62,6 +66,7 @@ class UNet:
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         residuals: Mapping[str, Sequence[Tensor]] | None = None,
+        end: Tensor | None = None,
     ) -> Tensor:
         """Predict noise, velocity or image, as the network was trained to.
 
@@ -72,10 +77,15 @@ class UNet:
             timestep_cond: (B, guidance_embedding_dim) guidance embedding of a full LCM.
             added_cond_kwargs: SDXL's `text_embeds` (B, P) and `time_ids` (B, 6).
             residuals: what is added inside, see `networks.control`.
+            end: (B,) where the jump ends, as a share of the training timesteps; for a flow map only.
 
         Returns:
             (B, C, H, W) in the dtype of `x`.
         """
+        if self.end_embedding_dim:
+            if end is None or timestep_cond is None:
+                raise InputError("this model is a flow map: it has to be told where a jump ends; use the sampler tcd")
+            timestep_cond = torch.cat([timestep_cond, end_embedding(end, self.end_embedding_dim)], dim=1)
         added = None if added_cond_kwargs is None else {k: self._cast(v) for k, v in added_cond_kwargs.items()}
         if added is not None and added_cond_kwargs is not None and "time_ids" in added:
             added["time_ids"] = added_cond_kwargs["time_ids"].to(self.device)  # pixel counts do not survive bfloat16
@@ -135,7 +145,7 @@ def load_unet(
         )
     place = choose_device(device)
     model = assemble(
-        lambda: UNet2DConditionModel.from_config(component.config),
+        lambda: _build(UNet2DConditionModel, component.config),
         component,
         place,
         choose_dtype(place, dtype, sum(tensor.numel() for tensor in component.tensors.values())),
@@ -144,6 +154,14 @@ def load_unet(
     set_attention(model, attention)
     if next(model.parameters()).dtype != torch.float32:
         exact_output(model)
+    return model
+
+
+def _build(kind: Any, config: Mapping[str, Any]) -> Any:
+    """diffusers' class does not know of a jump's end, and would warn."""
+    model = kind.from_config({key: value for key, value in config.items() if key != END_KEY})
+    if END_KEY in config:
+        model.register_to_config(**{END_KEY: config[END_KEY]})
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
+from lcm_core.diffusion.flow_map import check_sampler, told_ends
 from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
 from lcm_core.diffusion.interpolation import interpolate, travel_noise_sampler
 from lcm_core.diffusion.process import Process
@@ -259,6 +260,9 @@ def _sample(
     cond = steps_of(inputs.cond)(steps, earlier)
     uncond = None if inputs.uncond is None else steps_of(inputs.uncond)(steps, earlier)
     guided = guided_by_steps(model, denoiser, cond, uncond, settings.guidance_scale, run.sigmas)
+    if model.unet.end_embedding_dim:
+        check_sampler(settings.sampler)
+        guided = told_ends(guided, run.sigmas, settings.gamma, process)
     if inputs.mask is not None and x0 is not None:
         mask = functional.interpolate(inputs.mask, size=run.shape[-2:], mode="area")
         guided = inpaint(guided, x0, mask, noise, process)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lcm_core.errors import InputError
 from trainer.cli.main import main
 from trainer.config import DistillConfig
-from trainer.methods.config import Dmd2Config, TcdConfig
+from trainer.methods.config import Dmd2Config, LcdConfig, TcdConfig, config_class, defaults_of
 from trainer.options import add_options, apply, describe_presets, list_options, resolve, to_dict
 from trainer.presets import PRESETS
 from trainer.setup import check, check_same_run
@@ -150,6 +150,9 @@ def test_the_last_word_on_the_method_decides_what_all_others_may_set(tmp_path):
         _resolve("--config", file, "--method", "segmented", "--w-max", 30)
     with pytest.raises(InputError, match="w_min=20, w_max=14 is no range"):
         _resolve("--config", file, "--method", "tcd")
+    for kind in ("tdm", "flowmap"):  # which have other defaults than the first method with the same setting
+        file.write_text(json.dumps({"method": {"kind": kind} | dict(defaults_of(config_class(kind)))}))
+        assert _resolve("--config", file, "--method", "lcd").method == LcdConfig()
 
 
 def test_a_run_is_not_continued_with_settings_of_another(tmp_path):

@@ -46,6 +46,8 @@ def _network(seed: int):
         per_sample = per_sample + conditioning["added_cond_kwargs"]["time_ids"].mean(1) * weights[1]
         if w is not None:
             per_sample = per_sample + 0.1 * w * weights[2]
+        if "end" in conditioning:
+            per_sample = per_sample + conditioning["end"] * weights[0]
         return (x * weights[3] + per_sample.view(-1, 1, 1, 1)).tanh() * weights[4]
 
     return call
@@ -138,6 +140,7 @@ def _reference(networks, sample, config, kind):
         x0, eps, w = sample.x0[i : i + 1], sample.eps[i : i + 1].double(), sample.w[i : i + 1].double()
         t, s, end = (int(getattr(sample.points, name)[i]) for name in ("t", "s", "end"))
         cond, null = _row(sample.conditioning, i), _row(sample.null_conditioning, i)
+        told = {**cond, "end": torch.tensor([end / 1000])} if config.kind == "flowmap" else cond
         x_t = math.sqrt(_abar(t)) * x0 + math.sqrt(1 - _abar(t)) * eps
         if config.kind == "finetune":
             x_s = math.sqrt(_abar(s)) * x0 + math.sqrt(1 - _abar(s)) * eps
@@ -146,8 +149,8 @@ def _reference(networks, sample, config, kind):
         if config.kind in ("lcd", "finetune"):
             difference = _consistency(online, x_t, t, cond, w, kind) - _consistency(target, x_s, s, cond, w, kind)
         else:
-            landed = _trajectory(online, x_t, t, end, cond, w, kind)
-            difference = landed - _trajectory(target, x_s, s, end, cond, w, kind)
+            landed = _trajectory(online, x_t, t, end, told, w, kind)
+            difference = landed - _trajectory(target, x_s, s, end, told, w, kind)
         losses.append(_distance(difference, config))
     return torch.tensor(losses, dtype=torch.float64)
 
@@ -170,7 +173,7 @@ NETWORKS = Networks(_network(1), _network(2), _network(3), _network(4))
 @pytest.mark.parametrize("loss", ["l2", "huber", "cauchy"])
 @pytest.mark.parametrize("solver_name", ["ddim", "dpmpp_2s"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
+@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented", "flowmap"])
 def test_the_loss_equals_the_papers(method, kind, solver_name, loss):
     config = _config(method, loss=loss, **({} if method == "finetune" else {"solver": solver_name}))
     for seed in range(3):
@@ -191,15 +194,16 @@ def _flow_loss(networks, sample, config):
             x_t, 1000 * t, null, None
         )
         x_s = (1 - s) * x0 + s * eps if config.kind == "finetune" else x_t + (s - t) * velocity
-        goal = end if config.kind in ("tcd", "segmented") else torch.zeros_like(end)
-        guess = x_t + (goal - t) * networks.online(x_t, 1000 * t, cond, w)
-        aim = x_s + (goal - s) * networks.target(x_s, 1000 * s, cond, w)
+        goal = end if config.kind in ("tcd", "segmented", "flowmap") else torch.zeros_like(end)
+        told = {**cond, "end": end} if config.kind == "flowmap" else cond
+        guess = x_t + (goal - t) * networks.online(x_t, 1000 * t, told, w)
+        aim = x_s + (goal - s) * networks.target(x_s, 1000 * s, told, w)
         losses.append(_distance(guess - aim, config))
     return torch.tensor(losses, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("loss", ["l2", "huber", "cauchy"])
-@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented"])
+@pytest.mark.parametrize("method", ["lcd", "finetune", "tcd", "segmented", "flowmap"])
 def test_the_loss_on_a_flow_equals_one_written_by_hand(method, loss):
     config = _config(method, loss=loss)
     for seed in range(3):

@@ -30,8 +30,9 @@ class MethodConfig:
 
     kind: str = field(default="", init=False)
     """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
-    segmented (each phase of the trajectory by itself), dmd2 (distribution matching, without that paper's GAN loss;
-    begin with a student of lcd) or tdm (the same along a deterministic trajectory, for an Euler sampler)."""
+    segmented (each phase of the trajectory by itself), flowmap (tcd for a full student that is told where a jump ends,
+    so that more steps do no harm), dmd2 (distribution matching, without that paper's GAN loss; begin with a student of
+    lcd) or tdm (the same along a deterministic trajectory, for an Euler sampler)."""
     original_steps: int = 50
     """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps. Under tcd
     and segmented, fewer are better where the teacher itself paints well in as few steps."""
@@ -121,6 +122,14 @@ class TcdConfig(TeacherJumpConfig):
 
 
 @dataclass(frozen=True)
+class FlowMapConfig(TcdConfig):
+    """Distillation of a flow map, `trainer.methods.flowmap`."""
+
+    kind: str = field(default="flowmap", init=False)
+    clean_share: float = 0.5
+
+
+@dataclass(frozen=True)
 class SegmentedConfig(TeacherJumpConfig):
     """Segmented consistency distillation, `trainer.methods.segmented`."""
 
@@ -172,7 +181,8 @@ class TdmConfig(DistributionConfig):
 
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
-    kind.kind: kind for kind in (LcdConfig, FinetuneConfig, TcdConfig, SegmentedConfig, Dmd2Config, TdmConfig)
+    kind.kind: kind
+    for kind in (LcdConfig, FinetuneConfig, TcdConfig, SegmentedConfig, FlowMapConfig, Dmd2Config, TdmConfig)
 }
 """Name of a method -> the class of its settings."""
 

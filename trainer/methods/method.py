@@ -11,10 +11,11 @@ from torch import Tensor
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.files.recommended import Recommended
 from trainer.data.cache import Batch
-from trainer.methods import dmd2, finetune, lcd, segmented, tcd, tdm
+from trainer.methods import dmd2, finetune, flowmap, lcd, segmented, tcd, tdm
 from trainer.methods.config import (
     ConsistencyConfig,
     DistributionConfig,
+    FlowMapConfig,
     MethodConfig,
     SegmentedConfig,
     TdmConfig,
@@ -34,14 +35,17 @@ class Method(NamedTuple):
     needs_teacher: bool = True
     needs_critic: bool = False
     """Whether a second network is trained beside the student."""
+    needs_end: bool = False
+    """Whether the student is told where a jump ends."""
 
 
-TRAJECTORY_METHODS = ("tcd", "segmented", "tdm")
+TRAJECTORY_METHODS = ("tcd", "segmented", "flowmap", "tdm")
 METHODS = {
     "lcd": Method(lcd.draw, lcd.loss),
     "finetune": Method(lcd.draw, finetune.loss, needs_teacher=False),
     "tcd": Method(tcd.draw, tcd.loss),
     "segmented": Method(segmented.draw, tcd.loss),
+    "flowmap": Method(tcd.draw, flowmap.loss, needs_end=True),
     "dmd2": Method(dmd2.draw, dmd2.loss, needs_critic=True),
     "tdm": Method(tdm.draw, tdm.loss, needs_critic=True),
 }
@@ -62,7 +66,8 @@ def sampling_of(config: MethodConfig) -> Recommended:
     grid = None if config.original_steps == MethodConfig.original_steps else config.original_steps
     if config.kind not in TRAJECTORY_METHODS:
         return Recommended("lcm", 4, original_steps=grid)
-    steps, gamma = (config.phases, 0.0) if isinstance(config, (SegmentedConfig, TdmConfig)) else (4, 0.3)
+    steps = config.phases if isinstance(config, (SegmentedConfig, TdmConfig)) else 4
+    gamma = 0.0 if isinstance(config, (SegmentedConfig, TdmConfig, FlowMapConfig)) else 0.3
     return Recommended("tcd", steps, gamma, grid)
 
 

@@ -36,11 +36,17 @@ class Networks(NamedTuple):
     teacher: Network
     critic: Network
 
-    def given(self, sample: Sample) -> AskedNetworks:
-        """The networks with a batch's conditioning and guidance, the teacher with both halves of its guidance."""
+    def given(self, sample: Sample, end: Tensor | None = None) -> AskedNetworks:
+        """The networks with a batch's conditioning and guidance, the teacher with both halves of its guidance.
+
+        Args:
+            sample: the batch.
+            end: where each jump ends, (B,) as a share of the training timesteps, for students that are told.
+        """
+        told = sample.conditioning if end is None else {**sample.conditioning, "end": end}
 
         def student(network: Network) -> Asked:
-            return lambda x, t: network(x, t, sample.conditioning, sample.w)
+            return lambda x, t: network(x, t, told, sample.w)
 
         return AskedNetworks(
             student(self.online), student(self.target), guided_teacher(self.teacher, sample), student(self.critic)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.solver import solver_jump
 from trainer.methods.config import TcdConfig, TeacherJumpConfig
-from trainer.methods.shared import Networks, Pair, Sample, draw_pair, weighted_distance
+from trainer.methods.shared import AskedNetworks, Networks, Pair, Sample, draw_pair, weighted_distance
 
 
 def draw(size: int, config: TcdConfig, diffusion: Diffusion, generator: torch.Generator) -> Pair:
@@ -26,8 +26,13 @@ def draw(size: int, config: TcdConfig, diffusion: Diffusion, generator: torch.Ge
 
 def loss(networks: Networks, sample: Sample, d: Diffusion, config: TeacherJumpConfig) -> Tensor:
     """The loss of each sample, (B,), compared at `end`."""
+    return compare(networks.given(sample), sample, d, config)
+
+
+def compare(asked: AskedNetworks, sample: Sample, d: Diffusion, config: TeacherJumpConfig) -> Tensor:
+    """`loss` of networks that know their conditioning."""
     t, s, end = sample.points.t, sample.points.s, sample.points.end
-    online, target, teacher, _ = networks.given(sample)
+    online, target, teacher, _ = asked
     x_t = d.noise(sample.x0, sample.eps, t)
     with torch.no_grad():
         x_s = solver_jump(d, teacher, x_t, t, s, config.solver)
