@@ -62,6 +62,15 @@ def add_settings_options(parser: argparse.ArgumentParser) -> None:
         help="how strictly to follow the prompt; 1 is off (default: the model's)",
     )
     group.add_argument(
+        "--nag",
+        dest="nag_scale",
+        type=float,
+        metavar="SCALE",
+        help="avoid --negative without a second pass, so at guidance 1 and by full LCMs; 1 is off (default), try 3",
+    )
+    group.add_argument("--nag-tau", type=float, metavar="TIMES", help="how much attention may grow by it (default 2.5)")
+    group.add_argument("--nag-alpha", type=float, metavar="SHARE", help="share of --nag (default 0.5)")
+    group.add_argument(
         "--prompt-syntax",
         choices=("a1111", "plain"),
         help="a1111 (default) reads (word:1.3) and the like, plain does not",

@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--class", dest="class_name", metavar="NAME", help="of a class-conditional model: what to paint"
     )
-    parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (plain models, guidance above 1)")
+    parser.add_argument("--negative", dest="negative_prompt", help="what to avoid (at guidance above 1, or with --nag)")
     parser.add_argument(
         "--steps", dest="num_inference_steps", type=int, metavar="N", help="calls of the network (default 4)"
     )
@@ -65,7 +65,8 @@ def add_to(commands: Any) -> None:
         action="append",
         type=parse_control,
         metavar="NETWORK=PICTURE[:STRENGTH]",
-        help="let a picture guide, by 'canny' (embedded model: white outlines on black), a T2I-Adapter or ControlNet",
+        help="let a picture guide, by 'canny' (embedded model: white outlines on black), a T2I-Adapter, ControlNet "
+        "or IP-Adapter",
     )
     parser.add_argument("--from", dest="source", type=Path, metavar="PICTURE", help="take all settings from a picture")
     add_settings_options(parser)
@@ -255,10 +256,11 @@ def _save(painted: Iterable[tuple[Image, dict[str, Any], Path]], sheet: Path | N
 
 
 def _warn(pipe: Pipeline, settings: Settings) -> None:
-    if pipe.model.guidance_embedding_dim is not None and settings.negative_prompt:
-        note("a full LCM has no negative pass; --negative has no effect")
-    elif settings.negative_prompt and settings.guidance_scale == 1:
-        note("--negative has no effect at guidance 1; raise --guidance")
+    has_negative = settings.negative_prompt and settings.nag_scale == 1
+    if pipe.model.guidance_embedding_dim is not None and has_negative:
+        note("a full LCM has no negative pass; --negative has no effect without --nag")
+    elif has_negative and settings.guidance_scale == 1:
+        note("--negative has no effect at guidance 1; add --nag 3, or raise --guidance")
     own, side = pipe.model.resolution, (settings.width * settings.height) ** 0.5
     if own < _SMALL_MODEL:  # larger ones may well be upscaled: their details are small beside the picture
         side *= settings.upscale

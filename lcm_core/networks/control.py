@@ -1,4 +1,7 @@
-"""Pictures that guide what a U-Net paints: T2I-Adapters (arXiv 2302.08453) and ControlNets (arXiv 2302.05543)."""
+"""Pictures that guide what a U-Net paints: T2I-Adapters (arXiv 2302.08453) and ControlNets (arXiv 2302.05543).
+
+IP-Adapters are in `ip_adapter.py`; `load_control` here tells all three apart.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component
 from lcm_core.files.safetensors import PathLike, read_folder, read_json, read_safetensors
+from lcm_core.networks.cross_attention import check_keys
 from lcm_core.networks.device import assemble
+from lcm_core.networks.ip_adapter import IPAdapter, find_image_encoder, is_ip_adapter, load_ip_adapter
 from lcm_core.networks.unet import UNet
 
 Residuals = dict[str, list[Tensor]]
@@ -60,8 +65,8 @@ class Control:
         return residuals
 
 
-def controlled(unet: UNet, guides: Sequence[Guide]) -> Callable[..., Tensor]:
-    """A U-Net to which pictures add; with several, they add up."""
+def controlled(unet: Callable[..., Tensor], guides: Sequence[Guide]) -> Callable[..., Tensor]:
+    """A U-Net, as `UNet` is called, to which pictures add; with several, they add up."""
 
     def network(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         total: Residuals = {}
@@ -75,26 +80,42 @@ def controlled(unet: UNet, guides: Sequence[Guide]) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def load_control(path: PathLike, device: torch.device, dtype: torch.dtype) -> Control:
-    """Load a T2I-Adapter (a file, or a diffusers folder) or a ControlNet (a diffusers folder), frozen.
+def load_control(path: PathLike, unet: UNet, model: PathLike) -> Control | IPAdapter:
+    """Load a T2I-Adapter (a file, or a diffusers folder), a ControlNet (a diffusers folder) or an IP-Adapter (a file),
+    frozen.
+
+    Args:
+        unet: that it is to guide, on its device and in its number format.
+        model: folder or file of the model, where an IP-Adapter's image encoder may lie.
 
     Raises:
-        InputError: it is none of these, or broken.
+        InputError: it is none of these, broken, or for a U-Net of other widths.
     """
+    root = Path(path)
+    if root.is_file() and is_ip_adapter(tensors := read_safetensors(root)[0]):
+        adapter = load_ip_adapter(tensors, root, find_image_encoder(root, Path(model)), unet.device, unet.dtype)
+        check_keys(adapter.keys, unet, path)
+        return adapter
+    control = Control(_assemble(_read(root), unet.device, unet.dtype))
+    _check_widths(control, unet, path)
+    return control
+
+
+def _assemble(component: Component, device: torch.device, dtype: torch.dtype) -> Any:
     from diffusers import ControlNetModel, T2IAdapter
 
-    root = Path(path)
-    component = _read(root)
     kinds: dict[str, Any] = {"T2IAdapter": T2IAdapter, "ControlNetModel": ControlNetModel}
     kind = component.config.get("_class_name")
     if kind not in kinds:
-        raise InputError(f"control {root} is a {kind!s:.60}; give a T2I-Adapter, or a ControlNet as a diffusers folder")
+        raise InputError(
+            f"control {component.source} is a {kind!s:.60}; give a T2I-Adapter, or a ControlNet as a diffusers folder"
+        )
     config = {key: value for key, value in component.config.items() if not key.startswith("_")}
     build = kinds[str(kind)]
-    return Control(assemble(lambda: build(**config), component, device, dtype, torch.contiguous_format))
+    return assemble(lambda: build(**config), component, device, dtype, torch.contiguous_format)
 
 
-def check_control(control: Control, unet: UNet, path: PathLike) -> None:
+def _check_widths(control: Control, unet: UNet, path: PathLike) -> None:
     """Refuse a control for a U-Net of other widths.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,8 +16,9 @@ from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Checkpoint, Component, ModelPath, list_components, read_component
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.chunks import Chunk, split_chunks
+from lcm_core.networks.clip import assemble_clip
 from lcm_core.networks.conditioning import repeat_alike
-from lcm_core.networks.device import Device, assemble, build_network, choose_device, choose_dtype
+from lcm_core.networks.device import Device, choose_device, choose_dtype
 from lcm_core.networks.inversions import Inversion, named, read_inversion
 from lcm_core.networks.prompt import parse_weights
 from lcm_core.networks.tokenizer import Tokenizer, build_tokenizer, find_tokenizer_files
@@ -223,19 +224,7 @@ def _load_encoder(component: Component, device: torch.device, dtype: torch.dtype
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{component.source} holds a {kind}; give a model with a CLIP text encoder")
     build: Any = kinds[kind]
-    model: Any = build_network(lambda: build(CLIPTextConfig.from_dict(component.config)), component)
-    names = model.state_dict().keys()
-    tensors = {_transformers_name(key, names): value for key, value in component.tensors.items()}
-    # left out: the last layer of SD 2.x, the logit scale, buffers that older versions stored
-    used = Component({k: v for k, v in tensors.items() if k in names}, component.config, component.source)
-    embeddings = getattr(model, "text_model", model).embeddings
-    embeddings.position_ids = torch.arange(model.config.max_position_embeddings, device=device)[None]
-    return assemble(lambda: model, used, device, dtype, torch.contiguous_format)
-
-
-def _transformers_name(key: str, names: Collection[str]) -> str:
-    """transformers 5 dropped the `text_model.` that files have and that its predecessors want."""
-    return key if key in names else key.removeprefix("text_model.")
+    return assemble_clip(lambda: build(CLIPTextConfig.from_dict(component.config)), component, device, dtype)
 
 
 def _run(encoder: Encoder, numbers: Sequence[int]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,8 @@ from lcm_core.diffusion.samplers import (
 )
 from lcm_core.errors import InputError
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS
-from lcm_core.networks.control import Control, controlled
 from lcm_core.networks.prompt import split_parts
-from lcm_core.networks.unet import UNet
+from lcm_core.pipeline.guides import Guides, Passes, attend_in_steps, guided_network, open_guides
 from lcm_core.pipeline.image import load_image, load_mask, to_pil
 from lcm_core.pipeline.model import Conditioning, Model
 from lcm_core.pipeline.prompts import StepSource, encode_prompts, guided_by_steps, mix_sources, steps_of
@@ -41,7 +40,6 @@ from lcm_core.pipeline.settings import Settings, check_size
 NoiseSource = Callable[[Sequence[int]], tuple[Tensor, NoiseSampler]]
 """A function from a shape (C, h, w) to the first noise (B, C, h, w) and the sampler of all later noise."""
 
-_MOST_STRENGTH = 10.0  # of a control
 _SAMPLERS = {
     "lcm": sample_lcm,
     "tcd": sample_tcd,
@@ -49,14 +47,6 @@ _SAMPLERS = {
     "dpmpp_2m": sample_dpmpp_2m,
     "dpm_2m": sample_dpm_2m,
 }
-
-
-class ControlInput(NamedTuple):
-    """A picture that guides the painting."""
-
-    network: Control
-    picture: Any  # see `image.open_image`
-    strength: float
 
 
 class Stopped(Exception):
@@ -73,7 +63,8 @@ class Inputs:
     x0: Tensor | None = None  # (1 or B, C, h, w) latents of the input image
     pixels: Tensor | None = None  # (1, 3, H, W) the input image itself, where a mask keeps some of it
     mask: Tensor | None = None  # (1, 1, H, W), 1 where to paint
-    controls: Sequence[ControlInput] = ()
+    guides: Guides = field(default_factory=Guides)
+    avoided: StepSource | Conditioning | None = None  # the negative prompt, where `guides.nag` is on
 
 
 class Pass(NamedTuple):
@@ -133,11 +124,16 @@ def mix_inputs(a: Inputs, b: Inputs, fraction: float, mode: str) -> Inputs:
     def mixed_steps(first: StepSource | Conditioning, second: StepSource | Conditioning) -> StepSource:
         return mix_sources(steps_of(first), steps_of(second), fraction, mode)
 
+    def mixed_if(first: StepSource | Conditioning | None, second: StepSource | Conditioning | None) -> Any:
+        return None if first is None or second is None else mixed_steps(first, second)
+
     return Inputs(
         cond=mixed_steps(a.cond, b.cond),
-        uncond=None if a.uncond is None or b.uncond is None else mixed_steps(a.uncond, b.uncond),
+        uncond=mixed_if(a.uncond, b.uncond),
         noise=source,
         x0=mixed(a.x0, b.x0),
+        guides=a.guides,
+        avoided=mixed_if(a.avoided, b.avoided),
     )
 
 
@@ -166,18 +162,21 @@ def make_inputs(
         second = encode_prompts(model, [first.second_prompt] * len(pictures), size, syntax)
         cond = mix_sources(cond, second, first.blend, "slerp")
     joins = syntax != "plain" and any(len(split_parts(prompt)) > 1 for prompt in (*prompts, first.second_prompt))
+    has_negative_pass = model.guidance_embedding_dim is None and (first.guidance_scale != 1 or joins)
+    guides = open_guides(model, first, control)
     negative = None
-    if model.guidance_embedding_dim is None and (first.guidance_scale != 1 or joins):
+    if has_negative_pass or guides.nag.is_on:
         negative = encode_prompts(model, [first.negative_prompt] * len(pictures), size, syntax, joined=False)
     pixels = None if image is None else load_image(image, size).to(model.device)
     return Inputs(
         cond=cond,
-        uncond=negative,
+        uncond=negative if has_negative_pass else None,
         noise=noise_source([picture.seed for picture in pictures], model.device),
         x0=None if pixels is None else model.vae.encode(pixels),
         pixels=pixels,
         mask=None if mask is None else load_mask(mask, size).to(model.device),
-        controls=[ControlInput(model.control(name), picture, strength) for name, picture, strength in control],
+        guides=guides,
+        avoided=negative if guides.nag.is_on else None,
     )
 
 
@@ -215,20 +214,6 @@ def paint_latents(model: Model, inputs: Inputs, settings: Settings, callback: Ca
     return latents
 
 
-def _controlled(model: Model, controls: Sequence[ControlInput], shape: Sequence[int]) -> Any:
-    if not controls or not isinstance(model.unet, UNet):
-        return model.unet
-    size = (shape[-1] * model.vae.scale, shape[-2] * model.vae.scale)
-    guides = []
-    for control in controls:
-        if not abs(control.strength) <= _MOST_STRENGTH:
-            raise InputError(f"control strength {control.strength:g} is out of range; 0 is off, 1 is usual")
-        grey = control.network.channels == 1
-        picture = load_mask(control.picture, size) if grey else load_image(control.picture, size) / 2 + 0.5
-        guides.append(control.network.guide(picture, control.strength))
-    return controlled(model.unet, guides)
-
-
 def _resized(latents: Tensor, shape: Sequence[int], mode: str) -> Tensor:
     """Latents (B, C, h, w), or of one frame (B, C, 1, h, w), at another size."""
     flat = functional.interpolate(latents.flatten(1, -3), size=tuple(shape[-2:]), mode=mode)
@@ -255,10 +240,8 @@ def _sample(
     """One run of the sampler: latents (B, C, h, w)."""
     kind = ConsistencyDenoiser if settings.sampler == "lcm" else Denoiser
     process = run.process
-    denoiser = kind(_controlled(model, inputs.controls, run.shape), model.diffusion)
-    steps = len(run.sigmas) - 1
-    cond = steps_of(inputs.cond)(steps, earlier)
-    uncond = None if inputs.uncond is None else steps_of(inputs.uncond)(steps, earlier)
+    denoiser = kind(guided_network(model, inputs.guides, run.shape), model.diffusion)
+    cond, uncond = _conditioning(inputs, len(run.sigmas) - 1, earlier)
     guided = guided_by_steps(model, denoiser, cond, uncond, settings.guidance_scale, run.sigmas)
     if model.unet.end_embedding_dim:
         check_sampler(settings.sampler)
@@ -284,3 +267,14 @@ def _sample(
         options["gamma"] = settings.gamma
     x = initial_latents(noise, run.sigmas[0], x0, process)
     return _SAMPLERS[settings.sampler](guided, x, run.sigmas, **options)
+
+
+def _conditioning(inputs: Inputs, steps: int, earlier: int | None) -> Passes:
+    """What the network is given in each of a pass's steps."""
+    cond, uncond, avoided = (
+        None if source is None else steps_of(source)(steps, earlier)
+        for source in (inputs.cond, inputs.uncond, inputs.avoided)
+    )
+    assert cond is not None
+    passes = Passes(cond, uncond)
+    return attend_in_steps(inputs.guides, passes, avoided) if inputs.guides.changes_attention else passes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from lcm_core.files.reading import open_file, parse_json
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+    Fit = Callable[[Image, "tuple[int, int] | None"], Image]
 
 StoredSettings = Mapping[str, Any]
 
@@ -58,15 +60,15 @@ def to_pil(images: Tensor) -> list[Image]:
     return [Image.fromarray(array) for array in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
 
 
-def load_image(source: Any, size: tuple[int, int] | None = None) -> Tensor:
+def load_image(source: Any, size: tuple[int, int] | None = None, fit: Fit | None = None) -> Tensor:
     """A file or picture to (1, 3, H, W) in [-1, 1]: EXIF orientation applied, transparency laid on white.
 
-    `size` is (width, height); the picture is scaled to cover it and cropped about its centre.
+    `size` is (width, height); the picture is scaled to cover it and cropped about its centre, by `fit` where given.
 
     Raises:
         InputError: the file is missing or is no picture.
     """
-    return _to_tensor(_fit(_flatten(open_image(source), "white"), size)) * 2 - 1
+    return _to_tensor((fit or _fit)(_flatten(open_image(source), "white"), size)) * 2 - 1
 
 
 def load_mask(source: Any, size: tuple[int, int] | None = None) -> Tensor:

@@ -25,9 +25,10 @@ from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.conditioning import flatten, pad_alike, repeat_alike
-from lcm_core.networks.control import Control, check_control, load_control
+from lcm_core.networks.control import Control, load_control
 from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
 from lcm_core.networks.device import choose_device
+from lcm_core.networks.ip_adapter import IPAdapter
 from lcm_core.networks.unet import UNet
 from lcm_core.networks.vae import VAE
 from lcm_core.pipeline.options import PictureOptions
@@ -59,7 +60,7 @@ class Model:
     """How its files say that it wants to be sampled."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What to give to `load_model` to get it again."""
-    _controls: dict[str, Control] = field(default_factory=dict, repr=False)
+    _controls: dict[str, Control | IPAdapter] = field(default_factory=dict, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -152,8 +153,8 @@ class Model:
         """Conditioning of prompts for a picture of this size; `weighted` as in `TextEncoder.encode`."""
         return self.text.encode(prompts, size=(height, width), weighted=weighted)
 
-    def control(self, name: str) -> Control:
-        """A T2I-Adapter or ControlNet, by path or by its name beside the model; loaded when first asked for.
+    def control(self, name: str) -> Control | IPAdapter:
+        """A T2I-Adapter, ControlNet or IP-Adapter, by path or by its name beside the model; loaded when first used.
 
         Raises:
             InputError: there is none of that name, it is broken, or this model takes none.
@@ -162,9 +163,7 @@ class Model:
             raise InputError(f"control {name!r} was given, but {self.name} is no Stable Diffusion model; leave it out")
         if name not in self._controls:
             path = find_control(name, self.name)
-            found = load_control(path, self.device, self.unet.dtype)
-            check_control(found, self.unet, path)
-            self._controls[name] = found
+            self._controls[name] = load_control(path, self.unet, self.name)
         return self._controls[name]
 
     def describe(self) -> PictureOptions:

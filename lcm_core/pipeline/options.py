@@ -36,6 +36,9 @@ class PictureOptions:
     negative_prompt: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    nag_scale: float | None = None
+    nag_tau: float | None = None
+    nag_alpha: float | None = None
     seed: int | None = None
     width: int | None = None
     height: int | None = None

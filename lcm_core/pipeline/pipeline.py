@@ -18,6 +18,7 @@ from lcm_core.diffusion.samplers import Callback
 from lcm_core.errors import InputError
 from lcm_core.pipeline.calls import OUTPUT_TYPES, Generators, OutputType, Result, as_output, pair_up, seeds_of, whole
 from lcm_core.pipeline.generate import Stopped, make_inputs, mix_inputs, paint, paint_latents, plan_passes
+from lcm_core.pipeline.guides import check_nag
 from lcm_core.pipeline.image import open_image, to_pil
 from lcm_core.pipeline.model import Model, load_model
 from lcm_core.pipeline.options import PictureOptions
@@ -113,6 +114,9 @@ class Pipeline:
         prompt_syntax: str | None = None,
         second_prompt: str | None = None,
         blend: float | None = None,
+        nag_scale: float | None = None,
+        nag_tau: float | None = None,
+        nag_alpha: float | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
         output_type: OutputType = "pil",
@@ -127,7 +131,7 @@ class Pipeline:
                 tensor (3, H, W); whole numbers are 0 to 255, fractions 0 to 1.
             mask: repaint only where this picture is white; as `image`, of one channel or three.
             control: (network, picture, strength) of each picture that guides the painting. The network is the path of
-                a T2I-Adapter or ControlNet, or "canny" of the embedded model, for white outlines on black.
+                a T2I-Adapter, ControlNet or IP-Adapter, or "canny" of the embedded model, for white outlines on black.
             num_images_per_prompt: pictures of each prompt and seed, with rising seeds.
             generator: one, or one for each picture, that the seeds are taken from; see `calls.seeds_of`.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
@@ -157,6 +161,9 @@ class Pipeline:
             prompt_syntax=prompt_syntax,
             second_prompt=second_prompt,
             blend=blend,
+            nag_scale=nag_scale,
+            nag_tau=nag_tau,
+            nag_alpha=nag_alpha,
         )
         base = self.resolve(options, image)
         if output_type not in OUTPUT_TYPES:
@@ -190,6 +197,7 @@ class Pipeline:
         elif options.strength not in (None, 1):
             raise InputError(f"strength {options.strength} was given without an input image; add one or leave it out")
         settings = options.over(usual).check()
+        check_nag(self.model, settings)
         plan_passes(self.model, settings)
         return settings
 
@@ -286,8 +294,7 @@ class Pipeline:
 
     def _size(self, image: ImageInput) -> tuple[int, int]:
         """The model's own size, in the proportions of the input image."""
-        side, multiple = self.model.resolution, self.model.size_multiple
-        width, height = open_image(image).size
-        scale = side / (width * height) ** 0.5
+        (width, height), multiple = open_image(image).size, self.model.size_multiple
+        scale = self.model.resolution / (width * height) ** 0.5
         width, height = (max(round(length * scale / multiple), 1) * multiple for length in (width, height))
         return width, height

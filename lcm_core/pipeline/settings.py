@@ -16,6 +16,11 @@ PROMPT_SYNTAXES = ("a1111", "plain")
 MAX_PIXELS = 4096 * 4096
 """Pixels in all. Attention takes time and memory by the square of it."""
 
+_FRACTIONS = (
+    *("guidance_scale", "nag_scale", "nag_tau", "nag_alpha", "gamma"),
+    *("strength", "upscale", "upscale_strength", "blend"),
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,11 +29,17 @@ class Settings:
     prompt: str = ""
     """What to paint; unknown words are allowed, and an empty prompt paints anything."""
     negative_prompt: str = ""
-    """What to avoid. Only plain models at guidance above 1 read it; a full LCM has no negative pass."""
+    """What to avoid. Plain models at guidance above 1 read it, and others with `nag_scale`."""
     num_inference_steps: int = 4
     """Calls of the network, 1 or more."""
     guidance_scale: float = 1.0
     """How strictly to follow the prompt; 1 is off. A full LCM wants 3 to 13, an LCM-LoRA 1 to 2."""
+    nag_scale: float = 1.0
+    """How far normalised attention guidance goes away from the negative prompt, without a negative pass; 1 is off."""
+    nag_tau: float = 2.5
+    """Times its length that attention may grow by it."""
+    nag_alpha: float = 0.5
+    """Share of it; the rest is attention without it."""
     seed: int = 0
     """Start of the picture's own stream of noise."""
     width: int = 512
@@ -63,7 +74,17 @@ class Settings:
         for name in ("num_inference_steps", "seed", "width", "height", "original_steps"):
             if hasattr(number := getattr(self, name), "__index__"):  # of numpy, say
                 object.__setattr__(self, name, operator.index(number))
-        for name in ("guidance_scale", "gamma", "strength", "upscale", "upscale_strength", "blend"):
+        for name in (
+            "guidance_scale",
+            "nag_scale",
+            "nag_tau",
+            "nag_alpha",
+            "gamma",
+            "strength",
+            "upscale",
+            "upscale_strength",
+            "blend",
+        ):
             try:
                 number = float(getattr(self, name))
             except OverflowError:  # a whole number of hundreds of digits
@@ -105,12 +126,21 @@ class Settings:
             raise InputError(f"gamma {self.gamma} is outside [0, 1]; 0 adds no fresh noise, 1 the most")
         if not (math.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 100):
             raise InputError(f"guidance_scale {self.guidance_scale} is out of range; 1 is off, 1 to 15 is usual")
+        self._check_nag()
         if self.timesteps is not None and not all(0 <= t < 100_000 for t in self.timesteps):
             raise InputError(f"timesteps {self.timesteps} are out of range; write e.g. 999,749,499,249")
         if not -(2**63) <= self.seed < 2**64:
             raise InputError(f"seed {self.seed} does not fit 64 bits; use 0 to {2**64 - 1}")
         check_size(self.width, self.height)
         return self
+
+    def _check_nag(self) -> None:
+        if not 0 <= self.nag_scale <= 100:
+            raise InputError(f"nag_scale {self.nag_scale} is out of range; 1 is off, 2 to 10 is usual")
+        if not 0 < self.nag_tau <= 100:
+            raise InputError(f"nag_tau {self.nag_tau} is out of range; 2.5 is usual")
+        if not 0 <= self.nag_alpha <= 1:
+            raise InputError(f"nag_alpha {self.nag_alpha} is outside [0, 1]; 0 is off, 0.25 to 0.5 is usual")
 
     def _check_steps(self) -> None:
         if self.sampler not in SAMPLERS:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lcm_core.pipeline import Pipeline
+
 WIDTH = 128  # of the text embedding
 
 
@@ -111,6 +113,18 @@ def wide_lora(tmp_path: Path) -> Path:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `plain` and `lcm` (diffusers folders) and `emoji` (the embedded model's layout), random weights."""
     return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def lcm(models: Path) -> Pipeline:
+    """A full LCM."""
+    return Pipeline.load(models / "emoji", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def plain(models: Path) -> Pipeline:
+    """A model that wants a negative pass."""
+    return Pipeline.load(models / "plain", device="cpu", dtype="float32")
 
 
 def make_models(root: Path, least: bool = False) -> Path:

@@ -16,14 +16,10 @@ from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.sources import MODELS
+from tests.core.references import diffusers_pipeline
 
 WIDTHS = (32, 32, 64, 64)
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "guidance_scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def plain(models: Path) -> Pipeline:
-    return Pipeline.load(models / "plain", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +60,8 @@ def make_folder(path: Path) -> str:
 
 def theirs(kind: str, folder: Path, picture: Any, **parts: Any) -> torch.Tensor:
     """diffusers' picture (1, 3, H, W) in [0, 1]."""
-    import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     options = {name: parts.pop(name) for name in list(parts) if name.endswith("_scale")}
-    pipe = getattr(diffusers, kind)(
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
-        scheduler=diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **parts,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = diffusers_pipeline(kind, folder, **parts)
     options |= {"generator": torch.Generator().manual_seed(3), "output_type": "pt", "guidance_scale": 3.0}
     images = pipe("a red cat", image=picture, height=64, width=64, num_inference_steps=2, **options).images
     return images if isinstance(images, torch.Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -15,36 +15,11 @@ from lcm_core.diffusion.samplers import initial_noise
 from lcm_core.errors import InputError
 from lcm_core.pipeline import Keyframe, PictureOptions, Pipeline
 from lcm_core.pipeline.image import load_image
-
-
-@pytest.fixture(scope="session")
-def lcm(models: Path) -> Pipeline:
-    return Pipeline.load(models / "emoji", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="session")
-def plain(models: Path) -> Pipeline:
-    return Pipeline.load(models / "plain", device="cpu", dtype="float32")
+from tests.core.references import diffusers_pipeline
 
 
 def pixels(image: Image.Image) -> bytes:
     return image.tobytes()
-
-
-def diffusers_pipeline(kind: str, folder: Path):
-    import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    return getattr(diffusers, kind)(
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
-        scheduler=diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
@@ -53,7 +28,6 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
 
 def test_text_to_image_equals_diffusers_latent_consistency_pipeline(lcm: Pipeline, models: Path) -> None:
     reference = diffusers_pipeline("LatentConsistencyModelPipeline", models / "lcm")
-    reference.set_progress_bar_config(disable=True)
     expected = reference(
         "a red cat", 64, 128, 4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3), output_type="pt"
     ).images

@@ -19,16 +19,6 @@ from lcm_core.pipeline import Keyframe, PictureOptions, Pipeline
 from lcm_core.pipeline.image import read_settings, save_image
 
 
-@pytest.fixture(scope="module")
-def lcm(models: Path) -> Pipeline:
-    return Pipeline.load(models / "emoji", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def plain(models: Path) -> Pipeline:
-    return Pipeline.load(models / "plain", device="cpu", dtype="float32")
-
-
 def denoised(pipe: Pipeline, prompt: str, steps: int = 2, **options: Any) -> list[Tensor]:
     """x0 of each step."""
     found: list[Tensor] = []
