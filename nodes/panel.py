@@ -55,16 +55,18 @@ class Panel:
     def __init__(self, show: Show, steps: int, before: int) -> None:
         self.show, self.steps, self.before = show, steps, before
         self.begun = time.monotonic()
+        self.saved: int | None = None  # steps that the file has learnt
         _wish.clear()  # an earlier run's
 
-    def tell(self, losses: Sequence[float], **pictures: Image.Image) -> None:
-        """Show the losses of all steps so far, and pictures that are new: `before`, `after`."""
+    def tell(self, losses: Sequence[float], running: bool = True, **pictures: Image.Image) -> None:
+        """Show the losses of all steps so far, whether more follow, and pictures that are new: `before`, `after`."""
         done = len(losses) - self.before
         left = (time.monotonic() - self.begun) / done * (self.steps - len(losses)) if done > 0 else None
         curve = running_mean(losses) if losses else []
         stride = max(1, -(-len(curve) // _POINTS))
         shown = [*curve[:-1:stride], *curve[-1:]]
         told = {"step": len(losses), "steps": self.steps, "losses": shown, "seconds_left": left}
+        told |= {"saved": self.saved, "running": running}
         self.show(told | {name: _as_url(picture) for name, picture in pictures.items()})
 
     def wants_file(self) -> bool:

@@ -115,6 +115,11 @@ class Run:
         bar, panel = comfy.utils.ProgressBar(loop.steps), Panel(self.show, loop.steps, self.before)
         panel.tell(self.losses, before=self._paint(student, recommended))
 
+        def save() -> dict[str, Tensor]:
+            state = self._save(student, names, recommended)
+            panel.saved = len(self.losses)
+            return state
+
         def callback(step: int, loss: float) -> None:
             self.losses.append(loss)
             self.learnt = True
@@ -127,7 +132,8 @@ class Run:
             if self._tell(step, loop):
                 panel.tell(self.losses)
             if panel.wants_file():
-                self._save(student, names, recommended)
+                save()
+                panel.tell(self.losses)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         try:
@@ -137,11 +143,14 @@ class Run:
                 )
         except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION) as error:
             if self.learnt:
-                self._save(student, names, recommended)
+                save()
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 raise InputError(_out_of_memory(loop, self.rank)) from error
             raise
-        return self._save(student, names, recommended)
+        else:
+            return save()
+        finally:
+            panel.tell(self.losses, running=False)
 
     def summary(self) -> str:
         """What was done, in a line."""

@@ -4,10 +4,10 @@ import { app } from "../../scripts/app.js";
 
 const EVENT = "lcm_suite.distiller";
 const WORDS = {
-  en: { step: "step", of: "of", left: "left", stop: "Stop and keep", save: "Save now", saved: "saved", idle: "Run to see it learn" },
-  ko: { step: "스텝", of: "/", left: "남음", stop: "중단하고 보관", save: "지금 저장", saved: "저장됨", idle: "실행하면 학습이 보입니다" },
-  ja: { step: "ステップ", of: "/", left: "残り", stop: "中断して保持", save: "今すぐ保存", saved: "保存済み", idle: "実行すると学習の様子が見えます" },
-  zh: { step: "步", of: "/", left: "剩余", stop: "停止并保留", save: "立即保存", saved: "已保存", idle: "运行后可看到学习过程" },
+  en: { step: "step", of: "of", left: "left", stop: "Stop and keep", save: "Save now", saved: "saved at", idle: "Run to see it learn" },
+  ko: { step: "스텝", of: "/", left: "남음", stop: "중단하고 보관", save: "지금 저장", saved: "저장됨:", idle: "실행하면 학습이 보입니다" },
+  ja: { step: "ステップ", of: "/", left: "残り", stop: "中断して保持", save: "今すぐ保存", saved: "保存済み:", idle: "実行すると学習の様子が見えます" },
+  zh: { step: "步", of: "/", left: "剩余", stop: "停止并保留", save: "立即保存", saved: "已保存:", idle: "运行后可看到学习过程" },
 };
 
 function words() {
@@ -25,7 +25,10 @@ function element(tag, style, parent) {
 function button(label, parent, press) {
   const made = element("button", { flex: "1", cursor: "pointer" }, parent);
   made.textContent = label;
-  made.addEventListener("click", press);
+  made.addEventListener("click", () => {
+    made.disabled = true; // until the run has answered
+    press();
+  });
   return made;
 }
 
@@ -52,52 +55,66 @@ function drawLosses(canvas, losses, share) {
 
 function makePanel() {
   const say = words();
-  const root = element("div", { display: "flex", flexDirection: "column", gap: "4px", font: "12px sans-serif" });
+  const column = { flexDirection: "column", gap: "4px" };
+  const root = element("div", {}); // as high as the node lets it be
   root.className = "lcm-suite-panel";
-  const line = element("div", {}, root);
+  const content = element("div", { display: "flex", font: "12px sans-serif", ...column }, root);
+  const line = element("div", {}, content);
   line.textContent = say.idle;
-  const running = element("div", { display: "none", flexDirection: "column", gap: "4px" }, root);
-  const canvas = element("canvas", { width: "100%", height: "80px", background: "#1118" }, running);
-  const pair = element("div", { position: "relative", width: "128px", height: "128px", alignSelf: "center" }, running);
+  const shown = element("div", { display: "none", ...column }, content);
+  const canvas = element("canvas", { width: "100%", height: "80px", background: "#1118" }, shown);
+  const pair = element("div", { position: "relative", width: "128px", height: "128px", alignSelf: "center" }, shown);
   const place = { position: "absolute", inset: "0", width: "100%", height: "100%", imageRendering: "pixelated" };
   const before = element("img", place, pair);
   const after = element("img", place, pair);
-  const slider = element("input", { width: "128px", alignSelf: "center" }, running);
+  const slider = element("input", { width: "128px", alignSelf: "center" }, shown);
   Object.assign(slider, { type: "range", min: 0, max: 100, value: 50 });
   const divide = () => (after.style.clipPath = `inset(0 0 0 ${slider.value}%)`); // left of it: before
   slider.addEventListener("input", divide);
   divide();
-  const row = element("div", { display: "flex", gap: "4px" }, running);
-  button(say.stop, row, () => api.interrupt());
-  button(say.save, row, async () => {
-    const answer = await api.fetchApi("/lcm_suite/save", { method: "POST" });
-    if (answer.ok) line.textContent += `, ${say.saved}`;
-  });
+  const row = element("div", { display: "flex", gap: "4px" }, shown);
+  const stop = button(say.stop, row, () => api.interrupt());
+  const save = button(say.save, row, () => api.fetchApi("/lcm_suite/save", { method: "POST" }));
+  let saved = null;
   const show = (told) => {
-    running.style.display = "flex";
+    shown.style.display = "flex";
     const [loss] = told.losses.slice(-1);
-    const left = told.seconds_left === null ? "" : `, ${clock(told.seconds_left)} ${say.left}`;
-    line.textContent = `${say.step} ${told.step} ${say.of} ${told.steps}${left}, loss ${loss?.toPrecision(3) ?? ""}`;
+    const left = told.running && told.seconds_left !== null ? `, ${clock(told.seconds_left)} ${say.left}` : "";
+    const kept = told.saved === null ? "" : `, ${say.saved} ${told.saved}`;
+    line.textContent = `${say.step} ${told.step} ${say.of} ${told.steps}${left}, loss ${loss?.toPrecision(3) ?? ""}${kept}`;
     if (told.losses.length) drawLosses(canvas, told.losses, told.step / told.steps);
     if (told.before) before.src = told.before;
     if (told.after) after.src = told.after;
-    row.style.display = told.step < told.steps ? "flex" : "none";
+    if (saved !== told.saved || !told.running) save.disabled = stop.disabled = false;
+    saved = told.saved;
+    row.style.display = told.running ? "flex" : "none";
   };
-  return { root, show };
+  return { root, content, show };
+}
+
+function addPanel(node) {
+  const panel = makePanel();
+  let height = 20;
+  const widget = node.addDOMWidget("panel", "lcm_suite_panel", panel.root, {
+    serialize: false, // nothing of it belongs into the graph
+    getMinHeight: () => height,
+  });
+  widget.serialize = false;
+  node.lcmSuiteShow = panel.show;
+  new ResizeObserver(() => {
+    if (panel.content.offsetHeight <= height) return; // 0 while the node is out of sight
+    height = panel.content.offsetHeight;
+    const [width, least] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
+    app.graph.setDirtyCanvas(true, true);
+  }).observe(panel.content);
 }
 
 app.registerExtension({
   name: "lcm_suite.distiller",
   nodeCreated(node) {
     if (node.comfyClass !== "LCMDistiller") return;
-    const panel = makePanel();
-    const widget = node.addDOMWidget("panel", "lcm_suite_panel", panel.root, {
-      serialize: false, // nothing of it belongs into the graph
-      getMinHeight: () => 20,
-      getHeight: () => 270,
-    });
-    widget.serialize = false;
-    node.lcmSuiteShow = panel.show;
+    addPanel(node);
   },
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {

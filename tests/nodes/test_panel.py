@@ -12,7 +12,7 @@ from PIL import Image
 
 def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
     """The step and the time left from the steps of this start, a curve of bounded length that ends on the newest mean,
-    pictures only when they are new, and small."""
+    pictures only when they are new, and small; what the file holds, and that no more follows."""
     from lcm_suite_nodes import panel
 
     told: list[dict[str, Any]] = []
@@ -29,6 +29,12 @@ def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
     assert len(told[-1]["losses"]) <= 201
     assert told[-1]["losses"][-1] == pytest.approx(panel.running_mean(losses)[-1])
     assert "before" not in told[-1]
+    assert told[-1]["running"]
+    assert told[-1]["saved"] is None
+    shown.saved = 1500
+    shown.tell(losses, running=False)
+    assert told[-1]["saved"] == 1500
+    assert not told[-1]["running"]
 
 
 def test_a_wish_to_save_is_heard_once_and_by_the_run_that_it_was_meant_for(runtime: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,19 @@ _DOT = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJ"
     "RU5ErkJggg=="
 )
+_PANEL_FITS = """(number) => {
+  const node = app.graph.getNodeById(number);
+  const bottom = app.canvas.canvas.getBoundingClientRect().top + app.canvas.ds.scale * (
+    node.pos[1] + node.size[1] + app.canvas.ds.offset[1]
+  );
+  const parts = [...document.querySelectorAll(".lcm-suite-panel *")].map((part) => part.getBoundingClientRect().bottom);
+  return Math.max(...parts) > 0 && Math.max(...parts) <= bottom + 1;
+}"""
+_SET = """(wanted) => {
+  for (const node of app.graph._nodes)
+    for (const [name, value] of Object.entries(wanted[node.type] ?? {}))
+      node.widgets.find((widget) => widget.name === name).value = value;
+}"""
 _COUNT = "() => app.graph._nodes.filter((node) => node.type !== 'MarkdownNote').length"
 
 
@@ -117,18 +131,56 @@ def test_every_node_has_a_help_page(page: Browser, server: Server) -> None:
         assert pages == [200] * len(nodes), language
 
 
-def test_the_panel_follows_a_run(page: Browser) -> None:
-    """Wrong when the page does not hear of a run, or its buttons and pictures are not shown; nothing of it is saved."""
-    drawn = _drawn("LCM 09 Distil your own LCM-LoRA")
+def _distiller(page: Browser, drawn: dict[str, Any]) -> int:
+    """Open a graph with one LCM Distiller and bring that into view; returns its number."""
     page.load(drawn)
-    told = {"step": 12, "steps": 40, "losses": [0.5, 0.3, 0.2], "seconds_left": 75, "before": _DOT, "after": _DOT}
     [number] = [node["id"] for node in drawn["nodes"] if node["type"] == "LCMDistiller"]
-    page.evaluate("(told) => app.api.dispatchCustomEvent('lcm_suite.distiller', told)", {**told, "node": str(number)})
+    page.evaluate("(number) => app.canvas.centerOnNode(app.graph.getNodeById(number))", number)
+    return number
+
+
+def test_the_panel_follows_a_run(page: Browser) -> None:
+    """Wrong when the page does not hear of a run, its buttons and pictures are not shown, or anything of it reaches
+    over the node's edge; nothing of it is saved."""
+    number = _distiller(page, _drawn("LCM 09 Distil your own LCM-LoRA"))
+    told = {"step": 12, "steps": 40, "losses": [0.5, 0.3, 0.2], "seconds_left": 75, "before": _DOT, "after": _DOT}
+    told |= {"running": True, "saved": 10, "node": str(number)}
+    page.evaluate("(told) => app.api.dispatchCustomEvent('lcm_suite.distiller', told)", told)
     panel = page.page.locator(".lcm-suite-panel")
-    panel.get_by_text("step 12 of 40, 1:15 left, loss 0.200").wait_for(state="attached", timeout=20_000)
+    panel.get_by_text("step 12 of 40, 1:15 left, loss 0.200, saved at 10").wait_for(timeout=20_000)
     assert panel.locator("button").all_text_contents() == ["Stop and keep", "Save now"]
     assert (
         panel.locator("img").evaluate_all("(pictures) => pictures.map((each) => each.src.slice(0, 10))")
         == ["data:image"] * 2
     )
     assert "lcm_suite_panel" not in json.dumps(page.evaluate("() => app.graph.serialize()"))
+    page.page.wait_for_function(_PANEL_FITS, arg=number, timeout=20_000)
+
+
+def test_a_run_is_saved_and_stopped_by_the_panels_buttons(page: Browser, server: Server) -> None:
+    """Wrong when a click reaches no button, "Save now" writes no file or ends the run, or "Stop" loses what was learnt
+    since."""
+    drawn = _drawn("LCM 09 Distil your own LCM-LoRA")
+    short = {"EmptyLatentImage": {"batch_size": 2}, "KSampler": {"steps": 2}}
+    short["LCMDistiller"] = {"output_name": "stopped", "steps": 1000, "batch_size": 1, "preview_every": 1000}
+    number = _distiller(page, drawn)
+    page.evaluate(_SET, short)
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    panel, lora = page.page.locator(".lcm-suite-panel"), server.base / "models" / "loras" / "stopped.safetensors"
+    panel.get_by_text(re.compile("^step [1-9]")).wait_for()
+    page.page.wait_for_function(_PANEL_FITS, arg=number)
+    assert not lora.exists()
+    panel.get_by_role("button", name="Save now").click()
+    panel.get_by_text(re.compile("saved at [1-9]")).wait_for()
+    saved = lora.read_bytes()
+    panel.get_by_text(re.compile(r"^step (\d+) of 1000.*, saved at (?!\1$)")).wait_for()  # it goes on
+    assert len(server.get("/queue")["queue_running"]) == 1
+    panel.get_by_role("button", name="Stop and keep").click()
+    panel.get_by_text(re.compile(r"^step (\d+) of 1000, loss .*, saved at \1$")).wait_for()
+    page.page.wait_for_function("async () => (await (await fetch('/queue')).json()).queue_running.length === 0")
+    assert panel.get_by_role("button").count() == 0  # of those that are shown
+    entry = next(reversed(server.get("/history").values()))
+    assert "execution_interrupted" in [name for name, _ in entry["status"]["messages"]]
+    assert lora.read_bytes() != saved
+    logged = (server.base / "output" / "lcm_suite" / "stopped" / "log.jsonl").read_text().splitlines()
+    assert panel.get_by_text(re.compile(f"^step {len(logged)} of 1000")).count() == 1
