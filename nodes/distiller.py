@@ -172,17 +172,17 @@ class LCMDistiller(io.ComfyNode):
                 steps, batch_size, learning_rate, warmup, seed=seed % 2**31, save_every=60.0, tensorboard=False
             )
             run = Run(
-                model,
-                facts,
-                data,
-                vae,
-                home,
-                target,
-                rank,
-                preview_every,
-                if_exists,
-                lambda text: say(cls, text, log=False),
-                lambda told: send(cls.hidden.unique_id if cls.hidden else None, told),
+                model=model,
+                facts=facts,
+                data=data,
+                vae=vae,
+                home=home,
+                target=target,
+                rank=rank,
+                preview_every=preview_every,
+                if_exists=if_exists,
+                tell=lambda text: say(cls, text, log=False),
+                show=lambda told: send(cls.hidden.unique_id if cls.hidden else None, told),
             )
             state = run.train(how, loop)
         say(cls, f"{run.summary()}; {target.name}")

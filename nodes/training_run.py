@@ -12,21 +12,15 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import latent_preview
 import numpy
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from lcm_core.diffusion.consistency import ConsistencyDenoiser, Denoiser
-from lcm_core.diffusion.grids import get_sigmas_lcm
-from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_lcm, sample_tcd, seeded_noise_sampler
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_json, write_json
-from lcm_core.pipeline.settings import Settings
 from trainer.config import LoopConfig, StudentConfig
 from trainer.distill import distill, for_method
 from trainer.methods.config import MethodConfig
@@ -39,9 +33,9 @@ from .lora import save_lora_file
 from .loss_plot import draw_loss
 from .memory import describe_memory
 from .model_patches import Facts, is_unet
-from .model_sampling import noise_scale_of
 from .network import PROMPT, HostNetwork
 from .panel import Panel, Show
+from .preview import paint_preview
 from .student import copy_model, fingerprint, lora_of, name_layers, target_modules
 from .training_data import TrainingData
 
@@ -95,21 +89,8 @@ class Run:
             InputError: the run of this name was another one, or memory runs out.
         """
         self.steps = loop.steps
-        base = copy_model(self.model)
-        unet = base.diffusion_model
-        self._identify(fingerprint(weights_of(unet)), method, loop)
-        names = name_layers(self.model, unet)
-        torch.manual_seed(loop.seed)  # of the adapters' first weights
+        student, names = self._student(method, loop)
         recommended = sampling_of(method)
-        config = StudentConfig(rank=self.rank, target_modules=target_modules(self.model, unet))
-        data, device = self.data, comfy.model_management.get_torch_device()
-        diffusion = for_method(self.facts.diffusion, method)
-        network = HostNetwork(base, self.model, diffusion, data.prompts, data.shape, device)
-        student = lora_student(unet, network, config, loop.ema_decay > 0, with_critic=get_method(method).needs_critic)
-        unet.to(device)  # the adapters, where the frozen weights are elsewhere
-        rows = data.latents.conditioning[PROMPT][:1].expand(loop.batch_size)
-        self.memory = describe_memory(student, {PROMPT: rows}, data.shape, device)
-        self.tell(self.memory)
         self.losses = self._logged()
         self.before = len(self.losses)
         bar, panel = comfy.utils.ProgressBar(loop.steps), Panel(self.show, loop.steps, self.before)
@@ -139,7 +120,14 @@ class Run:
         try:
             with _own_arithmetic(self.model):
                 distill(
-                    student, data.latents, self.facts.diffusion, method, loop, self.home, _CAPTION_DROPOUT, callback
+                    student,
+                    self.data.latents,
+                    self.facts.diffusion,
+                    method,
+                    loop,
+                    self.home,
+                    _CAPTION_DROPOUT,
+                    callback,
                 )
         except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION) as error:
             if self.learnt:
@@ -151,6 +139,24 @@ class Run:
             return save()
         finally:
             panel.tell(self.losses, running=False)
+
+    def _student(self, method: MethodConfig, loop: LoopConfig) -> tuple[Student, dict[str, str]]:
+        """What learns, ready to, and the names that its layers have in a LoRA file; says what memory it will take."""
+        base = copy_model(self.model)
+        unet = base.diffusion_model
+        self._identify(fingerprint(weights_of(unet)), method, loop)
+        names = name_layers(self.model, unet)
+        torch.manual_seed(loop.seed)  # of the adapters' first weights
+        config = StudentConfig(rank=self.rank, target_modules=target_modules(self.model, unet))
+        data, device = self.data, comfy.model_management.get_torch_device()
+        diffusion = for_method(self.facts.diffusion, method)
+        network = HostNetwork(base, self.model, diffusion, data.prompts, data.shape, device)
+        student = lora_student(unet, network, config, loop.ema_decay > 0, with_critic=get_method(method).needs_critic)
+        unet.to(device)  # the adapters, where the frozen weights are elsewhere
+        rows = data.latents.conditioning[PROMPT][:1].expand(loop.batch_size)
+        self.memory = describe_memory(student, {PROMPT: rows}, data.shape, device)
+        self.tell(self.memory)
+        return student, names
 
     def summary(self) -> str:
         """What was done, in a line."""
@@ -223,6 +229,9 @@ class Run:
         save_lora_file(self.target, state, recommended, _FAMILIES.get(self.facts.family))
         return state
 
+    def _paint(self, student: Student, recommended: Recommended) -> Image.Image:
+        return paint_preview(student, recommended, self.data.latents, self.facts.diffusion, self.model, self.vae)
+
     def _preview(self, student: Student, recommended: Recommended, step: int) -> Image.Image:
         """The same prompt and noise every time; kept in a file."""
         picture = self._paint(student, recommended)
@@ -239,47 +248,11 @@ class Run:
         sheet.paste(plot, (side, 0))
         return sheet
 
-    @torch.no_grad()
-    def _paint(self, student: Student, recommended: Recommended) -> Image.Image:
-        data = self.data.latents
-        network, shape = student.networks.target, data.latents.shape[1:]
-        first = {name: value[:1] for name, value in data.conditioning.items()}
-        process, is_tcd = self.facts.diffusion.process, recommended.sampler == "tcd"
-        kind = Denoiser if is_tcd else ConsistencyDenoiser
-        model = kind(lambda x, t: network(x, t, first, None), self.facts.diffusion)
-        device = next(student.trained.parameters()).device
-        sigmas = get_sigmas_lcm(process, recommended.steps, recommended.original_steps or Settings.original_steps)
-        x = initial_latents(initial_noise([0], shape, device), sigmas[0], process=process)
-        options: dict[str, Any] = {"disable": True, "noise_sampler": seeded_noise_sampler([0], shape, device)}
-        if is_tcd:
-            x = sample_tcd(model, x, sigmas, gamma=recommended.gamma or 0.0, process=process, **options)
-        else:
-            x = sample_lcm(model, x, sigmas, process=process, **options)
-        return self._decode(x * noise_scale_of(self.model.get_model_object("model_sampling")))
-
-    def _decode(self, x: Tensor) -> Image.Image:
-        with torch.inference_mode():
-            if self.vae is None:
-                return _rough_picture(x, self.model.model.latent_format)
-            images = self.vae.decode(self.model.model.process_latent_out(x))
-            image = rearrange(images, "... h w c -> (...) h w c")[0, ..., :3]  # of a video the first frame
-            return Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())
-
 
 def _own_arithmetic(model: Any) -> AbstractContextManager[object]:
     """Where a host's network may be trained whatever it computes in place: what the backward pass needs is copied
     first. A U-Net does nothing of the kind, and is spared the time."""
     return nullcontext() if is_unet(model) else torch.autograd.graph.allow_mutation_on_saved_tensors()
-
-
-def _rough_picture(x: Tensor, latent_format: Any) -> Image.Image:
-    """Latents (1, C, ...) as the host previews them; where it has been told not to, their first channels as colours."""
-    previewer = latent_preview.get_previewer(x.device, latent_format)
-    if previewer is not None:
-        return previewer.decode_latent_to_preview(x)
-    colours = rearrange(x, "1 c ... h w -> c (...) h w")[:3, 0].sigmoid()  # of a video the first frame
-    shown = colours.expand(3, -1, -1) if len(colours) < 3 else colours
-    return Image.fromarray((rearrange(shown, "c h w -> h w c") * 255).round().byte().cpu().numpy())
 
 
 def _out_of_memory(loop: LoopConfig, rank: int) -> str:

@@ -8,9 +8,7 @@ again when a layer runs.
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,23 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHECKOUT, FOLDER, WHAT = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-ROOT = Path(__file__).resolve().parents[2]
-sys.argv = ["main.py", "--cpu", "--base-directory", str(FOLDER)]
-sys.path[0] = str(CHECKOUT)
+from host_start import load_suite, start
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
+FOLDER, WHAT = Path(sys.argv[2]), sys.argv[3]
+start(Path(sys.argv[1]), FOLDER)
 
 import comfy.model_patcher  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-sys.path += [str(Path(__file__).parent), str(ROOT)]
-
 from host_models import CONFIGS, SIZES, empty, prompt  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 DEPTH = 15  # of SD 3's transformer, which is 64 times as wide
 CPU = torch.device("cpu")
@@ -89,21 +80,6 @@ def lay_out(file: Path) -> int:
     return sum(weight.numel() for weight in network.parameters())
 
 
-def load_distiller() -> Any:
-    """The node."""
-    spec = importlib.util.spec_from_file_location("suite", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["suite"] = module
-    spec.loader.exec_module(module)
-
-    async def load() -> list[Any]:
-        return await (await module.comfy_entrypoint()).get_node_list()
-
-    return next(node for node in asyncio.run(load()) if node.GET_SCHEMA().node_id == "LCMDistiller")
-
-
 def plain_step(model: Any) -> None:
     """The forward and backward pass alone, on weights in bfloat16, with gradients for the input only."""
     network = model.model.diffusion_model.to(torch.bfloat16)
@@ -115,7 +91,7 @@ def plain_step(model: Any) -> None:
 
 def distil(file: Path) -> None:
     """Two steps of the node, from the loading of the weights on."""
-    node = load_distiller()
+    node = load_suite()["LCMDistiller"]
     prompts = {"positive": prompt("SD3", 1), "negative": prompt("SD3", 2)}
     options = {"output_name": "memory", "steps": 2, "batch_size": 1, "rank": 4, "w": 1.0, "preview_every": 2}
     with peak() as found, torch.inference_mode():

@@ -7,49 +7,25 @@ those: results.safetensors, and in findings.json what the failed ones said. With
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-CHECKOUT, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-ROOT = Path(__file__).resolve().parents[2]
-sys.argv = ["main.py", "--cpu", "--base-directory", str(FOLDER)]
-sys.path[0] = str(CHECKOUT)  # and not this file's folder, as under main.py
+from host_start import load_suite, start
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
+FOLDER = Path(sys.argv[2])
+start(Path(sys.argv[1]), FOLDER)
 
 import comfy.sample  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-sys.path += [str(Path(__file__).parent), str(ROOT)]  # behind the host's, as the custom node puts itself
-
 from host_distil import try_distil_families, try_flow_teacher  # noqa: E402
 from host_families import try_families  # noqa: E402
 from host_loras import try_distiller, try_lora, try_stated  # noqa: E402
 from host_patches import try_patches  # noqa: E402
 from host_trials import apart, message_of, try_guidance, try_saved, try_stock_nodes, try_vae  # noqa: E402
 from host_watch import functions, replaced  # noqa: E402
-
-
-def load_suite() -> dict[str, Any]:
-    """Every node class by its id, loaded as ComfyUI loads a custom node."""
-    spec = importlib.util.spec_from_file_location("suite", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["suite"] = module
-    spec.loader.exec_module(module)
-
-    async def load() -> list[Any]:
-        return await (await module.comfy_entrypoint()).get_node_list()
-
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 class Suite:
