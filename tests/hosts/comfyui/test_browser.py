@@ -36,6 +36,7 @@ _PANEL_FITS = """(number) => {
   const parts = [...document.querySelectorAll(".lcm-suite-panel *")].map((part) => part.getBoundingClientRect().bottom);
   return Math.max(...parts) > 0 && Math.max(...parts) <= bottom + 1;
 }"""
+_CENTER = "(number) => app.canvas.centerOnNode(app.graph.getNodeById(number))"
 _SET = """(wanted) => {
   for (const node of app.graph._nodes)
     for (const [name, value] of Object.entries(wanted[node.type] ?? {}))
@@ -135,7 +136,7 @@ def _distiller(page: Browser, drawn: dict[str, Any]) -> int:
     """Open a graph with one LCM Distiller and bring that into view; returns its number."""
     page.load(drawn)
     [number] = [node["id"] for node in drawn["nodes"] if node["type"] == "LCMDistiller"]
-    page.evaluate("(number) => app.canvas.centerOnNode(app.graph.getNodeById(number))", number)
+    page.evaluate(_CENTER, number)
     return number
 
 
@@ -169,6 +170,7 @@ def test_a_run_is_saved_and_stopped_by_the_panels_buttons(page: Browser, server:
     panel, lora = page.page.locator(".lcm-suite-panel"), server.base / "models" / "loras" / "stopped.safetensors"
     panel.get_by_text(re.compile("^step [1-9]")).wait_for()
     page.page.wait_for_function(_PANEL_FITS, arg=number)
+    page.evaluate(_CENTER, number)  # it has grown
     assert not lora.exists()
     panel.get_by_role("button", name="Save now").click()
     panel.get_by_text(re.compile("saved at [1-9]")).wait_for()
