@@ -7,10 +7,10 @@ from pathlib import Path
 import folder_paths
 
 from lcm_core.export.comfyui import PICTURES, draw_pictures
-from lcm_core.pipeline.sources import MODELS
+from lcm_core.files.safetensors import read_json
+from lcm_core.pipeline.sources import CARD, MODELS
 
 _EMOJI = MODELS / "emoji"
-_SIZE = 64  # pixels of the embedded model's pictures
 
 
 def register() -> None:
@@ -19,4 +19,4 @@ def register() -> None:
     folder_paths.add_model_folder_path("controlnet", str(_EMOJI / "control"))
     folder = Path(folder_paths.get_input_directory())
     if not all((folder / f"{name}.png").exists() for name in PICTURES):
-        draw_pictures(folder, _SIZE)
+        draw_pictures(folder, int(read_json(_EMOJI / CARD)["resolution"]))

@@ -21,7 +21,7 @@ from .attachments import attach_guidance, attach_recommended, take_recommended
 from .guidance import take_guidance
 from .host import say, schema
 from .model_patches import inspect_model
-from .native_vae import own_config, take_vae, to_usual_width
+from .native_vae import own_config, take_vae
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _SHIPPED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -69,7 +69,7 @@ class LCMCheckpointLoader(io.ComfyNode):
 
 
 class EmojiVAE(comfy.sd.VAE):
-    """The embedded model's VAE at its own width, a sixteenth of the work. Files hold it as the host's loaders take it.
+    """The embedded model's VAE at its own width.
 
     Args:
         state: its weights, in the ldm layout without a prefix.
@@ -77,10 +77,6 @@ class EmojiVAE(comfy.sd.VAE):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__(sd=state, config=own_config())
-
-    def get_sd(self) -> dict[str, Tensor]:
-        """The weights that the host saves."""
-        return to_usual_width(super().get_sd())
 
 
 def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from lcm_core.files.safetensors import read_json
 from lcm_core.pipeline.sources import CARD, MODELS
 
 from .guidance import Guidance, settle_guidance
-from .native_vae import is_own, to_usual_width
+from .native_vae import as_taesd, is_own
 
 FOLDER = MODELS / "emoji"
 _CARD = read_json(FOLDER / CARD)
@@ -142,8 +142,8 @@ class Emoji(supported_models.SD15):
         return state_dict
 
     def process_vae_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The VAE at the width at which the host's loader is about to build it."""
-        return to_usual_width(state_dict) if is_own(state_dict) else state_dict
+        """The tiny VAE, which the host's loader can build, in the place of the embedded model's own."""
+        return as_taesd() if is_own(state_dict) else state_dict
 
     def clip_target(self, state_dict: Mapping[str, Any] | None = None) -> supported_models_base.ClipTarget:
         """Tokenizer and text encoder."""

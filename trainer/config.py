@@ -60,6 +60,8 @@ class LoopConfig:
     """The last share of the steps, over which the trapezoid's learning rate falls to zero."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    adam_beta2: float = 0.999
+    """How long AdamW remembers the squares of the gradients; 0.99 keeps large batches at high learning rates stable."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.999

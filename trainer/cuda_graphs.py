@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.methods.shared import Sample, each
+
 TensorLoss = Callable[..., Tensor]
 """A function from tensors to a scalar loss."""
 _WARM_UPS = 3  # in which libraries choose their kernels and allocate what they keep
@@ -26,6 +28,32 @@ def graphed(loss: TensorLoss, parameters: Iterable[nn.Parameter], device: torch.
         parameters: all that the loss trains.
     """
     return GraphedLoss(loss, list(parameters), device) if device.type == "cuda" else loss
+
+
+def graphed_sample(
+    loss: Callable[[Sample], Tensor], parameters: Iterable[nn.Parameter], device: torch.device
+) -> Callable[[Sample], Tensor]:
+    """`graphed` for the loss of a distillation's `Sample`, all of whose tensors are on the device."""
+    outline: list[Sample] = []  # samples of one run differ in their tensors alone
+
+    def of_tensors(*tensors: Tensor) -> Tensor:
+        following = iter(tensors)
+        return loss(each(outline[0], lambda _: next(following)))
+
+    of_graph = graphed(of_tensors, parameters, device)
+
+    def of_sample(sample: Sample) -> Tensor:
+        tensors: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        each(sample, note)
+        outline[:] = [sample]
+        return of_graph(*tensors)
+
+    return of_sample
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion
 from trainer.config import LoopConfig
+from trainer.cuda_graphs import graphed_sample
 from trainer.data.cache import Batch
 from trainer.distributed import Processes
 from trainer.loop import AfterStep, train
 from trainer.methods.config import MethodConfig
 from trainer.methods.method import get_method, make_sample
+from trainer.methods.shared import Sample
 from trainer.students import Student
 
 
@@ -83,6 +85,7 @@ def distill(
     caption_dropout: float = 0.0,
     callback: AfterStep | None = None,
     processes: Processes | None = None,
+    graphs: bool = False,
 ) -> None:
     """Train a student, from the last saved state in `folder` to the last step.
 
@@ -96,6 +99,8 @@ def distill(
         caption_dropout: share of captions replaced by the empty prompt.
         callback: (step, loss) after each step; may raise to stop.
         processes: those that share the work.
+        graphs: on a CUDA GPU, run each loss as one CUDA graph: for small networks, whose many kernels take longer to
+            start than to run. For one process, whole batches, and methods without a critic.
 
     Raises:
         InputError: settings that do not fit together, a state of another run, or a loss that is not finite.
@@ -106,6 +111,12 @@ def distill(
     mine = slice(parts[0].start, parts[-1].stop)
     device = next(student.trained.parameters()).device
 
+    def plain_loss(sample: Sample) -> Tensor:
+        return chosen.loss(student.networks, sample, diffusion, method).sum() / loop.batch_size
+
+    trained = [p for p in student.trained.parameters() if p.requires_grad]
+    loss_of = graphed_sample(plain_loss, trained, device) if graphs else plain_loss
+
     def loss_fn(step: int, generator: torch.Generator) -> Iterator[Tensor]:
         picks = data.draw(loop.batch_size, generator, caption_dropout)
         batch = data.read(picks[mine])
@@ -114,8 +125,7 @@ def distill(
         sample = make_sample(batch, method, diffusion, generator, loop.batch_size, mine.start, step)
         for part in parts:
             rows = sample.part(slice(part.start - mine.start, part.stop - mine.start)).to(device)
-            losses = chosen.loss(student.networks, rows, diffusion, method)
-            yield losses.sum() / loop.batch_size
+            yield loss_of(rows)
 
     scale = student.scales_loss
     train(student.trained, loss_fn, loop, folder, student.average, callback, processes, student.critic, scale)

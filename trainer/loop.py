@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,12 +148,17 @@ def make_optimizer(groups: list[list[nn.Parameter]], config: LoopConfig) -> torc
         InputError: unknown, or not installed.
     """
     parameters = [{"params": group} for group in groups]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (0.9, config.adam_beta2),
+        "weight_decay": config.weight_decay,
+    }
     check_optimizer(config)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, **settings, fused=True)
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
     return optimizer
 
 

@@ -196,6 +196,7 @@ def check(config: DistillConfig) -> None:
             "warmup_steps": (0, 10**8),
             "cooldown": (0.0, 1.0),
             "weight_decay": (0.0, 1000.0),
+            "adam_beta2": (0.5, 0.99999),
             "max_grad_norm": (1e-9, 1e9),
             "ema_decay": (0.0, 1.0),
             "seed": (0, 2**40),

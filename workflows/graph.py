@@ -6,7 +6,7 @@ from typing import Any
 
 Link = list[Any]  # [node id, number of its output]
 Prompt = dict[str, dict[str, Any]]
-SIZE = 64  # pixels that the embedded model was trained at
+SIZE = 128  # pixels that the embedded model was trained at
 FULL_LCM = "emoji (shipped with LCM Suite)"
 TEACHER = "emoji teacher (shipped with LCM Suite)"
 FLOW = "emoji teacher as a flow model (shipped with LCM Suite)"

@@ -85,7 +85,7 @@ def two_pass_upscale(g: Graph) -> None:
     The first pass composes at the size that the model knows, the second adds detail at twice the size.
 
     - **Second pass**: *strength* 0.3 to 0.6; more invents more.
-    - **Upscale**: *scale_by* 1.5 to 2. The embedded model has never seen more than 64 pixels; it shows the way rather
+    - **Upscale**: *scale_by* 1.5 to 2. The embedded model has never seen more than 128 pixels; it shows the way rather
       than the quality. Take SD 1.5 or SDXL for that.
     """
     model, clip, vae, *_ = g.full_lcm()

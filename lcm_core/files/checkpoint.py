@@ -13,6 +13,7 @@ from lcm_core.files import safetensors as weights
 from lcm_core.files.architecture import Family
 from lcm_core.files.components import COMPONENTS, Component, ModelInfo
 from lcm_core.files.folder import save_component, save_diffusers, scheduler_config
+from lcm_core.files.quantised import dequantise
 from lcm_core.files.safetensors import PathLike, check_finite, read_safetensors, write_safetensors
 from lcm_core.files.single_file import (
     AS_FLOW,
@@ -97,7 +98,8 @@ def read_component(path: ModelPath, name: str) -> Component:
     folder = _component_folder(root, name)
     config = weights.read_json(folder / "config.json")
     architecture.check_config(config, str(folder / "config.json"))
-    return Component(modern(name, weights.read_folder(folder)), config, str(folder))
+    tensors = dequantise(weights.read_folder(folder), str(folder))
+    return Component(modern(name, tensors), config, str(folder))
 
 
 def _open(path: ModelPath) -> Path | Checkpoint:

@@ -105,7 +105,8 @@ def check_finite(tensors: Mapping[str, Tensor], source: PathLike) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The weights of one network's folder: diffusers' or transformers' name, half precision variant, or in shards.
+    """The weights of one network's folder: diffusers' or transformers' name, its half precision or 8-bit
+    variant, or in shards.
 
     Raises:
         InputError: as `read_safetensors`; there are none; or they are not what was written.
@@ -119,9 +120,14 @@ def _read_checked(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def int8_variant(name: str) -> str:
+    """The name of the same weights in 8 bits, in diffusers' way of naming variants; it would misread them."""
+    return name.replace(".safetensors", ".int8.safetensors")
+
+
 def _weights_files(folder: Path) -> list[Path]:
     for stem in (DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS):
-        for name in (stem, stem.replace(".safetensors", ".fp16.safetensors")):
+        for name in (stem, stem.replace(".safetensors", ".fp16.safetensors"), int8_variant(stem)):
             if (folder / name).is_file():
                 return [folder / name]
         index = folder / f"{stem}.index.json"

@@ -111,7 +111,7 @@ def test_the_shipped_adapter_is_not_used(tmp_path: Path, monkeypatch: pytest.Mon
     outlines.paste(255, (12, 12, 52, 52))
     outlines.paste(0, (14, 14, 50, 50))
     outlines.save("outlines.png")
-    argv = ["generate", "a red apple", "--device", "cpu", "--dtype", "float32", "--steps", "1"]
+    argv = ["generate", "a red apple", "--device", "cpu", "--dtype", "float32", "--steps", "1", "--size", "64x64"]
     assert main([*argv, "--control", "canny=outlines.png:0.9", "--output", "a.png"]) == 0
     assert main([*argv, "--output", "b.png"]) == 0
     assert Image.open("a.png").tobytes() != Image.open("b.png").tobytes()

@@ -37,7 +37,7 @@ class Case:
     """Path below INPUTS -> its bytes, what it is a link to, or FIFO."""
     about: str = ""
     """What is odd about the files."""
-    program: str = "lcm_core.__main__"
+    program: str = "lcm_core.cli.main"
     encoding: str = "utf-8"
     """The encoding of the terminal."""
 
@@ -95,7 +95,7 @@ class Worker:
         )
         said = (self.streams / "stderr").read_text(encoding="utf-8", errors="replace")
         must_be_empty = (
-            answer["code"] != 0 and case.program == "lcm_core.__main__"
+            answer["code"] != 0 and case.program == "lcm_core.cli.main"
         )  # the trainer goes on from its files
         return [*_ending(answer, said), *_left_behind(before, self.root, must_be_empty)]
 

@@ -27,7 +27,7 @@ KINDS: dict[Strategy, tuple[int, int]] = {
 
 def add_single_file(tiny_models: Path) -> Path:
     """Put `plain.safetensors` beside the folders that `make_models` makes."""
-    from lcm_core.__main__ import main
+    from lcm_core.cli.main import main
 
     file = tiny_models / "plain.safetensors"
     if not file.exists():
@@ -39,8 +39,8 @@ def start_worker(root: Path, tiny_models: Path) -> Worker:
     """A worker in which everything that a command line runs through has been imported."""
     started = Worker(root, Path(lcm_core.__file__).parents[1])
     model, lora = str(tiny_models / "plain"), str(tiny_models / "emoji/lora/lcm_lora.safetensors")
-    started.warm("lcm_core.__main__", ["generate", "a cat", "--model", model, "--lora", lora, *weights.QUICK])
-    started.warm("lcm_core.__main__", ["info", str(tiny_models / "plain.safetensors")])
+    started.warm("lcm_core.cli.main", ["generate", "a cat", "--model", model, "--lora", lora, *weights.QUICK])
+    started.warm("lcm_core.cli.main", ["info", str(tiny_models / "plain.safetensors")])
     # not as far as a gradient, whose threads a fork would miss
     started.warm(
         "trainer.__main__", ["distill", "--teacher", model, "--data", "nowhere", "--output", "out", "--dry-run"]

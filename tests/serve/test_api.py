@@ -30,7 +30,9 @@ def test_a_picture_differs_from_the_pipeline_s(client: Any, shelf: Shelf) -> Non
     """The same settings give the same pixels, and the file says them."""
     answer = client.post(TXT2IMG, json={**SMALL, "cfg_scale": 2, "sampler_name": "LCM"}).json()
     image = decoded(answer["images"][0])
-    expected = shelf.pipeline("emoji")("a red apple", num_inference_steps=1, seed=3, guidance_scale=2.0).images[0]
+    expected = shelf.pipeline("emoji")(
+        "a red apple", num_inference_steps=1, seed=3, guidance_scale=2.0, width=64, height=64
+    ).images[0]
     assert image.convert("RGB").tobytes() == expected.tobytes()
     assert json.loads(image.info[SETTINGS_KEY])["seed"] == 3
     assert json.loads(answer["info"])["ignored"] == []
@@ -71,7 +73,7 @@ def test_the_lists_of_a1111_s_form(client: Any) -> None:
     assert client.get("/sdapi/v1/progress").json()["progress"] == 0
     assert client.post("/sdapi/v1/options", json={"sd_model_checkpoint": titles[1]}).status_code == 200
     assert client.get("/sdapi/v1/options").json() == {"sd_model_checkpoint": titles[1]}
-    assert [lora["name"] for lora in client.get("/sdapi/v1/loras").json()] == ["lcm_lora"]
+    assert [lora["name"] for lora in client.get("/sdapi/v1/loras").json()] == ["ink_style", "lcm_lora"]
 
 
 def test_a_lora_of_the_prompt_is_not_loaded(client: Any) -> None:

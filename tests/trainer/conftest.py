@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcm_core.files.checkpoint import read_component, save_component
 from lcm_core.pipeline.sources import MODELS
 
 WIDTH = 128  # of the embedded model's text embedding
@@ -47,8 +48,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         folder = root / f"{prediction_type}{'-zero' * zero_snr}"
         if not folder.exists():
             build_unet().save_pretrained(folder / "unet")
-            for part in ("vae", "text_encoder", "tokenizer"):
+            for part in ("text_encoder", "tokenizer"):
                 (folder / part).symlink_to(MODELS / "emoji" / part)
+            save_component(folder / "vae", read_component(MODELS / "emoji", "vae"))
             (folder / "scheduler").mkdir()
             stated = {**SCHEDULER, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
             (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(stated))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.cuda_graphs import graphed
+from trainer.cuda_graphs import graphed, graphed_sample
+from trainer.methods.shared import Pair, Sample
 
 
 @pytest.mark.gpu
@@ -36,3 +37,21 @@ def test_on_a_cpu_the_loss_stays_as_it_is():
         return x.sum()
 
     assert graphed(loss, [], torch.device("cpu")) is loss
+
+
+def test_a_samples_tensors_reach_the_loss_each_in_its_place():
+    def sample(seed: int) -> Sample:
+        numbers = torch.Generator().manual_seed(seed)
+        x0, eps, w, text = (torch.randn(2, n, generator=numbers) for n in (3, 3, 1, 5))
+        t, s, end = torch.randint(1000, (3, 2), generator=numbers)
+        return Sample(x0, eps, Pair(t, s, end), w[:, 0], {"text": text, "more": {"label": t}}, None)
+
+    def loss(given: Sample) -> torch.Tensor:
+        assert given.null_conditioning is None
+        words = given.conditioning["text"].sum() * given.conditioning["more"]["label"]
+        points = given.points.t - 2 * given.points.s + 3 * given.points.end
+        return ((given.x0 - 2 * given.eps).sum(1) * given.w + words + points).sum()
+
+    of_sample = graphed_sample(loss, [], torch.device("cpu"))
+    for seed in (0, 1):
+        torch.testing.assert_close(of_sample(sample(seed)), loss(sample(seed)))

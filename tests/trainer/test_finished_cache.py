@@ -38,7 +38,7 @@ def seeded(number=0):
 def made(photos, tmp_path_factory):
     """A finished cache; not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, prepare(DataConfig(path=str(photos), shard_size=4), "emoji", folder, "cpu")
+    return folder, prepare(DataConfig(path=str(photos), shard_size=4, resolution=64), "emoji", folder, "cpu")
 
 
 def open_finished(folder, teacher="emoji", **settings):
@@ -96,7 +96,7 @@ def test_a_cache_of_another_vae_is_refused(made, tmp_path):
 
 def test_damage_that_left_no_trace_is_found_when_it_is_read(photos, tmp_path):
     """A bit that flipped on the disk changes neither size nor time."""
-    config = DataConfig(path=str(photos))
+    config = DataConfig(path=str(photos), resolution=64)
     prepare(config, "emoji", tmp_path, "cpu")
     for kind in ("latents", "text"):
         (shard,) = tmp_path.glob(f"{kind}-*/000000.safetensors")
@@ -165,7 +165,7 @@ def test_a_wrong_folder_file_is_named(folders, text, message):
 
 
 def test_repeated_pictures_come_as_often_as_was_said(folders, tmp_path):
-    cache = prepare(DataConfig(path=str(folders), folder_names=True), "emoji", tmp_path / "cache", "cpu")
+    cache = prepare(DataConfig(path=str(folders), folder_names=True, resolution=64), "emoji", tmp_path / "cache", "cpu")
     assert cache.buckets == {"8x8": 12}
     batch = cache.read([Pick("8x8", row, False) for row in range(12)])
     counts = Counter(float(latents.sum()) for latents in batch.latents)
@@ -187,7 +187,7 @@ def test_pictures_that_are_held_out_are_never_learnt_from(photos, tmp_path):
 def test_captions_come_in_versions_with_their_tags_in_other_orders(tmp_path):
     picture(tmp_path / "data" / "1.png", 50)
     (tmp_path / "data" / "1.txt").write_text("cat, red, small, old")
-    config = DataConfig(path=str(tmp_path / "data"), caption_versions=3, keep_tags=1)
+    config = DataConfig(path=str(tmp_path / "data"), caption_versions=3, keep_tags=1, resolution=64)
     cache = prepare(config, "emoji", tmp_path / "cache", "cpu")
     drawn = [cache.draw(1, seeded(seed))[0] for seed in range(30)]
     assert {pick.version for pick in drawn} == {0, 1, 2}

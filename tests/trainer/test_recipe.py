@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcm_core.files.checkpoint import read_component
 from lcm_core.files.safetensors import read_safetensors
 from trainer.cli.main import main
 from trainer.recipes.emoji import autoencoder, publish, stages, teacher
@@ -151,7 +152,10 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
     assert any(key.startswith("lora_unet_down_blocks_0") and key.endswith(".alpha") for key in lora)
     style = read_safetensors(tmp_path / "model/lora/ink_style.safetensors")[0]
     assert style.keys() == lora.keys()
-    student = read_safetensors(tmp_path / "model/unet_lcm/diffusion_pytorch_model.safetensors")[0]
+    assert [file.name for file in (tmp_path / "model/unet_lcm").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.int8.safetensors"
+    ]
+    student = read_component(tmp_path / "model/unet_lcm", "unet").tensors
     assert student["time_embedding.cond_proj.weight"].dtype == torch.float16
     configs = [file.read_text() for file in (tmp_path / "model").glob("*/config.json")]
     assert len(configs) == 5

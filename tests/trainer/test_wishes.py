@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.sources import MODELS, find_model
+from tests.embedded import embedded_vae
 from trainer.cli.main import build_parser
 from trainer.config import DistillConfig
 from trainer.data.cache import Pick, prepare
@@ -92,7 +93,7 @@ def test_a_model_in_the_hub_cache_is_found_by_its_name(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def other_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
-    vae = AutoencoderKL.from_pretrained(EMOJI / "vae")
+    vae = embedded_vae()
     with torch.no_grad():
         vae.quant_conv.bias += 0.5
     vae.save_pretrained(folder)
@@ -100,7 +101,7 @@ def other_vae(tmp_path_factory):
 
 
 def test_latents_are_those_of_another_vae_where_one_is_given(photos, other_vae, tmp_path):
-    config = DataConfig(path=str(photos))
+    config = DataConfig(path=str(photos), resolution=64)
     own, other = (
         prepare(config, Teacher("emoji", vae=vae), tmp_path, "cpu").read([Pick("8x8", 0, False)]).latents
         for vae in (None, other_vae)
@@ -117,7 +118,7 @@ def test_a_vae_of_another_family_is_refused(tmp_path, photos):
 
 
 def test_clip_skip_leaves_out_the_last_layers(photos, tmp_path):
-    cache = prepare(DataConfig(path=str(photos)), Teacher("emoji", clip_skip=1), tmp_path, "cpu")
+    cache = prepare(DataConfig(path=str(photos), resolution=64), Teacher("emoji", clip_skip=1), tmp_path, "cpu")
     found = cache.read([Pick("8x8", 0, True)]).conditioning["encoder_hidden_states"]
     model = CLIPTextModel.from_pretrained(EMOJI / "text_encoder").float().eval()
     words = Teacher("emoji")._tokenizer("text_encoder")("", padding="max_length", max_length=77, return_tensors="pt")
@@ -126,7 +127,9 @@ def test_clip_skip_leaves_out_the_last_layers(photos, tmp_path):
         norm = getattr(model, "text_model", model).final_layer_norm
         expected = norm(states)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
-    plain = prepare(DataConfig(path=str(photos)), "emoji", tmp_path, "cpu")  # in the same folder, not mixed
+    plain = prepare(
+        DataConfig(path=str(photos), resolution=64), "emoji", tmp_path, "cpu"
+    )  # in the same folder, not mixed
     assert not torch.equal(plain.read([Pick("8x8", 0, True)]).conditioning["encoder_hidden_states"], found)
 
 
@@ -158,12 +161,12 @@ def test_a_bad_switch_is_named(line, message):
 
 def test_previews_have_the_seed_and_size_of_their_prompt():
     model = load_model("emoji", "cpu", unet="lcm")
-    lines = ["a cat", "a cat --d 7 --w 64 --h 128", "a cat --d 8 --w 64 --h 128"]
+    lines = ["a cat", "a cat --d 7 --w 64 --h 64", "a cat --d 8 --w 64 --h 64"]
     (column,) = paint_previews(model, read_prompts(lines), range(3), [1]).values()
-    assert [image.size for image, _ in column] == [(64, 64), (64, 128), (64, 128)]
+    assert [image.size for image, _ in column] == [(128, 128), (64, 64), (64, 64)]
     assert [settings["seed"] for _, settings in column] == [0, 7, 8]
     grid = preview_grid(model, read_prompts(lines), range(3), [1])
-    assert 64 + 128 + 128 < grid.height < 64 + 128 * 3  # rows are as high as their pictures
+    assert 128 + 64 + 64 < grid.height < 128 * 3  # rows are as high as their pictures
 
 
 class Recorder:
@@ -219,6 +222,6 @@ def test_webp_cmyk_and_sixteen_bits_become_the_picture_that_they_are(tmp_path):
     Image.new("RGB", (64, 64), (100, 100, 100)).save(tmp_path / "b.webp", lossless=True)
     Image.new("CMYK", (64, 64), (155, 155, 155, 0)).save(tmp_path / "c.tif")
     Image.fromarray(np.full((64, 64), 100 * 257, np.uint16)).save(tmp_path / "d.png")
-    cache = prepare(DataConfig(path=str(tmp_path)), "emoji", tmp_path / "cache", "cpu")
+    cache = prepare(DataConfig(path=str(tmp_path), resolution=64), "emoji", tmp_path / "cache", "cpu")
     latents = cache.read([Pick("8x8", row, False) for row in range(4)]).latents
     torch.testing.assert_close(latents, latents[:1].expand_as(latents), rtol=0, atol=2e-3)

@@ -34,7 +34,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def config(photos):
-    return DataConfig(path=str(photos), shard_size=3, cache_batch=2)
+    return DataConfig(path=str(photos), shard_size=3, cache_batch=2, resolution=64)
 
 
 @pytest.fixture(scope="session")

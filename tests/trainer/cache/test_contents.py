@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 
 from lcm_core.errors import InputError
@@ -15,7 +14,8 @@ from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import to_pil
 from lcm_core.pipeline.model import load_model
-from tests.trainer.cache.conftest import EMOJI, rows
+from tests.embedded import embedded_vae
+from tests.trainer.cache.conftest import rows
 from trainer.data.cache import Pick, prepare
 from trainer.data.settings import DataConfig
 from trainer.recipes.emoji.data import LATENT_STEPS, Drawing, load_shipped, save_shipped
@@ -27,7 +27,7 @@ def to_tensor(picture):
 
 def reference_latents(path):
     """diffusers' own encoder on Pillow's own cover-and-crop."""
-    vae = AutoencoderKL.from_pretrained(EMOJI / "vae").eval()
+    vae = embedded_vae()
     picture = ImageOps.fit(Image.open(path).convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
     pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
+from tests.embedded import embedded_vae
 from tests.trainer.cache.conftest import EMOJI, contents, rows
 from trainer.data.cache import prepare
 from trainer.data.settings import DataConfig
@@ -42,9 +42,9 @@ def test_other_settings_are_other_folders(config, copied, change, new_latents, n
 def test_another_vae_makes_new_latents_and_never_mixes(config, copied, tmp_path):
     """Half of the old cache is missing, so that the wrong key would fill it up from the new VAE."""
     teacher = tmp_path / "teacher"
-    for part, name in (("unet_teacher", "unet"), ("vae", "vae"), ("text_encoder",) * 2, ("tokenizer",) * 2):
+    for part, name in (("unet_teacher", "unet"), ("text_encoder",) * 2, ("tokenizer",) * 2):
         shutil.copytree(EMOJI / part, teacher / name)
-    other = AutoencoderKL.from_pretrained(teacher / "vae")
+    other = embedded_vae()
     with torch.no_grad():
         other.encoder.conv_in.bias += 0.01
     other.save_pretrained(teacher / "vae")

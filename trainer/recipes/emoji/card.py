@@ -10,13 +10,11 @@ from trainer.recipes.emoji.score_table import Row
 from trainer.report.tables import to_markdown
 
 KNOWN_FAULTS = (
-    "- Trained for hours on one or two CPU cores. Simple things (hearts, apples, plain faces) are good, busy ones",
-    "  (vehicles, people, buildings) are blobs of the right colours.",
-    "- The teacher needs few steps itself: the students are ahead of it at one and two steps, and behind at four and",
-    "  eight. The full LCM gets worse with more steps; the LCM-LoRA, trained for one guidance, does not.",
+    "- Faces, hearts, fruit, animals' heads and simple things are clear; what has many small parts (sailboats,",
+    "  buildings, people, some food) is not, and of several things one may be missing.",
+    "- The students are ahead of the teacher with one step, level with two and behind with four and eight: they get",
+    "  worse with more steps, the full LCM more than the LCM-LoRA, which was trained for one guidance alone.",
     "- Held-out pairs are found half as often as seen ones, by the teacher as well: it knows many drawings by heart.",
-    "- The teacher's first 3,700 steps predicted noise, the 6,000 after that velocity: with noise, the error at",
-    "  t = 999 is 14.6 times larger in the picture, more accuracy than a network of this size reaches.",
 )
 """What is wrong with the weights that are shipped now."""
 NAMES_CREDIT = "Names and keywords: emojibase-data, MIT License, from Unicode CLDR, Unicode License"
@@ -44,8 +42,10 @@ def model_card(
         f"Paints emoji-like pictures of {size}x{size} pixels from a few English words. It exists so that every",
         "command, test and benchmark of the suite has a real model at hand: a teacher (a small Stable Diffusion",
         "1.x), a full Latent Consistency Model and an LCM-LoRA distilled from it. It knows emoji and nothing else.",
-        "Beside them lie a T2I-Adapter for outlines (`control/`, from `python -m trainer.recipes.emoji.control`), and",
-        "what the benchmark needs: its feature network, and the drawings' features, latents and names (`benchmark/`).",
+        "Beside them lie a LoRA of one style that the teacher has not seen, a T2I-Adapter for outlines (`control/`,",
+        "from `python -m trainer.recipes.emoji.control`), a tiny VAE for previews, and what the benchmark needs: its",
+        "feature network, and the drawings' features, latents and names (`benchmark/`). The U-Nets and the VAE are",
+        "stored in 8 bits, which their pictures do not show; `export` writes them as other programs read them.",
         "",
         "## Data",
         "",
@@ -66,7 +66,7 @@ def model_card(
         "",
         "| stage | steps | batch | minutes |",
         "|---|---|---|---|",
-        *(f"| {name} | {steps} | {batch} | {seconds / 60:.0f} |" for name, (steps, batch, seconds) in cost.items()),
+        *(f"| {name} | {steps} | {batch} | {seconds / 60:.1f} |" for name, (steps, batch, seconds) in cost.items()),
         "",
         "## Benchmark",
         "",
@@ -83,6 +83,6 @@ def model_card(
         *KNOWN_FAULTS,
         "- Small pictures, soft details; faces that differ in an eyebrow come out alike. No letters, flags or symbols.",
         "- Words outside the emoji vocabulary are read letter by letter and mean nothing to it.",
-        "- It copies the three drawing styles; it was made for tests and teaching, not for artwork.",
+        "- It copies the drawings' styles; it was made for tests and teaching, not for artwork.",
     ]
     return "\n".join(lines) + "\n"

@@ -56,10 +56,10 @@ class Examples:
         names = [" ".join(name.split()) for name in THINGS.split(",")]
         prompts = [f"{name}, {style} style" for name in names for style in STYLES] * seeds
         settings = pipe.resolve(PictureOptions())
+        self.size = size = settings.width, settings.height
         self.latents, self.edges, self.context = [], [], []
         for start in range(0, len(prompts), batch):
             words = prompts[start : start + batch]
-            size = settings.width, settings.height
             cond = model.encode(words, *size)
             noise = noise_source(range(start, start + len(words)), model.device)
             images = paint(model, Inputs(encode_prompts(model, words, size, "plain"), None, noise), settings)
@@ -105,7 +105,7 @@ def train(steps: int, batch: int, learning_rate: float, seeds: int, seed: int = 
     examples = Examples(Pipeline(load_model("emoji", device="cpu")), seeds)
     teacher = load_model("emoji", device="cpu", unet="teacher")
     teacher.unet.model.requires_grad_(False)
-    null = teacher.encode([""], 64, 64)["encoder_hidden_states"]
+    null = teacher.encode([""], *examples.size)["encoder_hidden_states"]
     adapter = build_adapter(teacher.unet.model.config.block_out_channels)
     optimiser = torch.optim.AdamW(adapter.parameters(), learning_rate)
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.lora import save_lora
-from lcm_core.files.safetensors import read_json, read_safetensors, write_json
+from lcm_core.files.quantised import quantise
+from lcm_core.files.safetensors import (
+    DIFFUSERS_WEIGHTS,
+    int8_variant,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from lcm_core.pipeline.model import Model, load_model
 from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.benchmark import FIRST_FILE, load_benchmark, load_first_features
@@ -28,6 +36,8 @@ from trainer.recipes.emoji.teacher import PREDICTION_TYPE
 TEACHER_GUIDANCE = (1.5, 2.0, 3.0)
 STUDENT_GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 """Guidance scales that are tried; the one of lowest FD becomes the default."""
+QUANTISED = ("unet_teacher", "unet_lcm", "vae")
+"""Networks whose weights are stored in 8 bits."""
 GUIDANCE_SAMPLES = 512
 """Pictures behind each trial of a guidance scale."""
 
@@ -68,26 +78,28 @@ def get_table(recipe: Recipe, folder: Path, models: dict[str, Model]) -> list[Ro
         table.row("LCM", "lcm", steps, student_guidance)
         table.row("teacher", "dpmpp_2m", steps, guidance)
         table.row("LCM-LoRA", "lcm", steps, 1.0)
-    table.row("teacher", "dpmpp_2m", 25, guidance)
-    for steps in (1, 2, 4, 8):
-        table.row("teacher", "euler", steps, guidance)
     return sorted(table.rows, key=lambda row: (row.model, row.sampler, row.steps))
 
 
 def get_first_table(recipe: Recipe, folder: Path, models: dict[str, Model], rows: list[Row]) -> list[Row]:
-    """The lines of the teacher with most steps and of the LCM, measured as the first benchmark did."""
+    """The lines with 4 steps of the teacher and of the LCM, measured as the first benchmark did."""
     benchmark = load_benchmark(recipe.options.samples, folder / SHIPPED.name, first=True)
     table = ScoreTable(recipe.options.work / f"first-table-{recipe.options.size}.json", benchmark, models)
-    wanted = (row for row in rows if (row.model, row.steps) in (("teacher", 25), ("LCM", 4)))
+    wanted = (row for row in rows if (row.model, row.steps) in (("teacher", 4), ("LCM", 4)))
     return [table.row(row.model, row.sampler, row.steps, row.guidance_scale) for row in wanted]
 
 
 def assemble(
     recipe: Recipe, folder: Path, networks: Mapping[str, AnyModule], loras: Mapping[str, dict[str, Tensor]]
 ) -> None:
-    """Write the model, in half precision, as a folder that `lcm_core` loads; networks and LoRAs by their places."""
+    """Write the model as a folder that `lcm_core` loads: networks and LoRAs by their places, in half precision, and
+    the largest in 8 bits."""
     for name, network in networks.items():
         copy.deepcopy(network).half().save_pretrained(folder / name)
+        if name in QUANTISED:
+            plain = folder / name / DIFFUSERS_WEIGHTS
+            write_safetensors(folder / name / int8_variant(plain.name), quantise(read_safetensors(plain)[0]))
+            plain.unlink()
         config = read_json(folder / name / "config.json")
         config.pop("_name_or_path", None)  # the work folder on this machine
         write_json(folder / name / "config.json", config)
@@ -118,7 +130,7 @@ def describe(recipe: Recipe, folder: Path, guidance_scale: float, teacher_guidan
 def finish(recipe: Recipe, folder: Path, rows: list[Row], first_rows: list[Row]) -> None:
     """Set the best guidance as the default and write the model card."""
     teacher, student = (
-        min((r for r in rows if (r.model, r.steps) == key), key=lambda r: r.fd) for key in (("teacher", 25), ("LCM", 4))
+        min((r for r in rows if (r.model, r.steps) == key), key=lambda r: r.fd) for key in (("teacher", 8), ("LCM", 4))
     )
     describe(recipe, folder, student.guidance_scale, teacher.guidance_scale)
     card = model_card(recipe.drawings, recipe.options.size, _cost(recipe), recipe.options.device, rows, first_rows)

@@ -31,11 +31,21 @@ from trainer.recipes.emoji.teacher import train_teacher
 STAGES = {
     "features": LoopConfig(steps=4000, batch_size=64, learning_rate=2e-3),
     "vae": LoopConfig(steps=60000, batch_size=8, learning_rate=8e-4, ema_decay=0.998),
-    "teacher": LoopConfig(steps=70000, batch_size=64, learning_rate=7e-4, save_every=300.0),
+    "teacher": LoopConfig(
+        steps=76000,
+        batch_size=64,
+        learning_rate=6e-4,
+        warmup_steps=2400,
+        cooldown=0.45,
+        adam_beta2=0.99,
+        max_grad_norm=0.5,
+        ema_decay=0.9999,
+        save_every=300.0,
+    ),
     "tiny": LoopConfig(steps=8000, batch_size=8, learning_rate=1e-3, ema_decay=0.998),
-    "lcm": LoopConfig(steps=6000, batch_size=32, learning_rate=2e-4, ema_decay=0.95),
-    "lora": LoopConfig(steps=1200, batch_size=32, learning_rate=1e-3, ema_decay=0.95),
-    "style": LoopConfig(steps=1000, batch_size=16, learning_rate=1e-3, ema_decay=0.99),
+    "lcm": LoopConfig(steps=16000, batch_size=32, learning_rate=3e-4, cooldown=0.6, ema_decay=0.95),
+    "lora": LoopConfig(steps=7400, batch_size=32, learning_rate=1e-3, cooldown=0.6, ema_decay=0.95),
+    "style": LoopConfig(steps=1400, batch_size=16, learning_rate=1e-3, cooldown=0.5, ema_decay=0.99),
 }
 """Each training stage's loop. The teacher's batch is of the smallest pictures; larger ones come in smaller batches."""
 DISTILLATION = LcdConfig(w_min=0.0, w_max=3.0)

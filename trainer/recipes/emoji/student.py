@@ -60,6 +60,7 @@ def distil_full(
     """Latent consistency distillation of the whole U-Net. The target network is the average, and the result."""
     unet = teacher["unet"].to(device)
     exact_output(unet)
+    prepare_unet(unet, StudentConfig(), (data.largest // 8, data.largest // 8))
     component = Component(unet.state_dict(), dict(unet.config))
     dtype = precision(device)
     student = full_student(component, unet_network(unet, dtype), StudentConfig(), dtype, device)
@@ -81,6 +82,7 @@ def distil_lora(
     """Latent consistency distillation into a LoRA (arXiv 2311.05556), in kohya's layout."""
     unet = copy.deepcopy(teacher["unet"]).to(device)
     exact_output(unet)
+    prepare_unet(unet, StudentConfig(), (data.largest // 8, data.largest // 8))
     student = lora_student(unet, unet_network(unet, precision(device)), StudentConfig(rank=rank))
     _distil(student, data, teacher, method, config, folder)
     return lora_state_dict(unet, ema=True, dtype=torch.float16)
@@ -95,4 +97,4 @@ def _distil(
     folder: Path,
 ) -> None:
     source = EncodedCaptions(data, teacher["text_encoder"].to(next(student.trained.parameters()).device))
-    distill(student, source, DIFFUSION, method, config, folder)
+    distill(student, source, DIFFUSION, method, config, folder, graphs=True)
