@@ -6,7 +6,7 @@ from functools import cache
 
 from diffusers import LCMScheduler
 from PIL import Image
-from webui_harness import EMOJI, Painted, WebUI
+from webui_harness import EMOJI, Painted, WebUI, to_base64
 
 from lcm_core.pipeline import Pipeline
 
@@ -40,6 +40,14 @@ def drawing() -> Image.Image:
     picture = Image.new("RGB", (64, 64), "white")
     picture.paste("red", (16, 16, 48, 48))
     return picture
+
+
+def left_half(picture: Image.Image) -> dict[str, object]:
+    """Of a request that paints the left half of a picture anew."""
+    mask = Image.new("L", picture.size, 0)
+    mask.paste(255, (0, 0, picture.width // 2, picture.height))
+    given = {"init_images": [to_base64(picture)], "mask": to_base64(mask)}
+    return {**given, "mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}
 
 
 def check_listed_once(webui: WebUI) -> None:

@@ -21,6 +21,7 @@ from webui_page import (
     generate,
     open_page,
     open_tab,
+    set_up,
     shoot,
     value_of,
     wait_for_active,
@@ -31,6 +32,7 @@ from lcm_core.pipeline import Pipeline
 
 pytestmark = pytest.mark.host
 PIZZA = "a slice of pizza, noto style"
+SETTINGS = {"steps": 3, "width": 64, "height": 64, "cfg_scale": 2, "seed": 5}
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +42,8 @@ def page(webui: WebUI) -> Iterator[Any]:
         yield opened
 
 
-def set_up(page: Any, sampler: str = "LCM Suite") -> None:
-    fill(page, "#txt2img_prompt", PIZZA)
-    choose(page, "#txt2img_sampling", sampler)
-    for name, value in (("steps", 3), ("width", 64), ("height", 64), ("cfg_scale", 2), ("seed", 5)):
-        fill(page, f"#txt2img_{name}", value)
-
-
 def test_pick_generate_and_paste_back(webui: WebUI, page: Any) -> None:
-    set_up(page)
+    set_up(page, PIZZA, "LCM Suite", **SETTINGS)
     picture = Image.open(io.BytesIO(generate(page)[0]))
     shoot(page, webui, "generated")
     infotext = picture.info["parameters"]
@@ -70,7 +65,7 @@ def test_pick_generate_and_paste_back(webui: WebUI, page: Any) -> None:
 
 
 def test_travel_shows_a_moving_picture_and_its_frames(webui: WebUI, page: Any) -> None:
-    set_up(page)
+    set_up(page, PIZZA, "LCM Suite", **SETTINGS)
     choose(page, "#script_list", "LCM latent travel")
     page.wait_for_selector("[id$=lcm_travel_points] textarea:visible")
     fill(page, "#script_txt2img_lcm_latent_travel_lcm_travel_points", "a green pear, twemoji style @ 7\n@ 9")
@@ -151,10 +146,7 @@ def test_the_new_lora_is_taken_into_the_page(webui: WebUI, page: Any) -> None:
     open_tab(page)
     wait_for_active(page, "start", "use")
     page.evaluate("() => switch_to_txt2img()")
-    fill(page, "#txt2img_prompt", "a red circle, noto style")
-    choose(page, "#txt2img_sampling", "Euler")
-    fill(page, "#txt2img_steps", 20)
-    fill(page, "#txt2img_cfg_scale", 7)
+    set_up(page, "a red circle, noto style", "Euler", steps=20, cfg_scale=7)
     open_tab(page)
     page.click("#lcm_distil_use")
     page.wait_for_function("() => document.querySelector('#txt2img_steps input[type=number]').value === '4'")

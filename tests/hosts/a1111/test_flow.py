@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from PIL import Image
-from sampling_references import drawing
+from sampling_references import drawing, left_half
 from webui_harness import Painted, WebUI, difference, to_base64
 
 pytestmark = pytest.mark.host
@@ -90,22 +90,9 @@ def test_image_to_image_begins_at_the_exact_strength(flow: tuple[WebUI, float]) 
 @pytest.mark.parametrize("flow", ["PredictionDiscreteFlow"], indirect=True)
 def test_a_mask_keeps_the_rest_and_cfg_runs_two_rows(flow: tuple[WebUI, float]) -> None:
     webui, _ = flow
-    mask = Image.new("L", (SIDE, SIDE), 0)
-    mask.paste(255, (0, 0, SIDE // 2, SIDE))
     picture = drawing().resize((SIDE, SIDE))
-    painted = webui.paint(
-        "img2img",
-        sampler_name="TCD Suite",
-        cfg_scale=3,
-        width=SIDE,
-        height=SIDE,
-        denoising_strength=0.8,
-        init_images=[to_base64(picture)],
-        mask=to_base64(mask),
-        mask_blur=0,
-        inpainting_fill=1,
-        inpaint_full_res=False,
-    )
+    settings = {"sampler_name": "TCD Suite", "cfg_scale": 3, "denoising_strength": 0.8, "width": SIDE, "height": SIDE}
+    painted = webui.paint("img2img", **settings, **left_half(picture))
     kept = (SIDE // 2 + 32, 0, SIDE, SIDE)
     assert painted.batches == [2] * 4
     assert difference(painted.pictures[0].crop(kept), picture.crop(kept)) <= 1

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampling_references import check, diffusers_timesteps
 from webui_harness import ROOT, WebUI, difference, to_base64
-from webui_page import ask_for_plan, browser_page, choose, fill, generate, open_tab, shoot, value_of, wait_for_active
+from webui_page import ask_for_plan, browser_page, generate, open_tab, set_up, shoot, value_of, wait_for_active
 
 from lcm_core.files.checkpoint import Component, ModelInfo, save_single_file
 from lcm_core.files.lora import save_lora
@@ -166,9 +167,7 @@ def test_samplers_paint_the_librarys_picture(reforge: WebUI, sampler: str, guida
     own = {"override_settings": {"skip_early_cond": -1}} if reforge.kind == "CLASSIC" else {}
     given = {"prompt": PROMPT, "negative_prompt": "fog", "sampler_name": sampler, "cfg_scale": guidance_scale}
     painted = reforge.paint(**given, **own)
-    assert painted.sampler == sampler
-    assert painted.timesteps == [999, 759, 499, 259]
-    assert painted.batches == [batch] * 4
+    check(painted, sampler, diffusers_timesteps(4), batch)
     settings = {"guidance_scale": guidance_scale, "sampler": sampler[:3].lower(), "negative_prompt": "fog"}
     assert difference(painted.pictures[0], reference(reforge, **settings)) <= 1
     assert np.asarray(painted.pictures[0]).std() > 2  # not blank
@@ -217,10 +216,7 @@ def test_in_the_browser(reforge: WebUI) -> None:
     reforge.load("random")
     reforge.call("/sdapi/v1/options", {"lcm_suite_distil_python": sys.executable})
     with browser_page(reforge) as page:
-        fill(page, "#txt2img_prompt", PROMPT)
-        choose(page, "#txt2img_sampling", "LCM Suite")
-        for name, value in (("steps", 2), ("width", 64), ("height", 64), ("cfg_scale", 1), ("seed", 1)):
-            fill(page, f"#txt2img_{name}", value)
+        set_up(page, PROMPT, "LCM Suite", steps=2, width=64, height=64, cfg_scale=1, seed=1)
         picture = Image.open(io.BytesIO(generate(page)[0]))
         assert "Sampler: LCM Suite" in picture.info["parameters"]
         wanted = reference(reforge, guidance_scale=1.0, num_inference_steps=2)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from sampling_references import left_half
 from webui_harness import Painted, WebUI, difference, to_base64
 
 pytestmark = pytest.mark.host
@@ -104,12 +105,9 @@ def inputs(mode: str) -> dict[str, Any]:
         return {}
     picture = Image.new("RGB", (96, 96), "white")
     picture.paste("red", (16, 24, 70, 60))
-    given: dict[str, Any] = {"init_images": [to_base64(picture)]}
     if mode == "inpaint":
-        mask = Image.new("L", (96, 96), 0)
-        mask.paste(255, (0, 0, 48, 96))
-        given |= {"mask": to_base64(mask), "mask_blur": 4, "inpainting_fill": 1, "inpaint_full_res": False}
-    return given
+        return left_half(picture) | {"mask_blur": 4}
+    return {"init_images": [to_base64(picture)]}
 
 
 def pasted(webui: WebUI, tab: str, infotext: str) -> dict[str, Any]:

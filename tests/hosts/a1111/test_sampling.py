@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from diffusers import LCMScheduler
-from PIL import Image
 from sampling_references import (
     NEGATIVE,
     PROMPT,
@@ -13,6 +12,7 @@ from sampling_references import (
     check_listed_once,
     diffusers_timesteps,
     drawing,
+    left_half,
     pipeline,
     reference,
 )
@@ -114,19 +114,8 @@ def test_image_to_image_runs_all_steps_at_exact_strength(webui: WebUI, strength:
 
 def test_inpainting_keeps_the_rest(webui: WebUI) -> None:
     webui.load("emoji_lcm")
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (0, 0, 32, 64))
-    painted = webui.paint(
-        "img2img",
-        sampler_name="LCM Suite",
-        cfg_scale=2,
-        denoising_strength=0.8,
-        init_images=[to_base64(drawing())],
-        mask=to_base64(mask),
-        mask_blur=0,
-        inpainting_fill=1,
-        inpaint_full_res=False,
-    )
+    settings = {"sampler_name": "LCM Suite", "cfg_scale": 2, "denoising_strength": 0.8}
+    painted = webui.paint("img2img", **settings, **left_half(drawing()))
     check(painted, "LCM Suite", diffusers_timesteps(4, 0.8), 1)
     kept = (40, 0, 64, 64)
     assert difference(painted.pictures[0].crop(kept), drawing().crop(kept)) <= 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from sampling_references import check, diffusers_timesteps
 from webui_harness import WebUI, difference
 
 from lcm_core.pipeline import Pipeline
@@ -34,9 +35,8 @@ def dress(webui: WebUI, name: str) -> None:
     for layer, inputs in ((0, _VECTOR), (2, width)):
         renamed[f"model.diffusion_model.label_emb.0.{layer}.weight"] = torch.zeros(width, inputs)
         renamed[f"model.diffusion_model.label_emb.0.{layer}.bias"] = torch.zeros(width)
-    renamed["conditioner.embedders.1.model.ln_final.weight"] = torch.zeros(
-        1
-    )  # by this the host knows: text is included
+    # by this the host knows that the text encoders are in the file
+    renamed["conditioner.embedders.1.model.ln_final.weight"] = torch.zeros(1)
     save_file(renamed, folder / f"sdxl_{name}.safetensors")
     description = yaml.safe_load((folder / f"{name}.yaml").read_text("utf-8"))
     (folder / f"sdxl_{name}.yaml").write_text(yaml.safe_dump(_sgm(description["model"]["params"])), "utf-8")
@@ -91,9 +91,7 @@ def load(webui: WebUI, name: str) -> None:
 def test_sdxl_with_and_without_negative_pass(webui: WebUI, sampler: str, guidance_scale: float, batch: int) -> None:
     load(webui, "emoji_teacher")
     painted = webui.paint(sampler_name=sampler, cfg_scale=guidance_scale, negative_prompt="a face, twemoji style")
-    assert painted.sampler == sampler
-    assert painted.timesteps == [999, 759, 499, 259]
-    assert painted.batches == [batch] * 4
+    check(painted, sampler, diffusers_timesteps(4), batch)
     wanted = pipeline("teacher")(
         "pizza, noto style",
         "a face, twemoji style",

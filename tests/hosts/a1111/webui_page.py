@@ -59,6 +59,14 @@ def fill(page: Any, selector: str, value: object) -> None:
     box.blur()
 
 
+def set_up(page: Any, prompt: str, sampler: str, **numbers: float) -> None:
+    """Text to image: prompt, sampler, and numbers by the ends of their ids."""
+    fill(page, "#txt2img_prompt", prompt)
+    choose(page, "#txt2img_sampling", sampler)
+    for name, value in numbers.items():
+        fill(page, f"#txt2img_{name}", value)
+
+
 def generate(page: Any) -> list[bytes]:
     """Press the button, and wait for new pictures."""
     gallery = "#txt2img_gallery img"
