@@ -18,8 +18,8 @@ README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 MOST_LINES = 150
 SET_UP = (
-    'pip install -c constraints.txt . && python -m lcm_core generate "a slice of pizza, noto style" --steps 4 '
-    "--output pizza.png",
+    'pip install -c constraints.txt . && python -m lcm_core generate "a panda, noto style" --steps 4 '
+    "--output panda.png",
     'pip install -c constraints.txt -e ".[test]" && pytest',
 )
 """The only set-up. A README in which these drift is the one mistake that every new user meets."""

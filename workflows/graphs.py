@@ -23,7 +23,7 @@ def text_to_image(g: Graph) -> None:
     - **guidance_scale** 0 takes the model's own. A full LCM follows any value at no cost: higher is stricter.
     """
     model, clip, vae, *_ = g.full_lcm()
-    positive = g.text(clip, "slice of pizza, noto style")
+    positive = g.text(clip, "panda, noto style")
     g.save(g.paint(model, positive, g.canvas()), vae, "text to image")
 
 
@@ -39,7 +39,7 @@ def lcm_lora(g: Graph) -> None:
     """
     model, clip, vae = g.teacher_with_lora()
     model = g.add("LCMApply", "LCM Apply", model=model, guidance_scale=0.0, original_steps=50)[0]
-    positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
+    positive, negative = g.text(clip, "hamburger, fluent style"), g.text(clip, "", "Negative prompt")
     settings = {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0}
     links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
     g.save(g.add("KSampler", "KSampler", **settings, **links)[0], vae, "lcm lora")
@@ -82,15 +82,16 @@ def inpainting(g: Graph) -> None:
 def two_pass_upscale(g: Graph) -> None:
     """# Two passes
 
-    The first pass composes at the size that the model knows, the second adds detail at twice the size.
+    The first pass composes at half the size, the second adds detail at the whole.
 
     - **Second pass**: *strength* 0.3 to 0.6; more invents more.
-    - **Upscale**: *scale_by* 1.5 to 2. The embedded model has never seen more than 128 pixels; it shows the way rather
-      than the quality. Take SD 1.5 or SDXL for that.
+    - **Size**: what the model knows best; the embedded one has never seen more than 128 pixels, so that here the first
+      pass takes 64.
+    - **Upscale**: *scale_by* 1.5 to 2.
     """
     model, clip, vae, *_ = g.full_lcm()
-    positive = g.text(clip, "grinning face, noto style")
-    first = g.paint(model, positive, g.canvas(1), "First pass")
+    positive = g.text(clip, "crying face, fluent style")
+    first = g.paint(model, positive, g.canvas(1, SIZE // 2), "First pass")
     larger = g.add("LatentUpscaleBy", "Upscale", samples=first, upscale_method="bicubic", scale_by=2.0)[0]
     g.save(g.paint(model, positive, larger, "Second pass", strength=0.5), vae, "two passes")
 
@@ -134,7 +135,7 @@ def tcd(g: Graph) -> None:
     sampler = g.add("LCMSampler", "LCM Sampler", sampler="tcd", gamma=0.3)[0]
     grid = {"steps": 4, "strength": 1.0, "original_steps": 50, "timesteps": ""}
     sigmas = g.add("LCMScheduler", "LCM Scheduler", model=model, **grid)[0]
-    positive, negative = g.text(clip, "red heart, noto style"), g.text(clip, "", "Negative prompt")
+    positive, negative = g.text(clip, "lion, fluent style"), g.text(clip, "", "Negative prompt")
     settings = {"add_noise": True, "noise_seed": 1, "cfg": 1.0}
     links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
     painted = g.add("SamplerCustom", "SamplerCustom", **settings, **links, sampler=sampler, sigmas=sigmas)[0]
@@ -178,15 +179,16 @@ def distil(g: Graph) -> None:
     """
     model, clip, vae, *_ = g.any_checkpoint()
     positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
+    small = SIZE // 2  # a quarter of the time
     slow = {"seed": 1, "steps": 20, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "denoise": 1.0}
     prompts = {"positive": positive, "negative": negative}
-    examples = g.add("KSampler", "20 steps", model=model, latent_image=g.canvas(8), **slow, **prompts)[0]
+    examples = g.add("KSampler", "20 steps", model=model, latent_image=g.canvas(8, small), **slow, **prompts)[0]
     training = {"output_name": "my_lcm_lora", "steps": 40, "batch_size": 2, "learning_rate": 0.001, "rank": 8, "w": 1.0}
-    rest = {"method": "lcd", "preview_every": 20, "seed": 1, "folder": "", "resolution": SIZE}
+    rest = {"method": "lcd", "preview_every": 20, "seed": 1, "folder": "", "resolution": small}
     rest["if_exists"] = "ask"
     links = {"model": model, "clip": clip, "vae": vae, "latents": examples, "positive": positive}
     learnt = g.add("LCMDistiller", "LCM Distiller", **training, **rest, **links)
-    g.save(g.paint(learnt[0], positive, g.canvas(), "4 steps", guidance_scale=1.0), vae, "distilled")
+    g.save(g.paint(learnt[0], positive, g.canvas(size=small), "4 steps", guidance_scale=1.0), vae, "distilled")
     g.add("PreviewImage", "While it learnt", images=learnt[3])
     g.add("PreviewImage", "Loss", images=learnt[4])
 
@@ -203,7 +205,7 @@ def steps_grid(g: Graph) -> None:
     model, clip, vae, *_ = g.full_lcm()
     lists = {"seed": 1, "steps": "1, 2, 4, 8", "guidance_scales": "1, 2, 4", "sampler": "lcm", "strength": 1.0}
     links = {"model": model, "latent_image": g.canvas(1), "vae": vae}
-    positive = g.text(clip, "slice of pizza, noto style")
+    positive = g.text(clip, "lion, fluent style")
     rest = {"gamma": 0.3, "original_steps": 50}
     grid = g.add("LCMStepsGrid", "LCM Steps Grid", **lists, **rest, **links, positive=positive)[0]
     g.add("SaveImage", "Save", filename_prefix="LCM Suite/steps grid", images=grid)
@@ -221,7 +223,7 @@ def flow_model(g: Graph) -> None:
     - **KSampler**: sampler *lcm* or *lcm_suite*, scheduler *simple* or *lcm_grid*, cfg 1.
     """
     model, clip, vae = g.teacher_with_lora(FLOW)
-    positive, negative = g.text(clip, "red apple, fluent style"), g.text(clip, "", "Negative prompt")
+    positive, negative = g.text(clip, "automobile, noto style"), g.text(clip, "", "Negative prompt")
     settings = {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "lcm_suite", "scheduler": "lcm_grid", "denoise": 1.0}
     links = {"model": model, "positive": positive, "negative": negative, "latent_image": g.canvas()}
     g.save(g.add("KSampler", "KSampler", **settings, **links)[0], vae, "flow model")

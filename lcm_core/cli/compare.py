@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
         commands,
         "compare",
         "Paint one grid: the teacher at 25 and 4 steps beside the LCM at 1, 2, 4 and 8.",
-        'compare "a slice of pizza, noto style" "a red apple, noto style" --output grid.png',
+        'compare "a panda, noto style" "a rocket, noto style" --output grid.png',
     )
     parser.set_defaults(run=run)
     parser.add_argument("prompts", nargs="+", metavar="prompt", help="one row for each prompt")

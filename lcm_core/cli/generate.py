@@ -38,7 +38,7 @@ _MOST_PICTURES = 10_000
 def add_to(commands: Any) -> None:
     """Declare the command."""
     parser = add_command(
-        commands, "generate", "Paint pictures.", 'generate "a slice of pizza, noto style" --steps 4 --output pizza.png'
+        commands, "generate", "Paint pictures.", 'generate "a panda, noto style" --steps 4 --output panda.png'
     )
     parser.set_defaults(run=run)
     parser.add_argument("prompt", nargs="?", help="what to paint, in quotes")

@@ -20,7 +20,7 @@ _LONGEST = 200  # characters of one metadata value; some trainers store whole wo
 def add_to(commands: Any) -> None:
     """Declare the command."""
     parser = add_command(
-        commands, "info", "Show a picture's settings, or what a model or LoRA file is.", "info pizza.png"
+        commands, "info", "Show a picture's settings, or what a model or LoRA file is.", "info panda.png"
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", help="picture, .safetensors file, model folder, or 'emoji'")

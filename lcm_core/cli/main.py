@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m lcm_core",
         description="Latent Consistency Models: text to image in 1 to 4 steps.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='example: python -m lcm_core generate "a slice of pizza, noto style" --output pizza.png',
+        epilog='example: python -m lcm_core generate "a panda, noto style" --output panda.png',
     )
     parser.add_argument("--version", action="version", version=f"lcm-suite {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

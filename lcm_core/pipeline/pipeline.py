@@ -48,7 +48,7 @@ class Pipeline:
     """A loaded model, ready to paint.
 
     >>> pipe = Pipeline.load("emoji")  # doctest: +SKIP
-    >>> pipe("a slice of pizza, noto style", seed=1).images[0].save("pizza.png")  # doctest: +SKIP
+    >>> pipe("a panda, noto style", seed=1).images[0].save("panda.png")  # doctest: +SKIP
     """
 
     def __init__(self, model: Model) -> None:
