@@ -20,7 +20,7 @@ _FULL: Values = {
 
 PRESETS: dict[str, tuple[str, Values]] = {
     "emoji": (
-        "the embedded model: minutes on a CPU, to see how everything works",
+        "the embedded model: some ten minutes on a CPU, to see how everything works",
         {
             "teacher": "emoji",
             "output": "runs/emoji-lora",
@@ -28,15 +28,15 @@ PRESETS: dict[str, tuple[str, Values]] = {
             "method": {"w_min": 1.0, "w_max": 1.0},
             "student": {"kind": "lora", "rank": 16},
             "training": {
-                "steps": 700,
-                "batch_size": 32,
+                "steps": 150,
+                "batch_size": 8,
                 "learning_rate": 1e-3,
-                "warmup_steps": 20,
+                "warmup_steps": 10,
                 "cooldown": 0.5,
                 "ema_decay": 0.95,
                 "save_every": 30.0,
             },
-            "report": {"preview_every": 100, "samples": 1024},
+            "report": {"preview_every": 50, "samples": 256},
         },
     ),
     "sd15-lora": ("LCM-LoRA for Stable Diffusion 1.x", _LORA),

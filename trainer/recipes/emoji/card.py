@@ -47,6 +47,8 @@ def model_card(
         "feature network, and the drawings' features, latents and names (`benchmark/`). The U-Nets and the VAE are",
         "stored in 8 bits, which their pictures do not show; `export` writes them as other programs read them.",
         "",
+        "![24 prompts, each at 4 steps with seed 1](../../../docs/emoji.png)",
+        "",
         "## Data",
         "",
         f"{len(drawings.entries)} drawings: Unicode's {', '.join(GROUPS.values())}",
