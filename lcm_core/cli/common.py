@@ -101,6 +101,23 @@ def parse_lora(text: str) -> tuple[str, float]:
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
+def parse_control(text: str) -> tuple[str, str, float]:
+    """`canny=picture.png:0.8`."""
+    name, found, rest = text.partition("=")
+    picture, strength = parse_lora(rest)
+    if not (found and name and picture):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no control; write e.g. canny=outlines.png:0.8")
+    return name, picture, strength
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`7` or `1,2,3`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of seeds; write e.g. 7, or 1,2,3") from None
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """`512` or `512x768` to (width, height)."""
     match = re.fullmatch(r"(-?\d+)(?:[xX](-?\d+))?", text.strip())

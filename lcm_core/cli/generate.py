@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lcm_core.cli.common import (
     Progress,
@@ -18,7 +18,8 @@ from lcm_core.cli.common import (
     check_output,
     load_pipeline,
     note,
-    parse_lora,
+    parse_control,
+    parse_seeds,
     plural,
     read_options,
 )
@@ -73,22 +74,46 @@ def add_to(commands: Any) -> None:
     add_model_options(parser)
 
 
+class _Work(NamedTuple):
+    """What a command line asks for, checked as far as that goes without the model."""
+
+    options: PictureOptions
+    pairs: list[tuple[str, int]]
+    """Each picture's prompt and seed."""
+    paths: list[Path]
+
+
 def run(args: argparse.Namespace) -> None:
     """Paint, and write each picture as soon as it is done."""
     from lcm_core.pipeline.image import check_storable
 
-    stored = _stored(args.source) if args.source else None
-    if args.class_name is not None and (args.prompt is not None or args.prompts is not None):
-        raise InputError("a prompt and --class were both given; use one of them")
-    if stored is not None and args.class_name is not None:
-        stored = replace(stored, prompt=None)  # a class takes the place of the picture's own
-    prompt, args.prompt = args.class_name if args.prompt is None else args.prompt, None
-    seeds, args.seed = args.seed, None
-    options = read_options(args) if stored is None else stored | read_options(args)
+    work = _read_work(args)
+    options = work.options
+    pipe, load_seconds = load_pipeline(options)
+    control = [(name, picture, strength) for name, picture, strength in options.control or ()]
+    first = pipe.resolve(options, options.image)
+    pictures = [replace(first, prompt=words, seed=seed).check() for words, seed in work.pairs]
+    _warn(pipe, first)
+    said = [pipe.describe(one, options.image, options.mask, control).said for one in pictures]
+    check_storable(work.paths[0], max(said, key=_prompt_length))
+    with Progress(pipe.count_steps(first) * len(pictures), "painting") as progress:
+        painted = pipe.paint(pictures, options.image, options.mask, args.batch, progress.step, control)
+        _save(zip(painted, said, work.paths, strict=True), args.sheet)
+    print(_summary(pipe, first, work, load_seconds, progress.seconds))
+
+
+def _read_work(args: argparse.Namespace) -> _Work:
     if not 1 <= args.batch <= _MOST_PICTURES:
         raise InputError(f"--batch {args.batch} is out of range; use 1 to {_MOST_PICTURES}")
-    prompts = _prompts(args, prompt, options.prompt)
-    seeds = _seeds(args.count, seeds, options.seed)
+    if args.class_name is not None and (args.prompt is not None or args.prompts is not None):
+        raise InputError("a prompt and --class were both given; use one of them")
+    asked = replace(read_options(args), seed=None)  # --seed may name several
+    stored = _stored(args.source) if args.source else None
+    if stored is not None and args.class_name is not None:
+        stored = replace(stored, prompt=None)  # a class takes the place of the picture's own
+    options = asked if stored is None else stored | asked
+    prompts = _prompts(args, options.prompt)
+    seeds = _seeds(args.count, args.seed, options.seed)
     if len(prompts) * len(seeds) > _MOST_PICTURES:
         raise InputError(f"{len(prompts) * len(seeds)} pictures were asked for; use up to {_MOST_PICTURES} at once")
     pairs = [(_filled(words, args.wildcards, seed), seed) for words in prompts for seed in seeds]
@@ -96,45 +121,18 @@ def run(args: argparse.Namespace) -> None:
     if stored is not None:
         _tell_files(args.source, stored, options)
         _use_threads(options.threads)
-    pipe, load_seconds = load_pipeline(options)
-    image, mask = options.image, options.mask
-    control = [(name, picture, strength) for name, picture, strength in options.control or ()]
-    first = pipe.resolve(options, image)
-    pictures = [replace(first, prompt=words, seed=seed).check() for words, seed in pairs]
-    _warn(pipe, first)
-    said = [pipe.describe(one, image, mask, control).said for one in pictures]
-    check_storable(paths[0], max(said, key=_prompt_length))
-    with Progress(pipe.count_steps(first) * len(pictures), "painting") as progress:
-        painted = pipe.paint(pictures, image, mask, args.batch, progress.step, control)
-        _save(zip(painted, said, paths, strict=True), args.sheet)
-    print(_summary(pipe, first, seeds, paths, load_seconds, progress.seconds))
+    return _Work(options, pairs, paths)
 
 
-def parse_control(text: str) -> tuple[str, str, float]:
-    """`canny=picture.png:0.8`."""
-    name, found, rest = text.partition("=")
-    picture, strength = parse_lora(rest)
-    if not (found and name and picture):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no control; write e.g. canny=outlines.png:0.8")
-    return name, picture, strength
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """`7` or `1,2,3`."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of seeds; write e.g. 7, or 1,2,3") from None
-
-
-def _prompts(args: argparse.Namespace, prompt: str | None, stored: str | None) -> list[str]:
+def _prompts(args: argparse.Namespace, prompt: str | None) -> list[str]:
+    """What to paint: each line of a file, the prompt, or the name of a class."""
     from lcm_core.pipeline.wildcards import read_lines
 
     if args.prompts is not None:
-        if prompt is not None:
+        if args.prompt is not None:
             raise InputError("a prompt and --prompts were both given; use one of them")
         return read_lines(args.prompts)
-    chosen = stored if prompt is None else prompt
+    chosen = prompt if args.class_name is None else args.class_name
     if chosen is None:
         raise InputError('no prompt was given; write one in quotes ("" for anything), or use --from PICTURE')
     return [chosen]
@@ -273,11 +271,9 @@ def _warn(pipe: Pipeline, settings: Settings) -> None:
         )
 
 
-def _summary(
-    pipe: Pipeline, settings: Settings, seeds: Sequence[int], paths: list[Path], load_seconds: float, seconds: float
-) -> str:
-    many = len(paths) > 1
-    where = f"{paths[0]} to {paths[-1].name}" if many else str(paths[0])
+def _summary(pipe: Pipeline, settings: Settings, work: _Work, load_seconds: float, seconds: float) -> str:
+    paths, seeds = work.paths, list(dict.fromkeys(seed for _, seed in work.pairs))
+    where = f"{paths[0]} to {paths[-1].name}" if len(paths) > 1 else str(paths[0])
     seed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     return (
         f"{where}: model {pipe.model.title}, {plural(settings.num_inference_steps, 'step')}, guidance "

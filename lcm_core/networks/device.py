@@ -70,6 +70,11 @@ def choose_dtype(device: Device, dtype: str | torch.dtype | None = None, paramet
     return torch.bfloat16 if kind == "cpu" and is_large and _cpu_has_bfloat16() else torch.float32
 
 
+def is_large(network: nn.Module) -> bool:
+    """Whether a network has at least `LARGE_ON_CPU` weights."""
+    return sum(weight.numel() for weight in network.parameters()) >= LARGE_ON_CPU
+
+
 def choose_memory_format(device: Device, memory_format: torch.memory_format | None = None) -> torch.memory_format:
     """The given layout, or the one in which convolutions are fastest: channels last, but not on Apple's GPUs."""
     if memory_format is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_core.networks.device import LARGE_ON_CPU
+from lcm_core.networks.device import is_large
 from lcm_core.networks.unet import UNet
 
 TRACED_AFTER = 4
@@ -25,7 +25,7 @@ Shapes = tuple[Any, ...]
 
 def trace_calls(unet: UNet) -> None:
     """Let a small U-Net on a CPU record its calls. Its weights must stay as they are from then on."""
-    if unet.device.type == "cpu" and sum(weight.numel() for weight in unet.model.parameters()) < LARGE_ON_CPU:
+    if unet.device.type == "cpu" and not is_large(unet.model):
         unet.forward = _Traced(unet.model)
 
 

@@ -27,7 +27,7 @@ from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.conditioning import flatten, pad_alike, repeat_alike
 from lcm_core.networks.control import Control, load_control
 from lcm_core.networks.cpu.optimise import optimise_unet, optimise_vae
-from lcm_core.networks.device import choose_device
+from lcm_core.networks.device import choose_device, is_large
 from lcm_core.networks.ip_adapter import IPAdapter
 from lcm_core.networks.unet import UNet
 from lcm_core.networks.vae import VAE
@@ -219,8 +219,8 @@ def load_model(
     network = open_network(source, place, dtype, memory_format)
     _check_channels(source.root, network, loaded_vae)
     merge_loras(network, text, loras)
-    # large networks; small ones run in float32, where packing gains nothing
-    if isinstance(network, UNet) and network.dtype == torch.bfloat16:
+    # packing gains nothing in small networks, which run in float32
+    if isinstance(network, UNet) and (network.dtype == torch.bfloat16 or is_large(network.model)):
         optimise_unet(network.model)
         optimise_vae(loaded_vae.model)
     said = recommended_for(source, network.guidance_embedding_dim is not None, [path for path, _ in files])

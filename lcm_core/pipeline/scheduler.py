@@ -19,11 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion
-from lcm_core.diffusion.grids import get_sigmas_lcm
+from lcm_core.diffusion.grids import get_sigmas_lcm, get_sigmas_trailing
 from lcm_core.diffusion.process import Process, RectifiedFlow
 from lcm_core.diffusion.samplers import sample_euler, sample_lcm, sample_tcd
 from lcm_core.errors import InputError
 from lcm_core.files.components import ModelInfo
+from lcm_core.files.recommended import FEW_STEP_SAMPLERS
 from lcm_core.pipeline.model import diffusion_of
 
 SAMPLERS = {"lcm": sample_lcm, "tcd": sample_tcd, "euler": sample_euler}
@@ -126,10 +127,10 @@ class LCMSuiteScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         original_inference_steps: int | None = None,
         strength: float = 1.0,
     ) -> None:
-        """Choose the grid: the skipping grid of latent consistency models, or your own.
+        """Choose the grid: the skipping grid of latent consistency models, the trailing one for euler, or your own.
 
         Args:
-            timesteps: falling; see `get_sigmas_lcm`.
+            timesteps: falling; see `get_sigmas_lcm`, and `get_sigmas_trailing` for euler without these.
             sigmas: of a flow, falling in (0, 1], before the shift; what Flux's pipeline gives is the even grid.
             mu: log of the shift, from pipelines that compute it from the picture's size.
             strength: share of the grid's noisy end that is left out is 1 - strength.
@@ -141,10 +142,12 @@ class LCMSuiteScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         process = self.diffusion.process
         if sigmas is not None:
             timesteps = self._shifted(sigmas, process)
-        points = original_inference_steps or self._settings.original_inference_steps
-        self.sigmas = get_sigmas_lcm(
-            process, None if timesteps is not None else num_inference_steps, points, strength, timesteps
-        ).double()
+        if timesteps is None and self._settings.sampler not in FEW_STEP_SAMPLERS:
+            self.sigmas = get_sigmas_trailing(process, num_inference_steps or 0, strength).double()
+        else:
+            points = original_inference_steps or self._settings.original_inference_steps
+            steps = None if timesteps is not None else num_inference_steps
+            self.sigmas = get_sigmas_lcm(process, steps, points, strength, timesteps).double()
         grid = process.sigma_to_t(self.sigmas[:-1])
         self.timesteps = (grid.float() if self.is_flow else grid.round().long()).to(device or "cpu")
         self._step_index = None

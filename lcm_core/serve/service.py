@@ -51,6 +51,7 @@ def read_options(fields: Fields, steps: str = "steps", guidance: str = "guidance
     return {
         "num_inference_steps": fields.whole(steps, 1, fields.limits.steps),
         "guidance_scale": fields.number(guidance, 0, 100),
+        "nag_scale": fields.number("nag", 0, 100),
         "width": fields.whole("width", 1, side),
         "height": fields.whole("height", 1, side),
         "negative_prompt": fields.text("negative_prompt") or None,

@@ -48,7 +48,7 @@ def a1111(prompts: list[str], encoder: str, tokenizer: str, result: str) -> dict
     for number, prompt in enumerate(prompts):
         schedule = prompt_parser.get_learned_conditioning_prompt_schedules([prompt], STEPS)[0]
         indexes, texts, _ = prompt_parser.get_multicond_prompt_list([prompt])
-        chunks = [zip(chunk.tokens, chunk.multipliers, strict=True) for chunk in host.tokenize_line(prompt)[0]]
+        chunks = host.tokenize_line(prompt)[0]
         with torch.no_grad():
             states[str(number)] = host([prompt])
         found.append(

@@ -87,6 +87,18 @@ def test_a_blend_is_one_of_its_ends(client: Any) -> None:
         assert receive(socket)[1].tobytes() == pixels[2]
 
 
+def test_what_is_to_be_avoided_changes_nothing(client: Any) -> None:
+    """Of the embedded model, which has no negative pass."""
+    with client.websocket_connect(LIVE) as socket:
+        pixels = []
+        for number, more in enumerate(({}, {"nag": 1}, {"nag": 4})):
+            socket.send_json({**MESSAGE, "id": number, "negative_prompt": "red", **more})
+            pixels.append(receive(socket)[1].tobytes())
+        assert pixels[0] == pixels[1] != pixels[2]
+        socket.send_json({**MESSAGE, "nag": "much"})
+        assert socket.receive_json()["error"] == "nag is 'much'; give a number from 0 to 100"
+
+
 def test_a_loop_does_not_move(client: Any) -> None:
     with client.websocket_connect(LIVE) as socket:
         for number, more in enumerate(({}, {"second_prompt": "a green pear"})):

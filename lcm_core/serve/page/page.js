@@ -14,9 +14,9 @@ const COLOURS = ["#d92b2b", "#f08c1a", "#f7d23e", "#3f9b43", "#2d6cdf", "#7a3fb0
 const STRIP = 6; // other seeds
 const FRAMES = 24; // of a loop
 const SETTINGS = [
-  "prompt", "second_prompt", "blend", "negative_prompt", "strength", "steps", "guidance", "seed", "model", "lora", "lora_strength",
+  "prompt", "second_prompt", "blend", "negative_prompt", "nag", "strength", "steps", "guidance", "seed", "model", "lora", "lora_strength",
 ];
-const NUMBERS = new Set(["blend", "strength", "steps", "guidance", "seed", "lora_strength"]);
+const NUMBERS = new Set(["blend", "nag", "strength", "steps", "guidance", "seed", "lora_strength"]);
 
 let socket = null;
 let drawn = false; // an empty canvas is not sent: the picture then comes from the prompt alone
