@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .apply import LCMApply
+from .control import LCMAdapterLoader
 from .grid import LCMStepsGrid
 from .interpolate import LCMLatentInterpolator
 from .ksampler import LCMKSampler
@@ -18,6 +19,7 @@ NODES = [
     LCMScheduler,
     LCMSampler,
     LCMLoraConvert,
+    LCMAdapterLoader,
     LCMStepsGrid,
     LCMLatentInterpolator,
     LCMTravel,

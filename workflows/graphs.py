@@ -104,12 +104,12 @@ def controlnet(g: Graph) -> None:
     - **Your picture**: drop yours on *Load Image*; *Canny* finds its outlines.
     - **ControlNet**: *strength* says how closely to follow them.
     - **Your own model**: any ControlNet or T2I-Adapter of the checkpoint's family works with an LCM. The embedded model
-      comes with a small T2I-Adapter, which stands in for one.
+      comes with a small T2I-Adapter, which stands in for one; for its widths it needs *LCM Adapter Loader*.
     """
     model, clip, vae, *_ = g.full_lcm()
     edges = g.add("Canny", "Outlines", image=g.scaled(g.picture(SKETCH)[0]), low_threshold=0.2, high_threshold=0.4)[0]
     g.add("PreviewImage", "What the ControlNet sees", images=edges)
-    control = g.add("ControlNetLoader", "ControlNet", control_net_name=CONTROL)[0]
+    control = g.add("LCMAdapterLoader", "ControlNet", control_net_name=CONTROL)[0]
     prompts = {
         "positive": g.text(clip, "red apple, fluent style"),
         "negative": g.text(clip, "", "Negative prompt"),

@@ -6,16 +6,13 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import comfy.controlnet
 import folder_paths
 import torch
 from torch import Tensor
 
 import nodes
-from lcm_core.pipeline.sources import MODELS
 
 SIDE, SEED, SCALE = 16, 3, 2.0
-CONTROL = MODELS / "emoji" / "control" / "emoji_canny.safetensors"
 Changes = dict[str, dict[str, Any]]
 CACHE = {"reuse_threshold": 5.0, "start_percent": 0.0, "end_percent": 0.9, "verbose": False}
 PATCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -161,7 +158,7 @@ def conditionings(suite: Any) -> Changes:
     masked = nodes.ConditioningSetMask().append
     span = nodes.ConditioningSetTimestepRange().set_range
     zero = nodes.ConditioningZeroOut().zero_out(positive)[0]
-    network = comfy.controlnet.load_controlnet(str(CONTROL))
+    network = suite.run("LCMAdapterLoader", control_net_name="emoji_canny.safetensors")[0]
     picture = ramp[..., None].expand(-1, -1, -1, 3)
     outlines = control(positive, negative, network, picture, 1.0, 0.0, 1.0)
     late = control(positive, negative, network, picture, 0.7, 0.3, 0.8)

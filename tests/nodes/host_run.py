@@ -19,6 +19,7 @@ start(Path(sys.argv[1]), FOLDER)
 
 import comfy.sample  # noqa: E402
 import torch  # noqa: E402
+from host_control import try_control  # noqa: E402
 from host_distil import try_distil_families, try_flow_teacher  # noqa: E402
 from host_families import try_families  # noqa: E402
 from host_loras import try_distiller, try_lora, try_stated  # noqa: E402
@@ -177,7 +178,7 @@ def main() -> None:
     else:
         trials = (try_sampling, try_grid, try_travel, try_bad_input, try_lora, try_distiller, try_stated)
         trials += (try_families, try_distil_families, try_flow_teacher, try_guidance, try_saved, try_stock_nodes)
-        trials += (try_patches, try_vae)
+        trials += (try_patches, try_vae, try_control)
         findings = {trial.__name__.removeprefix("try_"): trial(suite) for trial in trials}
         findings["replaced"] = {"at the start": suite.replaced, "at the end": replaced(suite.host)}
     (FOLDER / "findings.json").write_text(json.dumps(findings))

@@ -19,7 +19,9 @@ from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from lcm_core.networks.unet import load_unet
 from lcm_core.pipeline.model import Model, load_model
+from lcm_core.pipeline.sources import MODELS as SHIPPED
 from lcm_core.pipeline.sources import find_source
+from trainer.recipes.emoji.control import build_adapter
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 NEEDS_HOST = [
@@ -105,10 +107,46 @@ def peft_lora(width: int, rank: int = 4) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def save_adapters(folder: Path) -> None:
+    """T2I-Adapters of several widths, and files that are none, for the host; and in control.safetensors outlines, and
+    what diffusers' T2IAdapter makes of them, which is "NAME features NUMBER"."""
+    controls = folder / "models" / "controlnet"
+    controls.mkdir()
+    shipped = read_safetensors(SHIPPED / "emoji" / "control" / "emoji_canny.safetensors")[0]
+    widths = {"emoji": (64, 128, 128, 128), "odd": (32, 32, 48, 64), "usual": (32, 64, 128, 128)}
+    tensors = {"outlines": (torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(4)) > 0.9).float()}
+    for name, channels in widths.items():
+        torch.manual_seed(len(tensors))
+        adapter = build_adapter(list(channels)).requires_grad_(False)
+        if name == "emoji":
+            adapter.load_state_dict({key: weight.float() for key, weight in shipped.items()})
+        tensors |= {f"{name} features {i}": t.contiguous() for i, t in enumerate(adapter(tensors["outlines"]))}
+        state = adapter.state_dict()
+        save_file(host_layout(state) if name == "odd" else state, controls / f"{name}.safetensors")
+        if name == "odd":
+            del state["adapter.body.3.resnets.0.block1.bias"]
+            save_file(state, controls / "cut.safetensors")
+    save_file({"x": torch.zeros(1)}, controls / "other.safetensors")
+    save_file(tensors, folder / "control.safetensors")
+
+
+def host_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's weights as the first T2I-Adapters were saved, with blocks that are counted through."""
+    names = {f"adapter.body.{i}.resnets.{j}.": f"body.{2 * i + j}." for i in range(4) for j in range(2)}
+    names |= {f"adapter.body.{i}.in_conv.": f"body.{2 * i}.in_conv." for i in range(4)}
+    names["adapter.conv_in."] = "conv_in."
+    renamed = {}
+    for key, weight in state.items():
+        [start] = filter(key.startswith, names)
+        renamed[names[start] + key.removeprefix(start)] = weight
+    return renamed
+
+
 def run_trials(folder: Path) -> Any:
     """What all trials of the script found, in one run of the host."""
     models = layout(folder, find_source("emoji").info.prediction_type)
     save_tensors(folder, models["full"])
+    save_adapters(folder)
     loras = folder / "models" / "loras"
     loras.mkdir()
     unet = load_unet(find_source("emoji", "teacher").unet, "cpu", torch.float32)

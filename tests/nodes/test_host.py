@@ -144,6 +144,30 @@ def test_the_stock_nodes_know_ours_and_are_told_what_they_do_wrong(findings: Any
     assert "16x16 pixels, is too small for this MODEL" in found["too small"]
 
 
+def test_adapters_of_any_widths_guide_as_diffusers(findings: Any) -> None:
+    """The shipped T2I-Adapter, and one of other widths in the host's layout, which the stock loader cannot build, give
+    the features of diffusers' T2IAdapter; one of Stable Diffusion's widths is left to the stock loader."""
+    found = findings["control"]
+    for name, by_the_host in {"emoji": False, "odd": False, "usual": True}.items():
+        assert found[name]["by the host"] == by_the_host, name
+        assert len(found[name]["apart"]) == 4
+        assert max(found[name]["apart"]) <= 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("cut", "its weight 'body.6.block1.bias' is none, expected 64; download"),
+        ("other", "other.safetensors is no ControlNet or T2I-Adapter that this ComfyUI knows"),
+        ("gone", "gone.safetensors is not in models/controlnet"),
+    ],
+)
+def test_an_unfit_adapter_is_explained(findings: Any, case: str, said: str) -> None:
+    """One line, without a network that is built in part."""
+    assert said in findings["control"]["said"][case]
+    assert "\n" not in findings["control"]["said"][case]
+
+
 def test_nothing_of_the_host_is_replaced(findings: Any) -> None:
     """Every function, class and method is the one that the host came with: after the import, and after all trials."""
     assert findings["replaced"] == {"at the start": [], "at the end": []}

@@ -22,6 +22,7 @@ from tests.nodes.model_samplings import Discrete
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "ko", "zh", "ja")
 NODES = (
+    "LCMAdapterLoader",
     "LCMApply",
     "LCMCheckpointLoader",
     "LCMDistiller",

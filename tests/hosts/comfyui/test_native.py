@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 from comfyui import Server, export_into, make_base
-from graph import CONTROL, Graph, Link, Prompt
+from graph import CONTROL, SIZE, Graph, Link, Prompt
 from PIL import Image
 
 from lcm_core.pipeline import Pipeline
@@ -110,7 +110,7 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     sketch = server.base / "input" / SKETCH
     g = Graph()
     model, clip, vae, *_ = g.add("CheckpointLoaderSimple", ckpt_name=TEACHER)
-    control = g.add("ControlNetLoader", control_net_name=CONTROL)[0]
+    control = g.add("LCMAdapterLoader", control_net_name=CONTROL)[0]
     image, text = g.picture(SKETCH)[0], g.text(clip, PROMPT)
     guided = g.add("ControlNetApply", conditioning=text, control_net=control, image=image, strength=1.0)[0]
     settings = {"seed": 1, "steps": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "cfg": 1.0}
@@ -124,10 +124,10 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     adapter.load_state_dict(
         {k: v.float() for k, v in read_safetensors(MODELS / "emoji" / "control" / "emoji_canny.safetensors")[0].items()}
     )
-    hint = (load_image(sketch, (64, 64)) + 1).mean(1, keepdim=True) / 2
+    hint = (load_image(sketch, (SIZE, SIZE)) + 1).mean(1, keepdim=True) / 2
     with torch.no_grad():
         features = adapter(hint)
-        words = own.encode([PROMPT], 64, 64)["encoder_hidden_states"]
+        words = own.encode([PROMPT], SIZE, SIZE)["encoder_hidden_states"]
 
         def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return own.unet.model(x, t, words, down_intrablock_additional_residuals=list(features), return_dict=False)[
@@ -135,7 +135,7 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
             ]
 
         sigmas = get_sigmas_lcm(own.diffusion.process, None, timesteps=(999,))
-        x = initial_latents(initial_noise([1], (4, 8, 8)), float(sigmas[0]))
+        x = initial_latents(initial_noise([1], (4, SIZE // 8, SIZE // 8)), float(sigmas[0]))
         latents = Denoiser(network, own.diffusion)(x, sigmas[:1])
         expected = to_pil(own.vae.decode(latents))[0]
     assert_same(numpy.asarray(expected, int), painted)
@@ -155,7 +155,7 @@ def test_encoding_and_decoding_is_that_of_lcm_core(server: Server) -> None:
     [painted] = pictures(server, server.run(g.prompt))
     own = Pipeline.load("emoji", device="cpu", unet="teacher").model.vae
     with torch.no_grad():
-        expected = to_pil(own.decode(own.encode(load_image(sketch, (64, 64)))))[0]
+        expected = to_pil(own.decode(own.encode(load_image(sketch, (SIZE, SIZE)))))[0]
     assert_same(numpy.asarray(expected, int), painted)
 
 
