@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import urllib.request
 from typing import Any
 
 from playwright.sync_api import ConsoleMessage, Page, sync_playwright
@@ -52,13 +53,19 @@ _LOAD = "async (drawn) => { await app.loadGraphData(drawn); return (await app.gr
 
 
 class Browser:
-    """`with Browser(url) as page:` opens the page; what goes wrong in its console is in `errors`."""
+    """`with Browser(url) as page:` opens the page; what goes wrong in its console is in `errors`.
+
+    It is not the first visit, on which the page lays its templates over everything, at some time.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.errors: list[str] = []
 
     def __enter__(self) -> Browser:
+        visited = urllib.request.Request(f"{self.url}/settings/Comfy.TutorialCompleted", b"true")
+        visited.add_header("Content-Type", "application/json")
+        urllib.request.urlopen(visited, timeout=60).close()
         self._playwright = sync_playwright().start()
         chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
         self._browser = self._playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
