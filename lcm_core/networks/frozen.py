@@ -20,6 +20,9 @@ FORMATS = {"int8": 8, "fp8": 8, "nf4": 4}
 """Small formats of frozen weights -> bits of each."""
 _FEW = 1 << 14  # weights of a layer that is left as it is: it takes no memory, and inputs and outputs are often such
 _FP8 = torch.float8_e4m3fn
+_MANY = 1 << 24
+_AT_ONCE = {"cpu": 1 << 20}
+"""Weights of a linear layer that are converted at once, by the kind of device; a GPU needs more to be busy."""
 _CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
     3: (functional.conv1d, grad.conv1d_input),
     4: (functional.conv2d, grad.conv2d_input),
@@ -109,10 +112,10 @@ class _Frozen(torch.autograd.Function):
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight = _converted(layer, x)
         bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
         if isinstance(layer, nn.Linear):
-            return functional.linear(x, weight, bias)
+            return _linear(x, layer, bias)
+        weight = _converted(layer, x)
         run, _ = _CONVOLUTIONS[weight.ndim]
         result: Tensor = run(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         return result
@@ -120,19 +123,53 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         layer, [gradient] = ctx.layer, grads
-        weight = _converted(layer, gradient)
         if isinstance(layer, nn.Linear):
-            return (gradient @ weight).to(ctx.dtype), None
+            return _linear_backward(gradient, layer).to(ctx.dtype), None
+        weight = _converted(layer, gradient)
         _, invert = _CONVOLUTIONS[weight.ndim]
         options = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return invert(ctx.shape, weight, gradient, *options).to(ctx.dtype), None
 
 
-def _converted(layer: Any, x: Tensor) -> Tensor:
-    """The weight on the device and in the format of x; scaled, where 8-bit numbers have a scale."""
+def _linear(x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
+    """x W^T + b, some rows of W at a time, so that a large layer is never converted as a whole."""
+    blocks = _row_blocks(layer, x)
+    if len(blocks) == 1:
+        return functional.linear(x, _converted(layer, x), bias)
+    result = x.new_empty(*x.shape[:-1], layer.out_features)
+    for rows in blocks:
+        part = None if bias is None else bias[rows]
+        result[..., rows] = functional.linear(x, _converted(layer, x, rows), part)
+    return result
+
+
+def _linear_backward(gradient: Tensor, layer: Any) -> Tensor:
+    """g W, likewise; sums of several parts in float32."""
+    blocks = _row_blocks(layer, gradient)
+    if len(blocks) == 1:
+        return gradient @ _converted(layer, gradient)
+    total = gradient.new_zeros(*gradient.shape[:-1], layer.in_features, dtype=torch.float32)
+    for rows in blocks:
+        total += gradient[..., rows] @ _converted(layer, gradient, rows)
+    return total
+
+
+def _row_blocks(layer: Any, x: Tensor) -> list[slice]:
+    if hasattr(layer, "unpacked_weight") or (layer.weight.dtype, layer.weight.device) == (x.dtype, x.device):
+        return [slice(None)]
+    at_once = max(1, _AT_ONCE.get(x.device.type, _MANY) // layer.in_features)
+    return [slice(first, first + at_once) for first in range(0, layer.out_features, at_once)]
+
+
+def _converted(layer: Any, x: Tensor, rows: slice = slice(None)) -> Tensor:
+    """The weight, or some rows of it, on the device and in the format of x; scaled, where there is a scale."""
     unpack = getattr(layer, "unpacked_weight", None)
     if unpack is not None:
         return unpack().to(x.dtype)
-    weight: Tensor = layer.weight.to(x.device, x.dtype, non_blocking=True)
+    stored: Tensor = layer.weight[rows]
+    weight = stored.to(x.device, x.dtype, non_blocking=True)
     scale = getattr(layer, "scale_weight", None)
-    return weight if scale is None else weight * scale.to(x.device, x.dtype)
+    if scale is None:
+        return weight
+    scale = (scale[rows] if scale.numel() > 1 else scale).to(x.device, x.dtype)
+    return weight * scale if weight is stored else weight.mul_(scale)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from lcm_core.errors import InputError
+from lcm_core.networks import frozen
 from lcm_core.networks.frozen import FORMATS, quantise
 from lcm_core.networks.lora_layers import add_lora
 
@@ -69,6 +70,24 @@ def test_no_converted_weight_is_kept_for_the_backward_pass(kind):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         small(torch.randn(3, 128, requires_grad=True))
     assert kept == []
+
+
+def test_a_large_layer_is_never_converted_as_a_whole(monkeypatch):
+    """Some rows at a time, with the same result."""
+    torch.manual_seed(0)
+    _, small = made("int8", lambda: nn.Linear(128, 1000))
+    x = torch.randn(2, 5, 128, requires_grad=True)
+
+    def both():
+        output = small(x)
+        return output, torch.autograd.grad(output.sin().sum(), x)[0]
+
+    whole = both()
+    seen, convert = [], frozen._converted
+    monkeypatch.setitem(frozen._AT_ONCE, "cpu", 128 * 300)
+    monkeypatch.setattr(frozen, "_converted", lambda *args: seen.append(convert(*args)) or seen[-1])
+    torch.testing.assert_close(both(), whole)
+    assert [weight.shape[0] for weight in seen] == [300, 300, 300, 100] * 2
 
 
 def test_autocast_decides_what_is_computed_in():
