@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from quality_report import show
-from quality_trials import PAPER_W, Trial, Values, list_trials, train
+from quality_trials import PAPER_W, Trial, Values, list_trials, spent, train
 from torch import Tensor
 from torch.nn import functional
 
@@ -101,18 +101,19 @@ class Table:
 def run_trial(trial: Trial, table: Table, evaluation: Evaluation, args: argparse.Namespace) -> None:
     """Train and score one run, unless that was done."""
     labels = (trial.part, trial.name, trial.student, trial.seed, f"{trial.whole:g}")
-    if table.has(*labels):
+    missing = [steps for steps in STEPS if not table.has(*labels, steps=steps)]
+    if not missing:
         return
     guidance = 1.0 if trial.student == "lora" else 2.0
-    rows: list[Values] = []
 
     def use(model: Model) -> None:
-        rows.extend(score(trial.name, model, evaluation, STEPS, guidance_scale=guidance))
+        cost = describe_cost(args, *spent(trial, args))
+        for steps in missing:
+            table.add(labels, cost, score(trial.name, model, evaluation, [steps], guidance_scale=guidance))
         if trial.part == "methods":
             save_pictures(args.work / "samples" / f"{trial.name} {trial.student}", model, guidance)
 
-    samples, seconds = train(trial, args, use)
-    table.add(labels, describe_cost(args, samples, seconds), rows)
+    train(trial, args, use)
     (args.work / trial.folder / "run" / "state.safetensors").unlink()  # large, and done with
 
 

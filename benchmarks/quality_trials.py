@@ -164,9 +164,10 @@ def count_steps(trial: Trial, args: argparse.Namespace) -> int:
     return count
 
 
-def train(trial: Trial, args: argparse.Namespace, use: Callable[[Model], None] | None = None) -> tuple[int, float]:
-    """Train, from wherever it was stopped, and let `use` have the student. Returns samples seen, and seconds."""
-    samples, seconds = (0, 0.0) if trial.begins_with is None else train(trial.begins_with, args)
+def train(trial: Trial, args: argparse.Namespace, use: Callable[[Model], None] | None = None) -> None:
+    """Train, from wherever it was stopped, and let `use` have the student."""
+    if trial.begins_with is not None:
+        train(trial.begins_with, args)
     folder = args.work / trial.folder
     config = configure(trial, folder, count_steps(trial, args), args)
     if use is not None or not weights(trial, args).exists():
@@ -176,8 +177,13 @@ def train(trial: Trial, args: argparse.Namespace, use: Callable[[Model], None] |
         if use is not None:
             with painter(setup, student, "student") as model:
                 use(model)
-    log = read_log(folder)
-    return samples + len(log) * config.training.batch_size, seconds + sum(entry["seconds"] for entry in log)
+
+
+def spent(trial: Trial, args: argparse.Namespace) -> tuple[int, float]:
+    """Samples seen by a run and by the one that it began with, and seconds."""
+    samples, seconds = (0, 0.0) if trial.begins_with is None else spent(trial.begins_with, args)
+    log = read_log(args.work / trial.folder)
+    return samples + len(log) * COMMON["batch_size"], seconds + sum(entry["seconds"] for entry in log)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

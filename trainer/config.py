@@ -35,6 +35,8 @@ class StudentConfig:
     base_dtype: str = ""
     """Store the frozen weights under a LoRA in int8, fp8 or nf4 (needs bitsandbytes), and convert each when its layer
     runs: half or a quarter of bfloat16's memory, slower; as they are computed with where empty."""
+    sharded: bool = False
+    """Share all weights out over the processes (FSDP2), which each gather a block when it runs; with one, nothing."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third slower, much less memory."""
     compile: bool = False

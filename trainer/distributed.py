@@ -78,7 +78,8 @@ class Gradients:
 
     def __init__(self, modules: Sequence[nn.Module], processes: Processes, parts: int) -> None:
         self.parts, self._shared = parts, None
-        if processes.size > 1:
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if processes.size > 1 and not is_shared_out(parameters):  # these add up by themselves
             self._shared = DistributedDataParallel(_Together(modules), find_unused_parameters=True)
             # torch reads the types of a hook's arguments, but not as the texts that they are in this file
             self._shared.register_comm_hook(None, lambda state, bucket: _add_up(bucket))
@@ -113,6 +114,33 @@ class _Together(nn.Module):
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
         return compute()
+
+
+def is_shared_out(parameters: Iterable[Tensor]) -> bool:
+    """Whether each process has only its part of some of these, see `trainer.sharded`."""
+    return any(hasattr(parameter, "to_local") for parameter in parameters)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with the parts of all processes, which must all ask for it."""
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full
+
+
+def own_part(value: Tensor) -> Tensor:
+    """What this process has of a tensor, in its place."""
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local
+
+
+def shared_out_like(value: Tensor, parameter: Any) -> Tensor:
+    """A whole tensor, as each process has it, in parts as a parameter is; nothing is sent."""
+    if not hasattr(parameter, "to_local"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    there = value.to(parameter.device)
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _backward(loss: Tensor, scaler: torch.amp.GradScaler) -> Tensor:

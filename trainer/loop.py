@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig
-from trainer.distributed import Gradients, Processes
+from trainer.distributed import Gradients, Processes, own_part, whole
 from trainer.machine import peak_memory
 from trainer.progress import show_progress
 from trainer.ranges import check_choices
@@ -62,7 +62,7 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, over the parameters that `model` trains."""
     averaged = dict(ema.named_parameters())
-    pairs = [(averaged[name], p) for name, p in model.named_parameters() if p.requires_grad]
+    pairs = [(own_part(averaged[name]), own_part(p)) for name, p in model.named_parameters() if p.requires_grad]
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1.0 - decay)
 
 
@@ -122,7 +122,8 @@ def train(
             stop = float(stopping())
             losses = loss_fn(step, step_generator(config.seed, step))
             own = gradients.add([losses] if isinstance(losses, Tensor) else losses, scaler)
-            loss, stop = processes.total([own, stop])
+            due = float(processes.is_main and state.age() > config.save_every)
+            loss, stop, due = processes.total([own, stop, due])  # all processes save at once, or none
             state.updating = True
             moved = any(p.grad is not None for p in trained)  # a critic may have the step to itself
             _update(step, loss, config, optimizer, state, scaler)
@@ -136,8 +137,9 @@ def train(
             if callback is not None and processes.is_main:
                 callback(step, loss)
             if stop:
+                state.save()
                 raise KeyboardInterrupt
-            if state.age() > config.save_every:
+            if due:
                 state.save()
 
 
@@ -180,7 +182,7 @@ def _clip(parameters: list[nn.Parameter], config: LoopConfig) -> float:
     """Limit the norm of the gradients. Returns what it was, 0 where there are none."""
     if all(parameter.grad is None for parameter in parameters):
         return 0.0
-    return float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
 
 
 def _update(

@@ -33,6 +33,8 @@ from trainer.outputs import write_weights, write_workflow
 from trainer.report.page import write_report
 from trainer.report.tables import to_markdown
 from trainer.setup import Setup, begin, examine, say
+from trainer.sharded import shard_student
+from trainer.state import load_weights
 from trainer.students import (
     Student,
     choose_precision,
@@ -85,6 +87,9 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
     student = build_student(setup, _largest(cache))
     if processes.is_main:
         say(f"{trained_parameters(student):,} trainable parameters, {len(cache):,} pictures, on {processes.device}")
+    sharded = config.student.sharded and processes.size > 1
+    if sharded:
+        shard_student(student, processes)
     prompts = preview_prompts(config, cache)
     preview = partial(paint_preview, setup, student, prompts) if config.report.preview_every else None
 
@@ -103,6 +108,9 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
         watch,
         processes,
     )
+    if sharded and processes.is_main:  # which alone writes and paints, for which it needs all of the weights
+        student = build_student(setup, _largest(cache))
+        load_weights(folder / "run", student.trained, student.average)
     return student, prompts
 
 

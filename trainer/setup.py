@@ -29,6 +29,7 @@ from trainer.options import describe_run, to_dict
 from trainer.progress import check_trackers
 from trainer.ranges import check_ranges
 from trainer.report.prompts import read_prompts
+from trainer.sharded import check_sharded
 from trainer.starts import check_flow_map, check_lora_start
 from trainer.state import has_state
 from trainer.students import check_compile, check_same_layers, choose_precision
@@ -44,6 +45,7 @@ MAY_CHANGE = {
     "data.cache",
     "data.cache_batch",
     "data.shard_size",
+    "student.sharded",
     "student.gradient_checkpointing",
     "student.compile",
     "training.steps",
@@ -111,6 +113,7 @@ def examine(config: DistillConfig) -> Setup:
     check_trackers(config.training.trackers)
     check_compile(config.student, processes.device)
     check_base_dtype(config.student)
+    check_sharded(config)
     processes.rows(config.training.batch_size, config.training.accumulation)
     weights = read_component(source.unet, "unet").tensors.values()
     count = sum(tensor.numel() for tensor in weights)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.safetensors import check_checksum, read_safetensors, write_safetensors
+from trainer.distributed import is_shared_out, shared_out_like, whole
 
 
 class Log(NamedTuple):
@@ -81,6 +82,11 @@ class State:
         return self.folder / EARLIER_STATE
 
     @property
+    def is_shared_out(self) -> bool:
+        """Whether each process has only a part of the weights, so that all of them must save."""
+        return is_shared_out(self.parameters.values())
+
+    @property
     def next_step(self) -> int:
         """The step to go on with."""
         return len(self.log)
@@ -97,14 +103,17 @@ class State:
     def save(self) -> None:
         """Write the state, whole or not at all, if there is anything new; only one process does."""
         if self.next_step != self.saved_step and self.writes:
+            tensors = self._tensors()
             log = torch.tensor([tuple(line) for line in self.log], dtype=torch.float64)
             seconds = {"step": str(self.next_step), "seconds": f"{sum(line.seconds for line in self.log):.1f}"}
             if self._is_whole and self.path.exists():
                 keep_copy(self.path, self.earlier)
-            write_safetensors(self.path, {**self._tensors(), "log": log}, seconds)
+            write_safetensors(self.path, {**tensors, "log": log}, seconds)
             self._is_whole = True
             with atomic_write(self.folder / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(line._asdict()) + "\n" for line in self.log), encoding="utf-8")
+        elif self.next_step != self.saved_step and self.is_shared_out:
+            self._tensors()  # of which the process that writes needs the parts
         self.saved_step, self.saved_at = self.next_step, time.monotonic()
 
     def load(self) -> int:
@@ -120,17 +129,19 @@ class State:
         self._check(tensors)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"online.{name}"])
+                parameter.copy_(shared_out_like(tensors[f"online.{name}"], parameter))
             for name, parameter in self.averages.items():
-                parameter.copy_(tensors[f"ema.{name}"])
+                parameter.copy_(shared_out_like(tensors[f"ema.{name}"], parameter))
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             field, _, name = rest.partition(".")
             if kind in ("moment", "number"):
                 parameter = self.parameters[name]
                 # moments in their parameter's own memory layout, which a fused optimiser insists on
-                like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-                ready = value.item() if kind == "number" else torch.empty_like(like, dtype=value.dtype).copy_(value)
+                is_each = value.shape == parameter.shape  # else one number for all
+                like = parameter if is_each else value.to(parameter.device)
+                given = shared_out_like(value, parameter) if is_each else value
+                ready = value.item() if kind == "number" else torch.empty_like(like, dtype=value.dtype).copy_(given)
                 self.optimizer.state[parameter][field] = ready
         if self.scaler is not None and _SCALE in tensors:
             scale, steps = tensors[_SCALE].tolist()
@@ -142,11 +153,12 @@ class State:
 
     @contextmanager
     def saved_on_exit(self) -> Iterator[None]:
-        """Save at the end and on any exception between two updates of the weights."""
+        """Save at the end and on any exception between two updates of the weights. Weights that are shared out are not
+        saved on an exception, of which the other processes may not know."""
         try:
             yield
         except BaseException:
-            if not self.updating:
+            if not self.updating and not self.is_shared_out:
                 self.save()
             raise
         self.save()
@@ -168,8 +180,8 @@ class State:
             return tensors
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"online.{n}": p.detach() for n, p in self.parameters.items()}
-        tensors |= {f"ema.{n}": p.detach() for n, p in self.averages.items()}
+        tensors = {f"online.{n}": self._ready(p) for n, p in self.parameters.items()}
+        tensors |= {f"ema.{n}": self._ready(p) for n, p in self.averages.items()}
         if self.scaler is not None:
             said = self.scaler.state_dict()
             tensors[_SCALE] = torch.tensor([said["scale"], said["_growth_tracker"]], dtype=torch.float64)
@@ -177,8 +189,16 @@ class State:
             for field, value in self.optimizer.state[parameter].items():
                 # AdamW counts in tensors, bitsandbytes in plain numbers; each must get its own kind back
                 kind = "moment" if isinstance(value, Tensor) else "number"
-                tensors[f"{kind}.{field}.{name}"] = torch.as_tensor(value)
+                tensors[f"{kind}.{field}.{name}"] = self._ready(torch.as_tensor(value))
         return tensors
+
+    def _ready(self, value: Tensor) -> Tensor:
+        """A tensor as it is written. Of one that is shared out the process that writes has the whole, in main memory,
+        the others nothing."""
+        if not is_shared_out([value]):
+            return value.detach()
+        full = whole(value.detach())
+        return full.cpu() if self.writes else full[:0]
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         own = {f"online.{n}": p for n, p in self.parameters.items()} | {f"ema.{n}": p for n, p in self.averages.items()}
@@ -190,6 +210,21 @@ class State:
                 f"{self.path} was saved by a run with other networks (first difference: '{odd}'); "
                 "choose another output folder, or the settings that it was started with"
             )
+
+
+def load_weights(folder: Path, trained: nn.Module, average: nn.Module | None) -> None:
+    """Put what a run has saved into a student's trained weights and into their average.
+
+    Raises:
+        InputError: the state is damaged.
+    """
+    tensors = read_checked(folder / STATE)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(tensors[f"online.{name}"])
+        for name, parameter in () if average is None else average.named_parameters():
+            if f"ema.{name}" in tensors:
+                parameter.copy_(tensors[f"ema.{name}"])
 
 
 def read_checked(path: Path) -> dict[str, Tensor]:

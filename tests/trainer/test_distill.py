@@ -87,6 +87,8 @@ def test_what_cannot_be_used_is_named_in_one_line(teachers, photos, tmp_path, ca
         (["--start", "no/such_lora.safetensors"], "start no/such_lora.safetensors is not there"),
         (["--student", "full", "--start", "no/such/model.safetensors"], "no/such/model.safetensors"),
         (["--method", "segmented", "--phases", "99"], "phases=99"),
+        (["--sharded", "--preview-every", "5"], "preview_every does not go with sharded"),
+        (["--sharded", "--preview-every", "0", "--base-dtype", "int8"], "base_dtype does not go with sharded"),
         (["--original-steps", "2000"], "original_steps=2000"),
     ],
 )
