@@ -67,6 +67,7 @@ def _shard(network: Any, mesh: Any) -> None:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts that are gathered one after the other: those that diffusers says are not to be split."""
+    """The parts that are gathered one after the other: those that diffusers says are not to be split; those inside of
+    others first, as FSDP wants them."""
     names = set(getattr(network, "_no_split_modules", None) or ())
-    return [module for module in network.modules() if type(module).__name__ in names]
+    return [module for module in network.modules() if type(module).__name__ in names][::-1]

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,15 @@ def start(command, count, **more):
         subprocess.Popen([*map(str, command)], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
+    end = time.monotonic() + 400
     try:
-        return [worker.wait(timeout=200) for worker in workers]
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < end:
+            time.sleep(0.1)
+            if any(worker.poll() for worker in workers):  # the others are told by their connection, or by the launcher
+                end = min(end, time.monotonic() + 10)
+        for worker in workers:
+            worker.terminate()
+        return [worker.wait(timeout=30) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

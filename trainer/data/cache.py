@@ -27,19 +27,18 @@ from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.device import choose_device
 from trainer.data.batches import Batch, LatentCache, Pick
 from trainer.data.encode import Data, Images, text_maker
+from trainer.data.fill import fill
 from trainer.data.hashing import FileHashes, hash_json
 from trainer.data.index import check_unchanged, find_index, index_path, write_index
 from trainer.data.paint import Prompts, Shipped
 from trainer.data.settings import DataConfig
-from trainer.data.shards import Shards, fill, is_unchanged, known_whole, remember_whole
+from trainer.data.shards import FORMAT, Contents, Shards, is_unchanged, known_whole, remember_whole
 from trainer.data.teacher import Teacher
 from trainer.data.versions import write_versions
 from trainer.distributed import Processes
 
 __all__ = ["Batch", "CachePlan", "LatentCache", "Pick", "open_data", "plan_cache", "prepare", "write_skipped"]
 
-FORMAT = 3
-"""Part of every hash; to be raised when the contents of shards change their meaning."""
 EMOJI = "emoji"
 """`DataConfig.path` that stands for the shipped drawings."""
 
@@ -169,8 +168,10 @@ def plan_cache(
     written = write_versions(captions, config)
     text_identity = {"captions": hash_json(written), "text": teacher.hash_text(), "format": FORMAT}
     each = 1 if config.is_image_free else config.variant_count  # pictures from one picture of the data
-    latents = Shards(folder / "latents", identity, len(data.captions), max(1, config.shard_size // each))
-    texts = Shards(folder / "text", text_identity, len(written), config.shard_size)
+    shard = max(1, config.shard_size // each)
+    latents = Shards(folder / "latents", identity, len(data.captions), shard, data.contents())
+    about = {name: value for name, value in text_identity.items() if name != "captions"}
+    texts = Shards(folder / "text", text_identity, len(written), config.shard_size, Contents(about, lambda: written))
     return CachePlan(config, teacher, data, captions, latents, texts)
 
 

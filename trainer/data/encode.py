@@ -27,7 +27,7 @@ from trainer.data.hashing import FileHashes, hash_json
 from trainer.data.items import Skipped
 from trainer.data.labels import read_labelled
 from trainer.data.settings import DataConfig
-from trainer.data.shards import Maker
+from trainer.data.shards import FORMAT, Contents, Maker
 from trainer.data.teacher import Teacher
 
 LATENTS, NUMBERS, TIME_IDS = "latents ", "numbers ", "time_ids "
@@ -57,6 +57,9 @@ class Data(Protocol):
     def identity(self) -> dict[str, Any]:
         """All that the latents depend on, as plain JSON values."""
 
+    def contents(self) -> Contents | None:
+        """What each row of the latents is of; None where that is not known."""
+
     def load(self, device: torch.device) -> Maker:
         """Load the networks that make latents."""
 
@@ -85,11 +88,28 @@ class Images:
 
     def identity(self) -> dict[str, Any]:
         """Pictures, their names (which seed the augmentation), VAE, buckets and augmentation."""
-        config = self.config
-        augmentation = [config.flip, config.crop, config.colour, config.teacher_seed] if config.is_augmented else []
         return {
             "pictures": self.hashes.digest(self.source.files),
             "names": hash_json([item.key for item in self.source.items]),
+            **self._made_by(),
+        }
+
+    def contents(self) -> Contents | None:
+        """Of pictures in files of their own, or in tars: the file's contents, and the name, a seed."""
+        files = [item.file for item in self.source.items]
+        if None in files:
+            return None
+
+        def keys() -> list[str]:
+            known = dict(zip(self.source.files, self.hashes.each(self.source.files), strict=True))
+            return [f"{known[item.file]} {item.key}" for item in self.source.items if item.file is not None]
+
+        return Contents({"latents": self._made_by(), "format": FORMAT}, keys)
+
+    def _made_by(self) -> dict[str, Any]:
+        config = self.config
+        augmentation = [config.flip, config.crop, config.colour, config.teacher_seed] if config.is_augmented else []
+        return {
             "vae": self.teacher.hash_vae(),
             "buckets": self.buckets,
             "augmentation": [config.variant_count, *augmentation],
@@ -99,7 +119,7 @@ class Images:
         """Load the VAE."""
         vae = self.teacher.open_vae(device, torch.float32)
 
-        def make(numbers: range) -> dict[str, Tensor]:
+        def make(numbers: Sequence[int]) -> dict[str, Tensor]:
             rows, skipped = Rows(), list[tuple[str, str]]()
             waiting: dict[tuple[int, int], list[tuple[int, Tensor, Window]]] = {}
 
@@ -181,7 +201,7 @@ def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) 
     text = teacher.open_text(device, precision)
     told = False
 
-    def make(numbers: range) -> dict[str, Tensor]:
+    def make(numbers: Sequence[int]) -> dict[str, Tensor]:
         with warnings.catch_warnings(record=True) as cut:
             warnings.simplefilter("always")
             cond = text.encode([captions[number] for number in numbers])

@@ -31,14 +31,18 @@ class FileHashes:
         self.path = path
 
     def digest(self, files: Sequence[Path]) -> str:
-        """One hash of the contents of all files, in their order.
+        """One hash of the contents of all files, in their order."""
+        return hash_json(self.each(files))
+
+    def each(self, files: Sequence[Path]) -> list[str]:
+        """A hash of each file's contents.
 
         A file that cannot be read counts as such: its pictures are skipped when their turn comes.
         """
         known = _read_known(self.path)
         before = len(known)
         shown = tqdm(files, desc="reading the data once", unit="file", delay=2)
-        result = hash_json([_remember(known, file) for file in shown])
+        result = [_remember(known, file) for file in shown]
         if len(known) != before:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(known, indent=0, sort_keys=True), encoding="utf-8")

@@ -41,6 +41,8 @@ class Item:
     """Decodes the picture, turned as its EXIF orientation says; raises InputError where it cannot be read."""
     repeats: int = 1
     """How often it comes in an epoch."""
+    file: Path | None = None
+    """The file that it is in, where that is known."""
 
 
 @dataclass(frozen=True)

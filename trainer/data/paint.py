@@ -20,7 +20,7 @@ from trainer.data.encode import Rows
 from trainer.data.hashing import hash_json, hash_tensors
 from trainer.data.items import Skipped
 from trainer.data.settings import DataConfig
-from trainer.data.shards import Maker
+from trainer.data.shards import FORMAT, Contents, Maker
 from trainer.data.sources import read_prompts
 from trainer.data.teacher import Teacher
 
@@ -42,9 +42,16 @@ class Prompts:
 
     def identity(self) -> dict[str, Any]:
         """Prompts, all of the teacher but its VAE, and how it paints."""
+        return {"prompts": hash_json(self.captions), **self._made_by()}
+
+    def contents(self) -> Contents:
+        """The prompt, and the number, which seeds the noise."""
+        keys = [f"{number} {prompt}" for number, prompt in enumerate(self.captions)]
+        return Contents({"latents": self._made_by(), "format": FORMAT}, lambda: keys)
+
+    def _made_by(self) -> dict[str, Any]:
         config = self.config
         return {
-            "prompts": hash_json(self.captions),
             "text": self.teacher.hash_text(),
             "unet": self.teacher.hash_unet(self.prediction_type),
             "painting": [self.side, config.teacher_steps, config.teacher_guidance, config.teacher_seed],
@@ -68,7 +75,7 @@ class Prompts:
         time_ids = (self.side, self.side, 0, 0, self.side, self.side)
 
         @torch.inference_mode()
-        def paint(numbers: range) -> Tensor:
+        def paint(numbers: Sequence[int]) -> Tensor:
             captions = [self.captions[number] for number in numbers]
             cond, uncond = (model.encode(words, self.side, self.side) for words in (captions, [""] * len(captions)))
             guided = model.guided(denoiser, cond, uncond, scale)
@@ -76,7 +83,7 @@ class Prompts:
             x = initial_latents(noise, sigmas[0], process=process)
             return sample_dpmpp_2m(guided, x, sigmas, disable=True, process=process).cpu()
 
-        def make(numbers: range) -> dict[str, Tensor]:
+        def make(numbers: Sequence[int]) -> dict[str, Tensor]:
             rows = Rows()
             for start in range(0, len(numbers), config.cache_batch):
                 part = numbers[start : start + config.cache_batch]
@@ -109,13 +116,16 @@ class Shipped:
         """The drawings, and the VAE that their latents belong to."""
         return {"shipped": hash_json(self.captions), "latents": hash_tensors({"latents": self.latents})}
 
+    def contents(self) -> None:
+        """Nothing is encoded, so that nothing is to be saved."""
+
     def load(self, device: torch.device) -> Maker:
         """Nothing to load."""
         side = self.teacher.resolution
 
-        def make(numbers: range) -> dict[str, Tensor]:
+        def make(numbers: Sequence[int]) -> dict[str, Tensor]:
             rows = Rows(exact=True)
-            part = self.latents[numbers.start : numbers.stop]
+            part = self.latents[list(numbers)]
             rows.add(part, numbers, [(side, side, 0, 0, side, side)] * len(numbers))
             return rows.tensors([])
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import (
@@ -19,15 +19,25 @@ from lcm_core.files.safetensors import (
     read_json,
     read_safetensors,
     write_json,
-    write_safetensors,
 )
 from trainer.data.hashing import hash_json
-from trainer.distributed import Processes
 
-Maker = Callable[[range], dict[str, Tensor]]
+Maker = Callable[[Sequence[int]], dict[str, Tensor]]
 """A function from the numbers of pictures (or captions) to the tensors of their shard."""
+FORMAT = 3
+"""Part of every hash; to be raised when the contents of shards change their meaning."""
 _CHECKED, _SUFFIX = "checked.json", ".safetensors"
 _STALE = 3600.0  # seconds after which a temporary file is nobody's: a shard is written in a moment
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the rows of shards are of, so that a later cache can take those that it needs, too."""
+
+    made_by: Mapping[str, Any]
+    """All that a row depends on but its own picture or caption, as plain JSON values."""
+    keys: Callable[[], Sequence[str]]
+    """A text for each picture or caption, by number, which decides the rest of its row."""
 
 
 class Shards:
@@ -36,9 +46,14 @@ class Shards:
     Args:
         stem: path and first part of the folder's name.
         identity: plain JSON values that the contents depend on.
+        total, each: how many things.
+        contents: what the rows are of, where that is known.
     """
 
-    def __init__(self, stem: Path, identity: Mapping[str, Any], total: int, each: int) -> None:
+    def __init__(
+        self, stem: Path, identity: Mapping[str, Any], total: int, each: int, contents: Contents | None = None
+    ) -> None:
+        self.contents = contents
         self.identity = {**identity, "each": each}
         self.folder = stem.with_name(f"{stem.name}-{hash_json(self.identity)}")
         self.total, self.each = total, each
@@ -105,27 +120,6 @@ class Shards:
             warnings.warn(f"{what}; it is made again", stacklevel=2)
             return False
         return True
-
-
-def fill(shards: Shards, load: Callable[[], Maker], processes: Processes, what: str) -> None:
-    """Make this process's share of the shards that are missing or damaged; the networks are loaded only if there is
-    one. What a thing took is kept in `speed.json`, for estimates."""
-    mine = range(processes.rank, len(shards), processes.size)
-    checked = tqdm(
-        mine, desc=f"checking cached {what}", unit="file", delay=2, leave=False, disable=not processes.is_main
-    )
-    known = known_whole(shards.folder)
-    missing = [i for i in checked if not is_unchanged(shards.path(i), known) and not shards.is_whole(i)]
-    if not missing:
-        return
-    make, started = load(), time.monotonic()
-    total = sum(len(shards.numbers(index)) for index in missing)
-    with tqdm(total=total, desc=f"caching {what}", unit=what[:-1], disable=not processes.is_main) as bar:
-        for index in missing:
-            write_safetensors(shards.path(index), make(shards.numbers(index)))
-            bar.update(len(shards.numbers(index)))
-    if processes.is_main:
-        write_json(shards.speed, {"seconds": (time.monotonic() - started) / (total * processes.size)})
 
 
 def known_whole(folder: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def read_folder(root: Path, column: str = "", folder_names: bool = False) -> Fou
             said = settings_of(name, folders)
             own = stated.pop(name) if name in stated else read_text(root / beside) if beside and not column else ""
             caption = own or ("" if column else said.caption)
-            items.append(Item(name, caption, partial(_open_file, root / name, name), said.repeats))
+            items.append(Item(name, caption, partial(_open_file, root / name, name), said.repeats, root / name))
         except InputError as error:
             skipped.append((name, str(error)))
     skipped += [(name, LONE_CAPTION) for name in sorted([*stated, *(texts - used)])]

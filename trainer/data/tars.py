@@ -120,7 +120,7 @@ def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], ski
     except InputError as error:
         skipped.append((key, str(error)))
         return
-    items.append(Item(key, caption, partial(_open_member, path, picture, key)))
+    items.append(Item(key, caption, partial(_open_member, path, picture, key), file=path))
 
 
 def _caption(path: Path, span: Span, column: str) -> str:
