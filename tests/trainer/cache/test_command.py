@@ -67,7 +67,7 @@ def test_a_full_disk_is_named_and_loses_nothing(config, made, tmp_path):
             prepare(config, "emoji", tmp_path, "cpu")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    kept = {name: data for name, data in contents(made[0]).items() if re.match(r"latents-\w+/\d", name)}
+    kept = {name: data for name, data in contents(made[0]).items() if re.match(r"latents-\w+/\d|\w+-\w+/keys", name)}
     assert contents(tmp_path) == kept
     assert not list(tmp_path.glob("*/.*"))
 
