@@ -183,12 +183,12 @@ def test_words_beyond_75_are_left_out() -> None:
 
 def test_a_prompt_takes_long_to_read() -> None:
     """Thousands of brackets must not take minutes, nor end in a RecursionError."""
-    start = time.perf_counter()
+    start = time.process_time()
     for prompt in ("[" * 30_000 + "]" * 30_000, "[a:" * 30_000, "(a" * 30_000, "a" + " " * 50_000 + "b BREAK AND"):
         for read in (parse_weights, split_parts, lambda text: texts_at_steps(text, 2)):
             with contextlib.suppress(InputError):
                 read(prompt)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
