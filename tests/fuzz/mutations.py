@@ -18,7 +18,7 @@ TEXTS = ["", "x", "1", "-1", "1e9", "nan", "../evil.txt", "/evil.txt", "\0", LON
 NUMBERS = [0, 1, -1, 2, 3, 7, 64, 1000, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e308, math.nan, math.inf]
 odd: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, False, *NUMBERS, *TEXTS, [], {}, [1], ["x"], [[]], {"x": 1}, _DEEP]
-)
+).map(copy.deepcopy)  # what is put into one document is changed there, and must be whole in the next
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

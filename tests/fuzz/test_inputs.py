@@ -7,13 +7,16 @@ slow one draws 10,000 other inputs; pytest's `--hypothesis-seed` repeats one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tests.fuzz.guards import Case, Worker
 from tests.fuzz.kinds import KINDS, Strategy
+from tests.fuzz.mutations import odd
 
 
 def fuzz(worker: Worker, cases: SearchStrategy[Case], count: int, repeatable: bool) -> None:
@@ -37,6 +40,14 @@ def fuzz(worker: Worker, cases: SearchStrategy[Case], count: int, repeatable: bo
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_same_inputs_each_time(worker: Worker, tiny_models: Path, kind: Strategy) -> None:
     fuzz(worker, kind(tiny_models), KINDS[kind][0], repeatable=True)
+
+
+@settings(max_examples=20, derandomize=True, database=None, deadline=None)
+@given(st.lists(odd, min_size=40, max_size=40))
+def test_no_value_is_part_of_two_inputs(values: list[Any]) -> None:
+    """A list that one input has changed would be another one in the next, and a seed would not give the same again."""
+    containers = [id(value) for value in values if isinstance(value, (list, dict))]
+    assert len(set(containers)) == len(containers)
 
 
 @pytest.mark.slow
