@@ -82,6 +82,7 @@ class WebUI:
         if with_extension:
             (extensions / "lcm-suite").symlink_to(ROOT, target_is_directory=True)
         (extensions / "probe").symlink_to(PROBE, target_is_directory=True)
+        (self.data / "tmp").mkdir(exist_ok=True)  # where Neo's page puts pictures; it does not make the folder
         (self.data / "modules").symlink_to(self.checkout / "modules")  # what `export` knows a web UI by
         if self.is_forge:
             (self.data / "modules_forge").symlink_to(self.checkout / "modules_forge")
