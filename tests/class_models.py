@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,13 @@ def save_model(kind: str, folder: Path) -> Path:
     names = NAMES if kind != "dit" else {**NAMES, **{number: f"thing {number}" for number in range(3, 1000)}}
     file.write_text(json.dumps({**index, "id2label": names}))
     return folder
+
+
+def models_in(root: Path) -> Callable[[str], Path]:
+    """`make(kind)`: the folder of a model under `root`, which is made once."""
+
+    def make(kind: str) -> Path:
+        folder = root / kind
+        return folder if folder.exists() else save_model(kind, folder)
+
+    return make

@@ -17,20 +17,14 @@ from lcm_core.files.checkpoint import read_component
 from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import make_inputs, paint
 from lcm_core.pipeline.image import read_settings
-from tests.class_models import KINDS, build_network, save_model
+from tests.class_models import KINDS, build_network, models_in
 
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    root = tmp_path_factory.mktemp("classes")
-
-    def make(kind):
-        folder = root / kind
-        return folder if folder.exists() else save_model(kind, folder)
-
-    return make
+    return models_in(tmp_path_factory.mktemp("classes"))
 
 
 def our_picture(folder, guidance, **asked):

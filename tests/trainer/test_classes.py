@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcm_core.errors import InputError
 from lcm_core.pipeline import Pipeline
-from tests.class_models import KINDS, save_model
+from tests.class_models import KINDS, models_in
 from trainer.cli.main import main
 from trainer.data.cache import prepare
 from trainer.data.labels import read_labelled
@@ -24,13 +24,7 @@ QUICK += ["--samples", "0", "--warmup-steps", "1", "--guidance-embedding-dim", "
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    root = tmp_path_factory.mktemp("classes")
-
-    def make(kind):
-        folder = root / kind
-        return folder if folder.exists() else save_model(kind, folder)
-
-    return make
+    return models_in(tmp_path_factory.mktemp("classes"))
 
 
 @pytest.fixture(scope="module")

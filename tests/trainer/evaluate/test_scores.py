@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lcm_core.errors import InputError
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.model import load_model
+from tests.trainer.evaluate.numbered import Item, means
 from trainer.distributed import Processes
 from trainer.evaluate.metrics import frechet_distance, recall
 from trainer.evaluate.scores import Evaluation, benchmark_evaluation, evaluate_rows, folder_evaluation, read_pictures
@@ -67,23 +67,6 @@ def test_a_perfect_and_a_broken_model_are_told_apart():
     assert row["fd"] == pytest.approx(frechet_distance(real, real[:16] + 100))
 
 
-class Item:
-    """What the trainer's data gives: a name, a caption, a picture that may be broken."""
-
-    def __init__(self, number):
-        self.key, self.caption, self.number = f"{number}.png", f"caption {number}", number
-
-    def open(self):
-        if self.number == 3:
-            raise InputError("3.png is broken")
-        return Image.new("RGB", (16, 16), (self.number * 10, 0, 0))
-
-
-def means(pictures):
-    """Features that show which picture they are of."""
-    return pictures.float().flatten(2).mean(2)
-
-
 def test_real_pictures_are_read_in_order_and_broken_ones_are_named():
     real = read_pictures([Item(i) for i in range(7)], (16, 16), means, ALONE)
     assert real.captions == [f"caption {i}" for i in (0, 1, 2, 4, 5, 6)]
@@ -102,7 +85,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     for count in (1, 2):
         out = tmp_path / f"{count}.json"
         launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *launch, str(script), str(out)], check=True, env=environment, timeout=300)
         rows, *rest = json.loads(out.read_text())
         outputs.append(({k: v for k, v in rows[0].items() if k != "images_per_second"}, rest))
@@ -115,23 +98,11 @@ def test_two_processes_measure_what_one_does(tmp_path):
 def _worker_source():
     return """
 import json, sys, torch
-from PIL import Image
-from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
 from trainer.evaluate.scores import Evaluation, evaluate_rows, read_pictures
 from trainer.evaluate.share import from_main
 from trainer.distributed import join_processes
-
-class Item:
-    def __init__(self, number):
-        self.key, self.caption, self.number = f"{number}.png", f"caption {number}", number
-    def open(self):
-        if self.number == 3:
-            raise InputError("3.png is broken")
-        return Image.new("RGB", (16, 16), (self.number * 10, 0, 0))
-
-def means(pictures):
-    return pictures.float().flatten(2).mean(2)
+from tests.trainer.evaluate.numbered import Item, means
 
 processes = join_processes(torch.device("cpu"))
 real = read_pictures([Item(i) for i in range(7)], (16, 16), means, processes)
