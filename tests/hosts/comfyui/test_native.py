@@ -15,10 +15,12 @@ from graph import CONTROL, SIZE, Graph, Link, Prompt
 from PIL import Image
 
 from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline.sources import MODELS
 
 FULL_LCM, TEACHER = "emoji_lcm.safetensors", "emoji_teacher.safetensors"
 LCM_LORA, SKETCH = "emoji_lcm_lora.safetensors", "lcm_suite_sketch.png"
 PROMPT = "slice of pizza, noto style"
+TINY_VAE = MODELS / "emoji" / "vae_tiny"  # the one that the host's loaders can build
 STEPS = 4
 TIMESTEPS = (999, 749, 499, 249)  # of ComfyUI's "simple" scheduler
 
@@ -65,7 +67,7 @@ def test_stock_nodes_paint_the_picture_of_the_pipeline(
     server: Server, checkpoint: str, lora: str | None, unet: str
 ) -> None:
     """Wrong when a weight, the tokenizer, the heads, the prediction type, the LoRA or the VAE is read otherwise."""
-    pipe = Pipeline.load("emoji", device="cpu", unet=unet, lora=[("lcm_lora", 1.0)] if lora else ())
+    pipe = Pipeline.load("emoji", device="cpu", vae=TINY_VAE, unet=unet, lora=[("lcm_lora", 1.0)] if lora else ())
     guided = unet == "lcm"  # its guidance is in the weights; ComfyUI's loader settles it at the model's default
     scale = pipe.model.settings().guidance_scale if guided else 2.0
     expected = pipe(PROMPT, seed=1, sampler="euler", timesteps=TIMESTEPS, guidance_scale=scale).images[0]
@@ -77,7 +79,6 @@ def test_stock_nodes_paint_the_picture_of_the_pipeline(
 def test_the_other_prediction_type_is_followed(server: Server, tmp_path: Path) -> None:
     """Wrong when the prediction type is not read from the file. The picture means nothing, but must be the same."""
     from lcm_core.cli.main import main
-    from lcm_core.pipeline.sources import MODELS
 
     other = tmp_path / "other"
     other.mkdir()
@@ -89,7 +90,7 @@ def test_the_other_prediction_type_is_followed(server: Server, tmp_path: Path) -
     (other / "model.json").write_text(json.dumps(card), encoding="utf-8")
     command = ["export", "--model", str(other), "--unet", "teacher", "--to", "comfyui", "--path", str(server.base)]
     assert main(command) == 0
-    pipe = Pipeline.load(other, device="cpu", unet="teacher")
+    pipe = Pipeline.load(other, device="cpu", vae=TINY_VAE, unet="teacher")
     expected = pipe(PROMPT, seed=1, sampler="euler", timesteps=TIMESTEPS, guidance_scale=1.0).images[0]
     [painted] = pictures(server, server.run(_stock("other_teacher.safetensors", None, 1.0)[0]))
     assert_same(numpy.asarray(expected, int), painted)
@@ -105,7 +106,6 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     from lcm_core.diffusion.samplers import initial_latents, initial_noise
     from lcm_core.files.safetensors import read_safetensors
     from lcm_core.pipeline.image import load_image, to_pil
-    from lcm_core.pipeline.sources import MODELS
 
     sketch = server.base / "input" / SKETCH
     g = Graph()
@@ -118,7 +118,7 @@ def test_outlines_guide_as_they_were_trained_to(server: Server) -> None:
     g.save(g.add("KSampler", **settings, **links)[0], vae, "guided")
     [painted] = pictures(server, server.run(g.prompt))
 
-    own = Pipeline.load("emoji", device="cpu", unet="teacher").model
+    own = Pipeline.load("emoji", device="cpu", vae=TINY_VAE, unet="teacher").model
     channels = list(own.unet.model.config.block_out_channels)
     adapter = T2IAdapter(1, channels, num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
     adapter.load_state_dict(
@@ -153,7 +153,7 @@ def test_encoding_and_decoding_is_that_of_lcm_core(server: Server) -> None:
     latent = g.add("VAEEncode", pixels=g.picture(sketch.name)[0], vae=vae)[0]
     g.save(latent, vae, "round trip")
     [painted] = pictures(server, server.run(g.prompt))
-    own = Pipeline.load("emoji", device="cpu", unet="teacher").model.vae
+    own = Pipeline.load("emoji", device="cpu", vae=TINY_VAE, unet="teacher").model.vae
     with torch.no_grad():
         expected = to_pil(own.decode(own.encode(load_image(sketch, (SIZE, SIZE)))))[0]
     assert_same(numpy.asarray(expected, int), painted)
