@@ -21,7 +21,7 @@ from .attachments import attach_guidance, attach_recommended, take_recommended
 from .guidance import take_guidance
 from .host import say, schema
 from .model_patches import inspect_model
-from .native_vae import own_config, take_vae
+from .native_vae import as_taesd, own_config, take_vae
 
 _FOLDERS = ("checkpoints", "diffusion_models")
 _SHIPPED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -77,6 +77,10 @@ class EmojiVAE(comfy.sd.VAE):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__(sd=state, config=own_config())
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """What the host saves: the tiny VAE, which its loaders can build."""
+        return as_taesd()
 
 
 def load_checkpoint(path: str, **options: Any) -> tuple[Any, ...]:

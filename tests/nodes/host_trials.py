@@ -12,6 +12,8 @@ import torch
 from comfy_extras import nodes_model_advanced, nodes_model_merging
 
 import nodes
+from lcm_core.networks.vae import load_vae
+from lcm_core.pipeline.sources import MODELS
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -61,7 +63,8 @@ def try_saved(suite: Any) -> dict[str, str]:
 
 
 def try_vae(suite: Any) -> dict[str, Any]:
-    """The embedded model's VAE from the stock loaders, and after the stock nodes have saved it, beside our loader's."""
+    """What the stock loaders take for the embedded model's VAE, and what the stock nodes save of it, beside its tiny
+    VAE in lcm_core."""
     model, clip, own, _ = suite.load("full.safetensors")
     vaes = {"stock loader": nodes.CheckpointLoaderSimple().load_checkpoint("full.safetensors")[2]}
     lists = {name: Path(folder_paths.get_folder_paths(name)[0]) for name in ("vae", "checkpoints")}
@@ -74,10 +77,10 @@ def try_vae(suite: Any) -> dict[str, Any]:
     vaes["saved"] = nodes.CheckpointLoaderSimple().load_checkpoint("with vae.safetensors")[2]
     vaes["saved, by our loader"] = suite.load("with vae.safetensors")[2]
     latents = suite.tensors["image"] / 4
-    image = own.decode(latents)
-    encoded = own.encode(image)
-    weights = [sum(weight.numel() for weight in vae.first_stage_model.parameters()) for vae in (own, vaes["saved"])]
-    found: dict[str, Any] = {"weights": weights}
+    tiny, scale = load_vae(MODELS / "emoji" / "vae_tiny", "cpu", "float32"), 0.18215
+    image = ((tiny.decode(latents * scale) + 1) / 2).clamp(0, 1).movedim(1, -1)
+    encoded = tiny.encode(image.movedim(-1, 1) * 2 - 1) / scale
+    found: dict[str, Any] = {}
     for name, vae in vaes.items():
         found[f"decoded, {name}"] = apart(vae.decode(latents), image)
         found[f"encoded, {name}"] = apart(vae.encode(image), encoded)

