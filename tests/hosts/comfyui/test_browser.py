@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import urllib.error
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ _PANEL_FITS = """(number) => {
   const parts = [...document.querySelectorAll(".lcm-suite-panel *")].map((part) => part.getBoundingClientRect().bottom);
   return Math.max(...parts) > 0 && Math.max(...parts) <= bottom + 1;
 }"""
+_DIALOG = ".p-dialog-mask"
 _CENTER = "(number) => app.canvas.centerOnNode(app.graph.getNodeById(number))"
 _SET = """(wanted) => {
   for (const node of app.graph._nodes)
@@ -78,8 +80,12 @@ def test_a_workflow_names_all_files_that_are_to_be_downloaded(name: str) -> None
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
-def test_a_blueprint_goes_into_any_graph(page: Browser, name: str) -> None:
+def test_a_blueprint_goes_into_any_graph(page: Browser, server: Server, name: str) -> None:
     """Wrong when the page cannot draw it, or its subgraph is not made of what is in the blueprint."""
+    try:
+        server.get("/global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI knows no blueprints")
     page.errors.clear()
     drawn = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
     page.load(drawn)
@@ -137,6 +143,10 @@ def _distiller(page: Browser, drawn: dict[str, Any]) -> int:
     page.load(drawn)
     [number] = [node["id"] for node in drawn["nodes"] if node["type"] == "LCMDistiller"]
     page.evaluate(_CENTER, number)
+    for _ in range(10):  # what an earlier graph has brought up, such as a list of missing models
+        if page.page.locator(_DIALOG).count():
+            page.page.keyboard.press("Escape")
+            page.page.wait_for_timeout(500)
     return number
 
 
