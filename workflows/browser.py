@@ -10,7 +10,7 @@ from typing import Any
 from playwright.sync_api import ConsoleMessage, Page, sync_playwright
 
 # Failures to reach the outside and notices of the page itself say nothing about a workflow.
-_NOISE = ("net::ERR", "Failed to load resource", "userdata", "preload", "Deprecat", "deprecat")
+_NOISE = ("net::ERR", "Failed to fetch", "Failed to load resource", "userdata", "preload", "Deprecat", "deprecat")
 
 _SIZES = {
     "CLIPTextEncode": [320, 140],
