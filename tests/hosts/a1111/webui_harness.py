@@ -87,6 +87,8 @@ class WebUI:
         if self.is_forge:
             (self.data / "modules_forge").symlink_to(self.checkout / "modules_forge")
         (self.data / "config.json").write_text(json.dumps(_SETTINGS), encoding="utf-8")
+        # What it writes here at its first start: until then Neo's page leaves the prompt out of what is pasted.
+        (self.data / "ui-config.json").write_text(json.dumps({"txt2img/Prompt/value": ""}), encoding="utf-8")
 
     def export(self, model: str | Path = "emoji") -> None:
         """Put a model in with the command that users have."""
