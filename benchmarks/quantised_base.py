@@ -43,7 +43,9 @@ def make_network(kind: str, width: int, layers: int) -> nn.Module:
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             scale = 0.0 if name == "bias" else 1 / math.sqrt(parameter[0].numel())
-            made = (torch.randn(parameter.shape, generator=generator) * scale).bfloat16()
+            made = torch.empty(parameter.shape, dtype=torch.bfloat16)
+            for part in made.split(128):  # or the layers' float32 numbers would be the peak
+                part.copy_(torch.randn(part.shape, generator=generator) * scale)
             setattr(module, name, nn.Parameter(made, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros(buffer.shape))

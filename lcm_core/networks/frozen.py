@@ -61,8 +61,7 @@ def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
     check_format(kind)
     for layer in layers_of(network).values():
         if type(layer) in LAYERS and layer.weight.numel() >= _FEW:  # others have a forward pass of their own
-            weight = layer._parameters.pop("weight").detach().to(device, torch.float32)
-            _store(layer, weight, kind)
+            _store(layer, layer._parameters.pop("weight").detach(), kind, device)
             layer.forward = _forward_of(layer)
     network.to(device)
 
@@ -86,22 +85,25 @@ def _forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: run_frozen(x, layer)
 
 
-def _store(layer: Any, weight: Tensor, kind: str) -> None:
+def _store(layer: Any, weight: Tensor, kind: str, device: torch.device) -> None:
     if kind == "nf4":
         from bitsandbytes import functional as bnb
 
+        weight = weight.to(device, torch.float32)
         packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
         layer.weight = torch.zeros(1, device=weight.device).expand(weight.shape)  # for code that asks for its shape
         layer.unpacked_weight = lambda: bnb.dequantize_4bit(packed, state)
         return
-    largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
-    if kind == "int8":
-        scale = largest / 127
-        layer.weight = (weight / scale).round().to(torch.int8)
-    else:
-        scale = largest / torch.finfo(_FP8).max
-        layer.weight = (weight / scale).to(_FP8)
-    layer.scale_weight = scale
+    dtype, most = (torch.int8, 127.0) if kind == "int8" else (_FP8, torch.finfo(_FP8).max)
+    layer.weight = torch.empty(weight.shape, dtype=dtype, device=device)
+    layer.scale_weight = torch.empty(len(weight), *[1] * (weight.ndim - 1), device=device)
+    at_once = max(1, _AT_ONCE.get(device.type, _MANY) // weight[0].numel())
+    for rows in (slice(first, first + at_once) for first in range(0, len(weight), at_once)):
+        part = weight[rows].to(device, torch.float32)  # not all of the layer, of which there would be three copies
+        scale = part.abs().amax(dim=tuple(range(1, part.ndim)), keepdim=True).clamp(min=1e-12) / most
+        part = part / scale
+        layer.weight[rows] = part.round() if kind == "int8" else part
+        layer.scale_weight[rows] = scale
 
 
 class _Frozen(torch.autograd.Function):
