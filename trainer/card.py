@@ -134,8 +134,8 @@ def _flow_map_usage(guidance_scale: float) -> str:
         '```python\nfrom lcm_core.pipeline import Pipeline\n\npipe = Pipeline.load("diffusers")\n'
         f'pipe("a lighthouse", num_inference_steps=8, guidance_scale={guidance_scale:g})'
         '.images[0].save("picture.png")\n```\n\n'
-        "Any number of steps will do. The network is told where each step ends; diffusers, ComfyUI and A1111 cannot "
-        "tell it, and do not open it.\n"
+        "It can be sampled with any number of steps. The network is told where each step ends; diffusers, ComfyUI and "
+        "A1111 cannot tell it, and do not open it.\n"
     )
 
 

@@ -1,8 +1,7 @@
 """Flow maps: networks with a second time input, which are told where on the trajectory a jump is to end.
 
 A network that only sees x_t must answer alike whether it is asked for one jump or for the first of eight, and settles
-between them. One that knows the end answers each, so that more steps do not make a picture worse (CTM, arXiv
-2310.02279; flow map matching, arXiv 2406.07507).
+between them. One that knows the end can answer each (CTM, arXiv 2310.02279; flow map matching, arXiv 2406.07507).
 """
 
 from __future__ import annotations

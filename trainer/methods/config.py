@@ -30,8 +30,8 @@ class MethodConfig:
 
     kind: str = field(default="", init=False)
     """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
-    segmented (each phase of the trajectory by itself), flowmap (tcd for a full student that is told where a jump ends,
-    so that more steps do no harm), dmd2 (distribution matching, without that paper's GAN loss; begin with a student of
+    segmented (each phase of the trajectory by itself), flowmap (tcd for a full student that is told where a jump
+    ends), dmd2 (distribution matching, without that paper's GAN loss; begin with a student of
     lcd) or tdm (the same along a deterministic trajectory, for an Euler sampler)."""
     original_steps: int = 50
     """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps. Under tcd

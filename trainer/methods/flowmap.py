@@ -1,7 +1,7 @@
 """Flow map distillation: tcd for a student that is told where each jump ends (CTM, arXiv 2310.02279).
 
-tcd's network answers alike wherever a jump ends, and settles between all ends. Told the end, it learns each: the jump
-to the clean picture that one step needs, and the short ones that approach the teacher's own trajectory.
+tcd's network answers alike wherever a jump ends, and settles between all ends. Told the end, it can learn each: the
+jump to the clean picture that one step needs, and the short ones that approach the teacher's own trajectory.
 """
 
 from __future__ import annotations
