@@ -12,8 +12,6 @@ import torch
 from comfy_extras import nodes_model_advanced, nodes_model_merging
 
 import nodes
-from lcm_core.networks.vae import load_vae
-from lcm_core.pipeline.sources import MODELS
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -63,10 +61,9 @@ def try_saved(suite: Any) -> dict[str, str]:
 
 
 def try_vae(suite: Any) -> dict[str, Any]:
-    """What the stock loaders take for the embedded model's VAE, and what the stock nodes save of it, beside its tiny
-    VAE in lcm_core."""
+    """What the stock loader takes for the embedded model's VAE, and beside it what the stock nodes save of ours."""
     model, clip, own, _ = suite.load("full.safetensors")
-    vaes = {"stock loader": nodes.CheckpointLoaderSimple().load_checkpoint("full.safetensors")[2]}
+    stock, vaes = nodes.CheckpointLoaderSimple().load_checkpoint("full.safetensors")[2], {}
     lists = {name: Path(folder_paths.get_folder_paths(name)[0]) for name in ("vae", "checkpoints")}
     nodes_model_merging.VAESave().save(own, "own")
     [file] = Path(folder_paths.get_output_directory()).glob("own_*.safetensors")
@@ -77,10 +74,9 @@ def try_vae(suite: Any) -> dict[str, Any]:
     vaes["saved"] = nodes.CheckpointLoaderSimple().load_checkpoint("with vae.safetensors")[2]
     vaes["saved, by our loader"] = suite.load("with vae.safetensors")[2]
     latents = suite.tensors["image"] / 4
-    tiny, scale = load_vae(MODELS / "emoji" / "vae_tiny", "cpu", "float32"), 0.18215
-    image = ((tiny.decode(latents * scale) + 1) / 2).clamp(0, 1).movedim(1, -1)
-    encoded = tiny.encode(image.movedim(-1, 1) * 2 - 1) / scale
-    found: dict[str, Any] = {}
+    image = stock.decode(latents)
+    encoded = stock.encode(image)
+    found: dict[str, Any] = {"kind": type(stock.first_stage_model).__name__}
     for name, vae in vaes.items():
         found[f"decoded, {name}"] = apart(vae.decode(latents), image)
         found[f"encoded, {name}"] = apart(vae.encode(image), encoded)
