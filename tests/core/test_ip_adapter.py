@@ -144,9 +144,11 @@ def test_it_does_not_go_with_the_others(plain: Pipeline, folder: Path) -> None:
         ("cat", {"guidance_scale": 1.0, "nag_scale": 3.0, "negative_prompt": "dog"}),
     ):
         seen = plain(words, seed=[1, 2], control=control, **options, **more).images
-        assert not torch.equal(seen, plain(words, seed=[1, 2], **options, **more).images)
+        effect = (seen - plain(words, seed=[1, 2], **options, **more).images).abs().max()
+        assert effect > 1
         at_once = plain(words, seed=[1, 2], control=control, batch_size=2, **options, **more).images
-        assert_close(at_once, seen, rtol=0, atol=1e-2)
+        # Random weights make float32's rounding large: up to .014 of latents of up to 53, as the processor rounds.
+        assert_close(at_once, seen, rtol=0, atol=float(effect) / 100)
 
 
 def test_an_unfit_file_ends_in_a_traceback(plain: Pipeline, folder: Path, tmp_path: Path) -> None:
