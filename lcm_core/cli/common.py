@@ -44,7 +44,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--embedding", action="append", metavar="PATH", help="textual inversion, named in the prompt; may be repeated"
     )
-    group.add_argument("--vae", metavar="PATH", help="another VAE, e.g. a tiny one for speed")
+    group.add_argument(
+        "--vae", metavar="PATH", help="another VAE, e.g. a tiny one for speed; 'tiny' is the embedded model's"
+    )
     group.add_argument("--tokenizer", metavar="FOLDER", help="CLIP's, for a single file that has none beside it")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one here)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest one here)")

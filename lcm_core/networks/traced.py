@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from lcm_core.networks.device import is_large
 from lcm_core.networks.unet import UNet
 
-TRACED_AFTER = 4
-"""Calls with inputs of the same shapes; recording takes as long as some dozens."""
+_TRACED_AFTER = 4  # calls with inputs of the same shapes; recording takes as long as some dozens
 _MOST_GRAPHS = 8
 Shapes = tuple[Any, ...]
 
@@ -27,6 +26,11 @@ def trace_calls(unet: UNet) -> None:
     """Let a small U-Net on a CPU record its calls. Its weights must stay as they are from then on."""
     if unet.device.type == "cpu" and not is_large(unet.model):
         unet.forward = _Traced(unet.model)
+
+
+def calls_to_record(unet: Any) -> int:
+    """Calls with inputs of one shape after which a network is as fast as it gets."""
+    return _TRACED_AFTER + 1 if isinstance(getattr(unet, "forward", None), _Traced) else 1
 
 
 class _Positional(nn.Module):
@@ -59,7 +63,7 @@ class _Traced:
         if (graph := self._graphs.get(shapes)) is not None:
             return (graph(*inputs),)
         self._calls[shapes] += 1
-        if self._calls[shapes] > TRACED_AFTER and len(self._graphs) < _MOST_GRAPHS:
+        if self._calls[shapes] > _TRACED_AFTER and len(self._graphs) < _MOST_GRAPHS:
             self._graphs[shapes] = self._record(inputs)
         return self._model(x, t, text, **more)
 

@@ -198,7 +198,7 @@ def load_model(
         device, dtype, memory_format: None chooses the fastest that this machine has. Text is always encoded in float32
             on a CPU.
         lora: files with their strengths, merged into the weights together; a model's own are known by their names.
-        vae: another VAE than the model's own, e.g. a tiny one.
+        vae: another VAE than the model's own, e.g. a tiny one; "tiny" is the embedded model's.
         unet: which U-Net of a shipped model: "lcm" (default) or "teacher".
         tokenizer: folder with CLIP's vocab.json and merges.txt, for single files that have none beside them.
         vae_dtype: the VAE's number format; None takes `dtype`, or, when that is None too, chooses.

@@ -17,7 +17,7 @@ from lcm_core.networks.device import choose_dtype
 from lcm_core.networks.text_encoder import TextEncoder, load_text
 from lcm_core.networks.unet import UNet, load_unet
 from lcm_core.networks.vae import VAE, load_vae
-from lcm_core.pipeline.sources import ModelSource
+from lcm_core.pipeline.sources import ModelSource, find_vae
 
 Dtype = str | torch.dtype | None
 DenoisingNetwork = UNet | FamilyNetwork
@@ -96,18 +96,19 @@ def open_vae(
     memory_format: torch.memory_format | None = None,
     path: PathLike | None = None,
 ) -> VAE:
-    """The VAE, or another one at `path`.
+    """The VAE, or another one: by its path, or "tiny" where the model has a tiny one beside it.
 
     Raises:
         InputError: it is missing, broken, or of another kind.
     """
     if source.family is not None:
         number = None if dtype is None else choose_dtype(device, dtype)
-        folder = source.root / "vae" if path is None else Path(path)
+        folder = source.root / "vae" if path is None else find_vae(path, source.root)
         return source.family.load_vae(folder, device, number)
     check_has_vae(source, path)
-    vae = load_vae(path or source.opened or source.vae, device, dtype, memory_format)
-    if path is not None and _is_bare_sdxl(source.info, Path(path)) and "block_out_channels" in vae.model.config:
+    other = None if path is None else find_vae(path, source.root)
+    vae = load_vae(other or source.opened or source.vae, device, dtype, memory_format)
+    if other is not None and _is_bare_sdxl(source.info, other) and "block_out_channels" in vae.model.config:
         vae.scaling_factor = _SDXL_SCALING_FACTOR  # a bare file cannot say it, and looks like one of SD 1.x
     return vae
 

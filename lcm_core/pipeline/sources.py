@@ -189,6 +189,15 @@ def find_lora(path: PathLike, root: Path) -> Path:
     )
 
 
+def find_vae(path: PathLike, root: Path) -> Path:
+    """Another VAE: by its path, or by its name beside the model at `root`: "tiny" is the folder `vae_tiny` there.
+
+    A path of which there is nothing is returned as it is; whoever reads it says so.
+    """
+    named = root / f"vae_{os.fspath(path)}"
+    return named if named.is_dir() and not Path(path).exists() else Path(path)
+
+
 def find_control(name: str, model: PathLike) -> Path:
     """A T2I-Adapter or ControlNet: by its path, or by the end of its name in the folder `control` of a model.
 

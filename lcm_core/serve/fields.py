@@ -117,6 +117,19 @@ class Fields:
             raise RequestError(f"{name} is {_short(value)}; give a whole number from {low} to {high}")
         return int(value)
 
+    def flag(self, name: str) -> bool:
+        """True or false; false where it is missing.
+
+        Raises:
+            RequestError: another kind of value.
+        """
+        value = self.get(name)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} is {_short(value)}; give true or false")
+        return value
+
     def picture(self, name: str) -> Image | None:
         """A picture in base64, with or without `data:image/png;base64,` before it.
 

@@ -86,4 +86,5 @@ def read_live(fields: Fields, service: Service) -> PictureRequest:
     frames = fields.whole("frames", 2, fields.limits.frames, default=0) or 0
     model, loras = fields.text("model") or service.shelf.usual, read_lora(fields)
     service.shelf.check(model, loras)
-    return PictureRequest(model, fields.text("prompt"), read_seed(fields), count, loras, options, image, frames=frames)
+    prompt, seed, draft = fields.text("prompt"), read_seed(fields), fields.flag("draft")
+    return PictureRequest(model, prompt, seed, count, loras, options, image, draft=draft, frames=frames)

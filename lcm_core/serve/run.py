@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
-from lcm_core.networks.traced import TRACED_AFTER
 from lcm_core.serve.app import build_app
 from lcm_core.serve.fields import Limits
 from lcm_core.serve.guard import LOOPBACK
@@ -48,15 +47,19 @@ def serve(
     Raises:
         InputError: the extra is not installed, no token for an open host, a port in use, an unusable model.
     """
+    from lcm_core.pipeline import Pipeline
+
     _check_installed()
     if host not in LOOPBACK and not token:
         raise InputError(f"--host {host} lets other machines in; add --token with a long random text")
     limits = limits or Limits()
     listener = _listen(host, port)
     with listener:
-        shelf = _shelf(model, models, loras, dict(load_options or {}))
+        load = partial(Pipeline.load, **(load_options or {}))
+        shelf = Shelf(find_models(model, models), find_loras(loras), load)
         service = Service(shelf, Painter(shelf, limits.waiting), limits)
         try:
+            service.painter.warm_up()
             _run(service, listener, host, token, browser)
         finally:
             service.painter.close()
@@ -72,7 +75,7 @@ def _check_installed() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once where TCP is said
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, sys.platform != "win32")
         listener.bind((host, port))
@@ -81,15 +84,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise InputError(f"cannot listen at {host}, port {port} ({error}); give another --host or --port") from error
     return listener
-
-
-def _shelf(model: str, models: Path | None, loras: Path | None, load_options: dict[str, Any]) -> Shelf:
-    """The models, the first of them loaded and used: a network's first calls are slower than all others."""
-    from lcm_core.pipeline import Pipeline
-
-    shelf = Shelf(find_models(model, models), find_loras(loras), partial(Pipeline.load, **load_options))
-    shelf.pipeline(shelf.usual)("", num_inference_steps=1, num_images_per_prompt=TRACED_AFTER + 1)
-    return shelf
 
 
 def _run(service: Service, listener: socket.socket, host: str, token: str | None, browser: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Loras = Sequence[tuple[str, float]]
 Loader = Callable[..., "Pipeline"]
+_TINY = "tiny"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Choice:
     """LoRAs in the model's folder, by their names."""
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The model in memory."""
+
+    key: tuple[Choice, tuple[tuple[str, float], ...]]
+    """Which one, with which LoRAs."""
+    full: Pipeline
+    draft: Pipeline
+    """The same networks with the tiny VAE; `full` where there is none."""
+
+
 class Shelf:
     """Models by name. Clients never give paths, so that no request can make the server open another file."""
 
@@ -39,7 +51,7 @@ class Shelf:
         self.usual = next(iter(models))
         """The model of a request that names none."""
         self._load = load
-        self._loaded: tuple[tuple[Choice, tuple[tuple[str, float], ...]], Pipeline] | None = None
+        self._loaded: _Loaded | None = None
 
     def check(self, model: str, loras: Loras) -> None:
         """Refuse names that are not on the shelf.
@@ -57,22 +69,23 @@ class Shelf:
         """LoRAs that may be added to a model."""
         return sorted({*self.models[model].own_loras, *self.loras})
 
-    def pipeline(self, model: str, loras: Loras = ()) -> Pipeline:
-        """The loaded model. Another one is let go first, so that two are never in memory together.
+    def pipeline(self, model: str, loras: Loras = (), draft: bool = False) -> Pipeline:
+        """The loaded model, for a draft with its tiny VAE where it has one. Another model is let go first, so that two
+        are never in memory together.
 
         Raises:
             InputError: a file that cannot be used.
         """
         choice = self.models[model]
         key = (choice, tuple(loras))
-        if self._loaded is None or self._loaded[0] != key:
+        if self._loaded is None or self._loaded.key != key:
             self._loaded = None
             paths = [(str(self.loras.get(name, name)), strength) for name, strength in loras]
             loaded = self._load(choice.path, unet=choice.unet, lora=paths)
             if isinstance(loaded.model.unet, UNet):
                 trace_calls(loaded.model.unet)
-            self._loaded = (key, loaded)
-        return self._loaded[1]
+            self._loaded = _Loaded(key, loaded, _with_tiny_vae(loaded, choice))
+        return self._loaded.draft if draft else self._loaded.full
 
 
 def find_models(first: str, folder: Path | None) -> dict[str, Choice]:
@@ -103,6 +116,19 @@ def find_loras(folder: Path | None) -> dict[str, Path]:
         InputError: the folder is none.
     """
     return {} if folder is None else {path.stem: path for path in _files(folder)}
+
+
+def _with_tiny_vae(loaded: Pipeline, choice: Choice) -> Pipeline:
+    """The same networks with the model's own tiny VAE; as it is where there is none, or the user chose a VAE."""
+    from lcm_core.pipeline import Pipeline
+    from lcm_core.pipeline.parts import open_vae
+    from lcm_core.pipeline.sources import find_source, find_vae
+
+    model, source = loaded.model, find_source(choice.path, choice.unet)
+    if "vae" in model.origin or not find_vae(_TINY, source.root).is_dir():
+        return loaded
+    vae = open_vae(source, model.device, model.vae.dtype, path=_TINY)
+    return Pipeline(replace(model, vae=vae, origin={**model.origin, "vae": _TINY}))
 
 
 def _models_in(folder: Path | None) -> list[Path]:

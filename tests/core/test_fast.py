@@ -17,7 +17,7 @@ from torch.nn import functional
 from lcm_core.errors import InputError
 from lcm_core.files.lora import merge, read_lora
 from lcm_core.networks.cpu.optimise import Transformer, optimise_unet, optimise_vae
-from lcm_core.networks.cpu.packed import PackedConv2d, PackedLinear, attention, can_pack
+from lcm_core.networks.cpu.packed import FoldedUpsample, PackedConv2d, PackedLinear, attention, can_pack
 from lcm_core.networks.lora_layers import add_lora
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,23 @@ KINDS: dict[str, dict[str, Any]] = {
     "lcm": {"time_cond_proj_dim": 16},
     "unknown blocks": {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2.0},
 }
+
+
+@pytest.mark.parametrize("layer", ["conv", "upsample"])
+def test_weights_are_packed_anew_in_each_call(layer: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """After the first picture of a size, the kernels find the weights in their order, whatever size came before."""
+    conv = torch.nn.Conv2d(1280, 1280, 3, padding=1)
+    packed = PackedConv2d(conv) if layer == "conv" else FoldedUpsample(conv)
+    for side in (8, 32):
+        x = torch.randn(1, 1280, side, side).contiguous(memory_format=torch.channels_last)
+        big = functional.interpolate(x, scale_factor=2.0) if layer == "upsample" else x
+        torch.testing.assert_close(packed(x), conv(big), rtol=1e-4, atol=1e-4)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            packed(x)
+        lines = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+        assert any(",convolution," in line for line in lines)
+        assert not [line for line in lines if ",reorder," in line and "1280x1280" in line]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lcm_core.networks.traced import TRACED_AFTER, trace_calls
+from lcm_core.networks.traced import _TRACED_AFTER, trace_calls
 from lcm_core.networks.unet import UNet
 from lcm_core.pipeline import Pipeline
 
@@ -25,7 +25,7 @@ def test_a_recorded_call_gives_something_else(models: Path) -> None:
         unet.model.register_forward_pre_hook(count)
         trace_calls(unet)
         for batch, side, length in ((1, 8, 77), (2, 8, 77), (1, 16, 154), (1, 8, 77)):
-            for number in range(TRACED_AFTER + 3):
+            for number in range(_TRACED_AFTER + 3):
                 torch.manual_seed(number)
                 x, t = torch.randn(batch, 4, side, side), torch.full((batch,), 100.0 * number)
                 cond = {"encoder_hidden_states": torch.randn(batch, length, 128)}

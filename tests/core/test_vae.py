@@ -11,6 +11,8 @@ import torch
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import write_safetensors
 from lcm_core.networks.vae import OVERLAP, VAE, load_vae
+from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline.sources import find_model, find_vae
 
 
 def save_kl(folder: Path, **settings: Any) -> Any:
@@ -171,3 +173,14 @@ def test_scaling_factor_and_class_are_checked(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"AutoencoderKL"', '"AsymmetricAutoencoderKL"'))
     with pytest.raises(InputError, match="holds a AsymmetricAutoencoderKL"):
         load_vae(tmp_path)
+
+
+def test_tiny_names_no_vae_beside_the_model(tmp_path: Path) -> None:
+    """`vae="tiny"` is the folder vae_tiny of the model; of a model that has none, and of a path, the path itself."""
+    model = find_model("emoji")
+    assert find_vae("tiny", model) == model / "vae_tiny"
+    assert find_vae("tiny", tmp_path) == Path("tiny")
+    assert find_vae(tmp_path, model) == tmp_path
+    loaded = Pipeline.load("emoji", device="cpu", vae="tiny").model
+    assert type(loaded.vae.model).__name__ == "AutoencoderTiny"
+    assert loaded.describe().vae == "tiny"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -214,6 +216,27 @@ def test_a_missing_package_ends_in_a_traceback(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match=r"serve needs uvicorn.*lcm-suite\[serve\]"):
         serve()
+
+
+def test_small_answers_wait_for_each_other() -> None:
+    """The second of two short writes waits 40 ms for the first one's receipt, unless connections have TCP_NODELAY,
+    which asyncio sets for sockets that name their protocol."""
+    from lcm_core.serve.run import _listen
+
+    async def no_delay() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted_socket = writer.get_extra_info("socket")
+            found.set_result(accepted_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accepted, sock=listener):
+                with socket.create_connection(listener.getsockname(), timeout=10):
+                    return int(await asyncio.wait_for(found, 10))
+
+    assert asyncio.run(no_delay()) != 0
 
 
 class _Slow:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from serving import LIMITS, picture
 
+from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import SETTINGS_KEY
 
 LIVE = "ws://127.0.0.1:7000/live"
@@ -34,6 +35,21 @@ def test_a_stroke_changes_nothing(client: Any) -> None:
     assert images[0] != images[1]
 
 
+def test_a_draft_is_no_picture_of_the_tiny_vae(client: Any, shelf: Any) -> None:
+    """With "draft" the pixels are those of `vae="tiny"`, and the settings say so; without it, of the full VAE."""
+    with client.websocket_connect(LIVE) as socket:
+        found = {}
+        for draft in (True, False):
+            socket.send_json({**MESSAGE, "draft": draft})
+            found[draft] = receive(socket)[1]
+    for draft, vae in ((True, "tiny"), (False, None)):
+        pipe = Pipeline.load("emoji", device="cpu", dtype="float32", vae=vae)
+        expected = pipe(MESSAGE["prompt"], num_inference_steps=1, seed=3, guidance_scale=2.0).images[0]
+        assert json.loads(found[draft].info[SETTINGS_KEY]).get("vae") == vae
+        assert ImageChops.difference(found[draft].convert("RGB"), expected).getextrema() == ((0, 0),) * 3
+    assert shelf.pipeline("emoji").model.unet is shelf.pipeline("emoji", draft=True).model.unet
+
+
 def test_old_strokes_are_painted_before_the_newest(client: Any) -> None:
     """Of twenty strokes that come faster than pictures, few are painted, in order, and the last one always is."""
     with client.websocket_connect(LIVE) as socket:
@@ -50,7 +66,7 @@ def test_old_strokes_are_painted_before_the_newest(client: Any) -> None:
     "text",
     [
         *("", "{", "[]", "[" * 5000, '{"id": "a", "steps": 99}', '{"model": "../x"}', '{"lora": "x"}'),
-        *('{"image": "x"}', '{"image": 4}', '{"width": 65, "height": 64}'),
+        *('{"image": "x"}', '{"image": 4}', '{"draft": 1}', '{"width": 65, "height": 64}'),
         json.dumps({"strength": 0, "image": picture()}),
     ],
     ids=lambda text: text[:30],

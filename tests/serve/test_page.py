@@ -91,9 +91,10 @@ def report(tmp_path: Path, **figures: Any) -> None:
     (tmp_path / "figures.json").write_text(json.dumps(figures))
 
 
-def colour(page: Any, box: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """Mean red, green and blue of a part of the picture, which has 64 x 64 pixels."""
+def colour(page: Any, sixteenths: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Mean red, green and blue of a part of the picture: left, top, right and bottom in sixteenths of its sides."""
     with Image.open(io.BytesIO(pixels(page))) as image:
+        box = [side * image.width / 16 for side in sixteenths]
         return image.convert("RGB").resize((1, 1), Image.Resampling.BOX, box).getpixel((0, 0))
 
 
@@ -104,10 +105,10 @@ def test_the_picture_does_not_follow_the_drawing(page: Any, tmp_path: Path) -> N
     blob(page)
     settle(page)
     assert pixels(page) != before
-    red, green, blue = colour(page, (24, 24, 40, 40))
+    red, green, blue = colour(page, (6, 6, 10, 10))
     assert red > 1.3 * max(green, blue)
     page.screenshot(path=tmp_path / "red.png", full_page=True)
-    left = (8, 24, 24, 40)
+    left = (2, 6, 6, 10)
     red, _, blue = colour(page, left)
     page.locator("#colour").fill("#2d6cdf")
     dab(page, 0.25, 0.5)
@@ -171,7 +172,7 @@ def test_seeds_blend_and_loop_show_nothing(page: Any, tmp_path: Path) -> None:
     page.fill("#second_prompt", "a green pear")
     page.locator("#blend").fill("1")
     settle(page)
-    red, green, _ = colour(page, (24, 24, 40, 40))
+    red, green, _ = colour(page, (6, 6, 10, 10))
     assert green > red
     page.click("#travel")
     page.wait_for_selector("#loop:not([hidden]) img")

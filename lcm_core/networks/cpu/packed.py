@@ -19,7 +19,7 @@ from torch.nn import functional
 CACHE_BYTES = 2**20
 """Attention weights that a thread makes before it uses them, so that they are still in its cache."""
 _LOST = 1e-30  # a row of attention weights with a smaller sum was too small for the number format
-_SIZE = 64  # asked for when packing, of no influence on the result
+_ROWS = 64  # asked for when packing a linear layer, of no influence on the result
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: (out, in), or (out, in, 1, 1) of a convolution."""
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), _SIZE)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1), _ROWS)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor, other: Tensor | None = None, operation: str = "none") -> Tensor:
@@ -47,26 +47,37 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    """A convolution in channels-last memory; a sum with another tensor is part of it."""
+    """A convolution in channels-last memory; a sum with another tensor is part of it.
+
+    Which order of the weights the kernels read depends on the picture's size and on the threads, so they are packed
+    when the first picture comes, and again when these change. In another order they would be packed in every call.
+    """
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor | None = None) -> None:
         """weight: (out, in, h, w), to be used in place of `conv`'s, without padding."""
         super().__init__()
         padding = list(conv.padding) if weight is None else [0, 0]
         self.geometry = (padding, list(conv.stride), list(conv.dilation), conv.groups)
-        size = [1, conv.in_channels, _SIZE, _SIZE]
-        weight = conv.weight.detach() if weight is None else weight
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, size)
+        self.weight = conv.weight.detach() if weight is None else weight
         self.bias = None if conv.bias is None else conv.bias.detach()
+        self.packed_for: tuple[int, ...] = ()
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """(B, in, H, W) to (B, out, H', W'), plus `other` of that shape."""
         x = x.contiguous(memory_format=torch.channels_last)
+        if (place := (*x.shape[1:], torch.get_num_threads())) != self.packed_for:
+            self._pack(x.shape[1:])
+            self.packed_for = place
         parts = (self.weight, self.bias, *self.geometry)
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise.default(x, *parts, "none", [], "none")
         other = other.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise.binary(x, other, *parts, "add", 1.0, None, [], None)
+
+    def _pack(self, size: torch.Size) -> None:
+        """Order the weights for pictures (in, H, W)."""
+        plain = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.geometry, [1, *size])
 
 
 class FoldedUpsample(nn.Module):

@@ -8,7 +8,9 @@ const small = document.createElement("canvas"); // what is sent: the model needs
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const SIDE = 512;
 const SMALL = 256;
-const PAUSE = 50; // milliseconds between messages: more of them than pictures would only take time from the painting
+const LEAST_PAUSE = 50; // milliseconds between messages: more of them than pictures would only take from the painting
+const MOST_PAUSE = 150; // a slow model must not wait for the last stroke
+const SHARE = 0.8; // of the time that a picture takes, between messages
 const FRESH = 3000; // milliseconds over which pictures per second are counted
 const COLOURS = ["#d92b2b", "#f08c1a", "#f7d23e", "#3f9b43", "#2d6cdf", "#7a3fb0", "#6b4423", "#1d1d1f", "#ffffff"];
 const STRIP = 6; // other seeds
@@ -21,13 +23,15 @@ const NUMBERS = new Set(["blend", "nag", "strength", "steps", "guidance", "seed"
 let socket = null;
 let drawn = false; // an empty canvas is not sent: the picture then comes from the prompt alone
 let erasing = false;
+let pressed = false; // while the pen is down the pictures are drafts
 let last = null; // the stroke's last point
 let undo = [];
 let choices = { models: [] };
 let dirty = false;
 let frame = 0;
 let wanted = SMALL; // side of the drawing that is sent
-let sent = -PAUSE; // when the last message went out
+let pause = LEAST_PAUSE;
+let sent = -LEAST_PAUSE; // when the last message went out
 let number = 0; // of the last change
 let since = new Map(); // number of a change -> when it was made
 let shown = []; // when pictures were shown
@@ -60,14 +64,14 @@ function send() {
   frame = 0;
   if (!dirty || !socket || socket.readyState !== WebSocket.OPEN) return;
   const now = performance.now();
-  if (socket.bufferedAmount > 0 || now - sent < PAUSE) { frame = requestAnimationFrame(send); return; }
+  if (socket.bufferedAmount > 0 || now - sent < pause) { frame = requestAnimationFrame(send); return; }
   dirty = false;
   sent = now;
   socket.send(JSON.stringify(state()));
 }
 
 function state() {
-  const message = { id: number, image: drawn ? shrunk() : null };
+  const message = { id: number, image: drawn ? shrunk() : null, draft: pressed };
   for (const name of SETTINGS) message[name] = NUMBERS.has(name) ? Number($(name).value) : $(name).value;
   if (!message.lora) delete message.lora_strength;
   return message;
@@ -138,8 +142,9 @@ function answered(answer) {
 }
 
 async function show(blob) {
-  const { id, seed, side } = header;
-  wanted = Math.min(2 * side, SMALL); // a small model's picture is drawn, sent and read in less time
+  const { id, seed, side, seconds } = header;
+  wanted = Math.min(side, SMALL); // a small model's picture is drawn, sent and read in less time
+  pause = Math.min(Math.max(LEAST_PAUSE, SHARE * 1000 * seconds), MOST_PAUSE);
   const address = URL.createObjectURL(blob);
   const picture = $("picture");
   const old = picture.src;
@@ -246,6 +251,7 @@ canvas.addEventListener("pointerdown", (event) => {
   canvas.setPointerCapture(event.pointerId);
   remember();
   last = null;
+  pressed = true;
   strokeTo(place(event));
 });
 canvas.addEventListener("pointermove", (event) => {
@@ -253,6 +259,8 @@ canvas.addEventListener("pointermove", (event) => {
   const points = event.getCoalescedEvents?.() ?? [];
   for (const step of points.length ? points : [event]) strokeTo(place(step));
 });
+
+canvas.addEventListener("lostpointercapture", () => { pressed = false; changed(); });
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 canvas.addEventListener("keydown", (event) => {
