@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,6 @@ from lcm_core.files.recommended import Recommended
 from .attachments import recommended_of
 from .guidance import BIAS, Guidance, get_guidance
 from .model_sampling import diffusion_of
-
-_GROUPS = 32  # of all normalisation layers
 
 
 class LcmSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS, torch.nn.Module):
@@ -171,32 +168,13 @@ def check_prediction(base: Any) -> None:
         )
 
 
-def check_size(model: Any, latents: Tensor) -> None:
-    """Refuse latents (B, C, h, w) so small that a layer would have to normalise a single number.
-
-    Args:
-        model: a MODEL that `inspect_model` takes, or the host's model inside.
-        latents: any.
-
-    Raises:
-        InputError: says which size would do.
-    """
-    sizes = getattr(model, "model", model).model_config.unet_config
-    height, width = latents.shape[-2:]
-    channels = sizes.get("model_channels", 0)  # of what reaches a level
-    for level, factor in enumerate(sizes.get("channel_mult", ())):
-        numbers = channels // _GROUPS * math.ceil(height / 2**level) * math.ceil(width / 2**level)
-        channels = sizes["model_channels"] * factor
-        if numbers <= 1:
-            least = 8 * 2 ** (level + 1)
-            raise InputError(
-                f"the LATENT, {8 * width}x{8 * height} pixels, is too small for this MODEL; use {least}x{least} or more"
-            )
-
-
 def is_unet(model: Any) -> bool:
-    """Whether a MODEL is a U-Net of Stable Diffusion: by its sizes, which the host read from its weights."""
-    return "model_channels" in model.model.model_config.unet_config
+    """Whether a MODEL is a U-Net of Stable Diffusion: by its sizes, which the host read from its weights.
+
+    Some transformers (Anima) count `model_channels` too; but every transformer is named there.
+    """
+    sizes = model.model.model_config.unet_config
+    return "model_channels" in sizes and "image_model" not in sizes
 
 
 def _find_diffusion(model: Any) -> Diffusion:

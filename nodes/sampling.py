@@ -34,7 +34,6 @@ from .model_patches import (
     Facts,
     LcmSampling,
     check_prediction,
-    check_size,
     inspect_model,
     is_stock_lcm,
     process_of,
@@ -153,7 +152,7 @@ def read_latent(model: Any, latent: Latent) -> Latent:
     picture for a video model becomes its one frame.
 
     Raises:
-        InputError: another shape, another number of channels, or too small.
+        InputError: another shape, or another number of channels.
     """
     x0, form = latent["samples"], model.get_model_object("latent_format")
     channels, kind = form.latent_channels, _KINDS.get(form.latent_dimensions, "latents")
@@ -171,7 +170,6 @@ def read_latent(model: Any, latent: Latent) -> Latent:
         raise InputError(
             f"the LATENT has {x0.shape[1]} channels but this MODEL takes {channels}; encode the picture with its VAE"
         )
-    check_size(model, x0)
     return {name: value for name, value in latent.items() if name not in _SIZE_HINTS} | {"samples": x0}
 
 
@@ -236,7 +234,6 @@ def sample(
     check_prediction(base)
     stock_lcm = name == "lcm" and is_stock_lcm(sampling)  # right for epsilon, at any of the levels that it keeps
     process = VariancePreserving() if stock_lcm else process_of(sampling)
-    check_size(base, x)
     extra_args = extra_args or {}
     seed = extra_args.get("seed")
     if noise_sampler is None and seed is not None:

@@ -28,7 +28,6 @@ NEEDS_HOST = [
     pytest.mark.host,
     pytest.mark.skipif(not CHECKOUT, reason="COMFYUI_PATH is not set to a ComfyUI checkout"),
 ]
-SCRIPT = Path(__file__).with_name("host_run.py")
 SIZE = 8  # of latents
 PROMPTS = {"positive": "a slice of pizza, noto style", "negative": "", "other": "a red apple, noto style"}
 MODELS = {"full": "lcm", "cfg": "teacher"}
@@ -75,12 +74,20 @@ def find_host_python() -> str:
     return python if Path(python).exists() else sys.executable
 
 
-def run_host(folder: Path) -> Any:
-    """Run the script on a folder; returns its findings."""
-    command = [find_host_python(), str(SCRIPT), str(CHECKOUT), str(folder)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # as a user would start the host
-    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
+def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> str:
+    """Run a script of this folder in the host's Python on a folder of data; returns what it prints."""
+    command = [find_host_python(), str(Path(__file__).with_name(name)), str(CHECKOUT), str(folder), *arguments]
+    usual = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # as a user would start the host
+    done = subprocess.run(
+        command, cwd=CHECKOUT, env=usual | environment, capture_output=True, text=True, check=False, timeout=3600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_host(folder: Path) -> Any:
+    """Run all trials, or the cases, on a folder; returns the findings."""
+    run_script("host_run.py", folder)
     return json.loads((folder / "findings.json").read_text())
 
 
@@ -90,7 +97,7 @@ def save_tensors(folder: Path, model: Model) -> torch.Tensor:
     image = torch.randn(1, 4, SIZE, SIZE, generator=generator) * 4
     tensors = {name: encode(model, name)["encoder_hidden_states"].contiguous() for name in PROMPTS}
     tensors |= {"image": image, "empty": torch.zeros_like(image), "empty two": torch.zeros(2, 4, SIZE, SIZE)}
-    tensors["tiny"] = torch.zeros(1, 4, 2, 2)
+    tensors |= {"smallest": torch.zeros(1, 4, 1, 1), "narrow": torch.zeros(1, 4, 5, 1)}
     tensors |= {"sixteen channels": torch.ones(1, 16, SIZE, SIZE), "video": torch.zeros(1, 4, 3, SIZE, SIZE)}
     tensors["training"] = torch.randn(6, 4, SIZE, SIZE, generator=generator) * 4
     save_file(tensors, folder / "tensors.safetensors")

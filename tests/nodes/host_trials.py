@@ -107,5 +107,5 @@ def try_stock_nodes(suite: Any) -> dict[str, Any]:
     arguments = (patched, noise, 1.0, sampler, sigmas, *conds, latent["samples"])
     found["kind"] = model.model.model_type.name
     found["behind the stock node"] = message_of(comfy.sample.sample_custom, *arguments, seed=3)
-    found["too small"] = message_of(suite.paint, model, "tiny")
+    found["small"] = {name: message_of(suite.paint, model, name) for name in ("smallest", "narrow")}
     return found

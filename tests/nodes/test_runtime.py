@@ -17,7 +17,7 @@ import torch
 
 from lcm_core.diffusion.interpolation import slerp, travel
 from lcm_core.errors import InputError
-from tests.nodes.model_samplings import Discrete
+from tests.nodes.model_samplings import Discrete, Flow
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "ko", "zh", "ja")
@@ -169,25 +169,19 @@ def model_of(name: str, sizes: dict[str, Any]) -> Any:
     return model_patcher.ModelPatcher(base)
 
 
-def test_a_transformer_that_predicts_epsilon_goes_by_its_name(runtime: Any) -> None:
-    """PixArt's process is Stable Diffusion's, but it is no Stable Diffusion 1.x."""
-    from lcm_suite_nodes import model_patches
+def test_a_transformer_goes_by_its_name_and_layers(runtime: Any) -> None:
+    """PixArt's process is Stable Diffusion's, and Anima's sizes are counted as a U-Net's are; but neither is one."""
+    from lcm_suite_nodes import model_patches, student
 
     pixart = model_of("PixArtAlpha", {"image_model": "pixart_alpha"})
     pixart.model.model_sampling = Discrete()
     assert "plain model (PixArtAlpha, epsilon)" in model_patches.inspect_model(pixart).describe()
-
-
-def test_a_latent_that_is_too_small_is_named(runtime: Any) -> None:
-    """Where torch would say that it expected more than one value per channel; the next larger ones pass."""
-    from lcm_suite_nodes import model_patches
-
-    narrow = model_of("SD15", {"model_channels": 32, "channel_mult": (1, 2, 4, 4)})
-    with pytest.raises(InputError, match="16x16 pixels, is too small for this MODEL; use 32x32 or more"):
-        model_patches.check_size(narrow, torch.zeros(1, 4, 2, 2))
-    model_patches.check_size(narrow, torch.zeros(1, 4, 3, 3))
-    wide = model_of("SD15", {"model_channels": 320, "channel_mult": (1, 2, 4, 4)})
-    model_patches.check_size(wide, torch.zeros(1, 4, 1, 1))
+    anima = model_of("Anima", {"image_model": "anima", "model_channels": 2048})
+    anima.model.model_sampling = Flow()
+    assert "plain model (Anima, flow with shift 3)" in model_patches.inspect_model(anima).describe()
+    network = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    assert student.target_modules(anima, network) == ("q_proj",)
+    assert student.name_layers(anima, network) == {"lora_unet_q_proj": "diffusion_model.q_proj"}
 
 
 def test_a_v_model_behind_the_stock_lcm_node_is_told(runtime: Any) -> None:
