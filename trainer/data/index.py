@@ -111,7 +111,7 @@ def write_index(plan: CachePlan, file: Path) -> None:
         "notes": _notes(plan.data.captions, skipped, enlarged),
         "contents": [plan.hash_pictures(), plan.hash_captions()],
         "made_by": plan.teacher.hash_encoders(),
-        "data": asdict(plan.config),
+        "data": {name: value for name, value in asdict(plan.config).items() if name != "cache"},  # where it lies
     }
     tables[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     write_safetensors(file, tables)

@@ -91,21 +91,11 @@ def test_a_read_only_folder_is_named_or_read_if_it_is_complete(config, copied, t
             path.chmod(0o755)
 
 
+SMALL = [*("cache", "--device", "cpu", "--cache-batch", "2"), *("--shard-size", "3", "--resolution", "64")]
+
+
 def command(*options):
-    return main(
-        [
-            "cache",
-            "--device",
-            "cpu",
-            "--cache-batch",
-            "2",
-            "--shard-size",
-            "3",
-            "--resolution",
-            "64",
-            *map(str, options),
-        ]
-    )
+    return main([*SMALL, *map(str, options)])
 
 
 def test_the_command_fills_the_cache_that_distill_reads(photos, made, tmp_path, capsys):
@@ -139,21 +129,9 @@ def test_the_command_refuses_bad_input_in_one_line(options, message, tmp_path, m
 def test_two_real_processes_share_the_work(photos, made, tmp_path):
     """Started as `accelerate launch` starts them, over gloo."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = ["--teacher", "emoji", "--data", photos, "--cache", tmp_path, "--device", "cpu"]
+    options = ["--teacher", "emoji", "--data", photos, "--cache", tmp_path]
     done = subprocess.run(
-        [
-            *launch,
-            "-m",
-            "trainer",
-            "cache",
-            "--cache-batch",
-            "2",
-            "--shard-size",
-            "3",
-            "--resolution",
-            "64",
-            *map(str, options),
-        ],
+        [*launch, "-m", "trainer", *SMALL, *map(str, options)],
         capture_output=True,
         text=True,
         check=False,
