@@ -13,7 +13,7 @@ Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-OPEN_PATHS = frozenset({"/", "/page.css", "/page.js"})
+OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/drawing.js"})
 """The page itself holds no secret; it asks for the token that stands behind the # of its address."""
 
 

@@ -1,12 +1,8 @@
 // The canvas on the left is sent after every change; the server answers with a picture of the newest state.
-"use strict";
+import { canvas, choose, clear, lay, resize, shrunk, start, takeBack, tool } from "./drawing.js";
 
 const $ = (id) => document.getElementById(id);
-const canvas = $("canvas");
-const pen = canvas.getContext("2d", { willReadFrequently: true });
-const small = document.createElement("canvas"); // what is sent: the model needs no more pixels than its own
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
-const SIDE = 512;
 const SMALL = 256;
 const LEAST_PAUSE = 50; // milliseconds between messages: more of them than pictures would only take from the painting
 const MOST_PAUSE = 150; // a slow model must not wait for the last stroke
@@ -21,11 +17,6 @@ const SETTINGS = [
 const NUMBERS = new Set(["blend", "nag", "strength", "steps", "guidance", "seed", "lora_strength"]);
 
 let socket = null;
-let drawn = false; // an empty canvas is not sent: the picture then comes from the prompt alone
-let erasing = false;
-let pressed = false; // while the pen is down the pictures are drafts
-let last = null; // the stroke's last point
-let undo = [];
 let choices = { models: [] };
 let dirty = false;
 let frame = 0;
@@ -71,7 +62,7 @@ function send() {
 }
 
 function state() {
-  const message = { id: number, image: drawn ? shrunk() : null, draft: pressed };
+  const message = { id: number, image: shrunk(wanted), draft: tool.pressed }; // a draft while the pen is down
   for (const name of SETTINGS) message[name] = NUMBERS.has(name) ? Number($(name).value) : $(name).value;
   if (!message.lora) delete message.lora_strength;
   return message;
@@ -126,14 +117,6 @@ async function showLoop() {
   image.src = link.href = URL.createObjectURL(blob);
   link.download = `${slug($("prompt").value)}-${seed}.webp`;
   $("loop").hidden = false;
-}
-
-function shrunk() {
-  small.width = small.height = wanted;
-  const brush = small.getContext("2d");
-  brush.imageSmoothingQuality = "high";
-  brush.drawImage(canvas, 0, 0, wanted, wanted);
-  return small.toDataURL("image/png");
 }
 
 function answered(answer) {
@@ -193,110 +176,7 @@ function loadLoras() {
   if (model.loras.includes(kept)) $("lora").value = kept;
 }
 
-// --- drawing -------------------------------------------------------------------------------------------------------
-
-function wipe() {
-  pen.fillStyle = "#ffffff";
-  pen.fillRect(0, 0, SIDE, SIDE);
-  drawn = false;
-}
-
-function remember() {
-  undo.push({ pixels: pen.getImageData(0, 0, SIDE, SIDE), drawn });
-  if (undo.length > 20) undo.shift();
-}
-
-function takeBack() {
-  const before = undo.pop();
-  if (!before) return;
-  pen.putImageData(before.pixels, 0, 0);
-  drawn = before.drawn;
-  changed();
-}
-
-function place(event) {
-  const box = canvas.getBoundingClientRect();
-  return [((event.clientX - box.left) * SIDE) / box.width, ((event.clientY - box.top) * SIDE) / box.height];
-}
-
-function strokeTo(point) {
-  pen.strokeStyle = erasing ? "#ffffff" : $("colour").value;
-  pen.lineWidth = Number($("size").value);
-  pen.lineCap = pen.lineJoin = "round";
-  pen.beginPath();
-  pen.moveTo(...(last ?? point));
-  pen.lineTo(...point);
-  pen.stroke();
-  last = point;
-  drawn = true;
-  changed();
-}
-
-async function lay(file) {
-  const picture = await createImageBitmap(file).catch(() => null);
-  if (!picture) { say("that file is no picture; choose a PNG, JPEG or WebP", true); return; }
-  remember();
-  wipe();
-  const scale = Math.max(SIDE / picture.width, SIDE / picture.height);
-  const [width, height] = [picture.width * scale, picture.height * scale];
-  pen.drawImage(picture, (SIDE - width) / 2, (SIDE - height) / 2, width, height);
-  drawn = true;
-  changed();
-}
-
-canvas.addEventListener("pointerdown", (event) => {
-  if (!event.isPrimary || event.button !== 0) return;
-  event.preventDefault();
-  canvas.focus({ preventScroll: true });
-  canvas.setPointerCapture(event.pointerId);
-  remember();
-  last = null;
-  pressed = true;
-  strokeTo(place(event));
-});
-canvas.addEventListener("pointermove", (event) => {
-  if (!event.isPrimary || !canvas.hasPointerCapture(event.pointerId)) return;
-  const points = event.getCoalescedEvents?.() ?? [];
-  for (const step of points.length ? points : [event]) strokeTo(place(step));
-});
-
-canvas.addEventListener("lostpointercapture", () => { pressed = false; changed(); });
-
-const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-canvas.addEventListener("keydown", (event) => {
-  const way = ARROWS[event.key];
-  if (!way && event.key !== " ") return;
-  event.preventDefault();
-  const [x, y] = last ?? [SIDE / 2, SIDE / 2];
-  const step = Number($("size").value) / 2;
-  const clamp = (value) => Math.min(Math.max(value, 0), SIDE);
-  const point = way ? [clamp(x + way[0] * step), clamp(y + way[1] * step)] : [x, y];
-  if (event.shiftKey || !way) { remember(); strokeTo(point); }
-  last = point;
-});
-
-canvas.addEventListener("dragover", (event) => { event.preventDefault(); canvas.classList.add("over"); });
-canvas.addEventListener("dragleave", () => canvas.classList.remove("over"));
-canvas.addEventListener("drop", (event) => {
-  event.preventDefault();
-  canvas.classList.remove("over");
-  if (event.dataTransfer.files[0]) lay(event.dataTransfer.files[0]);
-});
-document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
-  if (file) lay(file);
-});
-
 // --- controls ------------------------------------------------------------------------------------------------------
-
-function choose(tool) {
-  erasing = tool === "eraser";
-  for (const name of ["brush", "eraser"]) $(name).setAttribute("aria-pressed", String(name === tool));
-}
-
-function resize(factor) {
-  $("size").value = Number($("size").value) * factor;
-}
 
 function anotherSeed() {
   $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
@@ -324,7 +204,7 @@ $("colour").oninput = () => choose("brush");
 $("brush").onclick = () => choose("brush");
 $("eraser").onclick = () => choose("eraser");
 $("undo").onclick = takeBack;
-$("clear").onclick = () => { remember(); wipe(); changed(); };
+$("clear").onclick = clear;
 $("random").onclick = anotherSeed;
 $("seeds").onclick = () => busy($("seeds"), showSeeds);
 $("travel").onclick = () => busy($("travel"), showLoop);
@@ -339,5 +219,5 @@ document.addEventListener("keydown", (event) => {
   if (!event.ctrlKey) KEYS[event.key.toLowerCase()]?.();
 });
 
-wipe();
+start(changed, say);
 loadChoices().then(connect);
