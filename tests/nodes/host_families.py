@@ -39,7 +39,8 @@ def with_oracle(model: Any, record: Callable[[float, Tensor], object]) -> Any:
 
 
 def fed_to(suite: Any, family: str, model: Any) -> dict[str, Any]:
-    """What LCM KSampler feeds the network: means and spreads beside those that they must have."""
+    """What LCM KSampler feeds the network, and gives: how far means are from those that they must have, and, relative
+    to those, spreads and x0."""
     blank = empty(family, 64)
     pictures = {value: model.model.process_latent_out(torch.full_like(blank, value)) for value in (X0, IMAGE)}
     mask = torch.zeros(1, 64, 64)
@@ -60,20 +61,22 @@ def fed_to(suite: Any, family: str, model: Any) -> dict[str, Any]:
         settings = {"steps": case["steps"], "strength": case.get("strength", 1.0), "sampler": sampler, "seed": 5}
         out = suite.run("LCMKSampler", model=oracle, positive=prompt(family, 1), latent_image=latent, **settings)[0]
         x0 = model.model.process_latent_in(out["samples"])
-        wrong = []
+        means, spreads = [], []
         for i, (s, x) in enumerate(inputs):
             halves = {0: IMAGE, 1: X0} if kept and i else dict.fromkeys((0, 1), X0 if i else start)
             for half, mean in halves.items():
                 part = x.chunk(2, -1)[half]
-                wrong += [float(part.mean()) - (1 - s) * mean, float(part.std()) - s]
+                means.append(abs(float(part.mean()) - (1 - s) * mean))
+                spreads.append(abs(float(part.std()) / s - 1))
         left = IMAGE if kept else X0
         found[f"{sampler} {name}"] = {
             "calls": len(inputs),
             "steps": case["steps"],
             "first": inputs[0][0],
             "expected first": shifted(model, settings["strength"]),
-            "wrong": max(map(abs, wrong)),
-            "x0": max(float((x0.chunk(2, -1)[half] - aim).abs().max()) for half, aim in ((0, left), (1, X0))),
+            "mean": max(means),
+            "spread": max(spreads),
+            "x0": max(float((x0.chunk(2, -1)[half] / aim - 1).abs().max()) for half, aim in ((0, left), (1, X0))),
         }
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,10 @@ _PANEL_FITS = """(number) => {
   const parts = [...document.querySelectorAll(".lcm-suite-panel *")].map((part) => part.getBoundingClientRect().bottom);
   return Math.max(...parts) > 0 && Math.max(...parts) <= bottom + 1;
 }"""
-_RED = "() => app.graph._nodes.filter((node) => node.has_errors || !node.comfyClass).map((node) => node.type)"
+_NODES = """(inside) => (inside ? app.graph._nodes[0].subgraph : app.graph)._nodes.map(
+  (node) => [node.type, Boolean(node.comfyClass), Boolean(node.has_errors)]
+)"""
+_LIST_FILES = "() => app.refreshComboInNodes()"
 _DIALOG = ".p-dialog-mask"
 _CENTER = "(number) => app.canvas.centerOnNode(app.graph.getNodeById(number))"
 _SET = """(wanted) => {
@@ -57,6 +60,31 @@ def _plain(prompt: dict[str, Any]) -> dict[str, Any]:
     return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in prompt.items()}
 
 
+def _faulty(page: Browser, inside: bool = False) -> tuple[set[str], set[str]]:
+    """Types of the nodes that the page does not know, and of those that it marks as faulty.
+
+    Args:
+        page: with an open graph.
+        inside: look into the subgraph that is the graph's first node.
+    """
+    nodes = [node for node in page.evaluate(_NODES, inside) if node[0] != "MarkdownNote"]  # which has no definition
+    return {kind for kind, known, _ in nodes if not known}, {kind for kind, _, marked in nodes if marked}
+
+
+@pytest.fixture
+def downloaded(page: Browser, server: Server) -> Iterator[None]:
+    """Files of the names that the templates want downloaded, with nothing in them."""
+    files = [server.base / "models" / folder / name for name, (folder, _) in MODELS.items()]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    page.evaluate(_LIST_FILES)
+    yield
+    for file in files:
+        file.unlink()
+    page.evaluate(_LIST_FILES)
+
+
 @pytest.mark.parametrize("name", [*WORKFLOWS, *DOWNLOADS])
 def test_a_drawn_workflow_is_the_tested_one(page: Browser, name: str) -> None:
     """Wrong when a node is missing on the page, a link is wrong, a widget's value has slipped, or the note is lost."""
@@ -64,10 +92,21 @@ def test_a_drawn_workflow_is_the_tested_one(page: Browser, name: str) -> None:
     expected = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert _plain(page.load(_drawn(name))) == _plain(expected)
     assert page.errors == []
-    downloaded = {node["type"] for node in _drawn(name)["nodes"] if "models" in node["properties"]}
-    assert set(page.evaluate(_RED)) <= {"MarkdownNote", *downloaded}  # newer pages mark what misses its file
+    unknown, marked = _faulty(page)
+    assert unknown == set()
+    assert marked <= {node["type"] for node in _drawn(name)["nodes"] if "models" in node["properties"]}
     [note] = [node for node in _drawn(name)["nodes"] if node["type"] == "MarkdownNote"]
     assert note["widgets_values"] == [note_of(name)]
+
+
+@pytest.mark.usefixtures("downloaded")
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_workflow_is_whole_once_its_files_are_there(page: Browser, name: str) -> None:
+    """Wrong when a file is sought in another folder than its link says, or a loader is marked for another reason than
+    its missing file."""
+    page.load(_drawn(name))
+    page.page.wait_for_timeout(2000)  # newer pages look for the files after the graph is there
+    assert _faulty(page) == (set(), set())
 
 
 @pytest.mark.parametrize("name", DOWNLOADS)
@@ -81,13 +120,11 @@ def test_a_workflow_names_all_files_that_are_to_be_downloaded(name: str) -> None
     assert linked == {file: MODELS[file] for file in chosen}
 
 
+@pytest.mark.usefixtures("with_blueprints")
 @pytest.mark.parametrize("name", BLUEPRINTS)
-def test_a_blueprint_goes_into_any_graph(page: Browser, server: Server, name: str) -> None:
-    """Wrong when the page cannot draw it, or its subgraph is not made of what is in the blueprint."""
-    try:
-        server.get("/global_subgraphs")
-    except urllib.error.HTTPError:
-        pytest.skip("this ComfyUI knows no blueprints")
+def test_a_blueprint_goes_into_any_graph(page: Browser, name: str) -> None:
+    """Wrong when the page cannot draw it, its subgraph is not made of what is in the blueprint, or a node of that is
+    unknown or marked."""
     page.errors.clear()
     drawn = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
     page.load(drawn)
@@ -96,6 +133,7 @@ def test_a_blueprint_goes_into_any_graph(page: Browser, server: Server, name: st
     assert shown == [[name, True]]
     inside = page.evaluate("() => app.graph._nodes[0].subgraph._nodes.map((node) => node.type)")
     assert sorted(inside) == sorted(node["type"] for node in subgraph["nodes"])
+    assert _faulty(page, inside=True) == (set(), set())
     widgets = page.evaluate("() => app.graph._nodes[0].widgets.map((widget) => widget.name)")
     assert {"guidance_scale"} <= set(widgets)
     assert page.errors == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -49,12 +48,10 @@ def test_the_examples_are_in_the_template_browser(server: Server) -> None:
                 assert answer.status == 200
 
 
+@pytest.mark.usefixtures("with_blueprints")
 def test_the_blueprints_are_listed(server: Server) -> None:
     """Wrong when a host that knows blueprints does not find ours, or finds no subgraph in one."""
-    try:
-        listed = server.get("/global_subgraphs")
-    except urllib.error.HTTPError:
-        pytest.skip("this ComfyUI knows no blueprints")
+    listed = server.get("/global_subgraphs")
     ours = {entry["name"]: key for key, entry in listed.items() if entry["info"]["node_pack"].endswith("lcm-suite")}
     assert sorted(ours) == sorted(BLUEPRINTS)
     for name, key in ours.items():
