@@ -24,6 +24,7 @@ from extension_a1111.recommendation import (
     recommend,
     remarks,
 )
+from extension_a1111.translation import explain
 from lcm_core.files.recommended import Recommended
 
 NOTHING = "No LCM-LoRA in the prompt, and the checkpoint is no LCM: nothing was changed."
@@ -53,7 +54,7 @@ def offer(
     try:
         advised = _advise(host.chosen_checkpoint(), prompt, int(steps), float(cfg_scale))
     except ValueError as error:
-        return *old, html.escape(str(error))
+        return *old, html.escape(explain(error, host.say()))
     if advised is None:
         return *old, host.say()(NOTHING)
     gamma = gamma if advised.recommended.gamma is None else advised.recommended.gamma
@@ -83,7 +84,7 @@ def put_right(
         is_plain = is_ours and _advise(file, prompt, steps, cfg_scale) is None
         lora = _fitting_lora(file) if is_plain and file is not None else None
     except ValueError as error:
-        said = html.escape(str(error))
+        said = html.escape(explain(error, host.say()))
         return prompt, negative_prompt, sampler_name, steps, cfg_scale, gamma, original_steps, said
     if is_plain and file is not None and lora is None:
         words = "{model} is no LCM, and no LCM-LoRA for it was found: its usual sampler, steps and CFG are set."

@@ -25,7 +25,7 @@ from extension_a1111.distil_jobs import (
     written,
 )
 from extension_a1111.distil_python import check_python
-from lcm_core.errors import InputError
+from extension_a1111.translation import Mistake
 
 EMOJI = "emoji"
 """The embedded model, as a teacher."""
@@ -35,6 +35,8 @@ AUTO = "auto"
 """The preset that suits the teacher."""
 _PRESET_OF_WIDTH = {768: "sd15-lora", 1024: "sd21-lora", 2048: "sdxl-lora"}  # by the text that the network reads
 _NAME = re.compile(r"[\w][\w .-]*")
+SETTINGS = "config.json"
+"""File in the folder of a run, where the trainer writes down all of its settings."""
 JOB = "job"
 """Folder inside that of a run, with what is not the trainer's."""
 _PLAN_SECONDS = 300.0
@@ -79,26 +81,33 @@ class Order:
         return preset_for(self.teacher) if self.preset in ("", AUTO) else self.preset
 
 
-def command(order: Order, places: Places) -> list[str]:
+def command(order: Order, places: Places, settings: Path | None = None) -> list[str]:
     """The command line of a run.
+
+    Args:
+        order: what is asked for.
+        places: where things are.
+        settings: a file of settings that takes the preset's place, where there is one.
 
     Raises:
         InputError: something is missing, or the options cannot be read.
     """
     if not _NAME.fullmatch(order.name):
-        raise InputError(f"{order.name!r} is no name for files; use letters, digits, - and _")
+        raise Mistake("'{name}' is no name for files; use letters, digits, - and _.", name=order.name)
     is_emoji = order.teacher == EMOJI
     if not is_emoji and not order.data and not order.prompts:
-        raise InputError("nothing to learn from; give a folder of pictures with captions, or a file with prompts")
+        raise Mistake("There is nothing to learn from; give a folder of pictures with captions, or a file of prompts.")
     for path in filter(None, (None if is_emoji else order.teacher, order.data, order.prompts)):
         if not Path(path).exists():
-            raise InputError(f"{path} does not exist; check the path")
+            raise Mistake("{path} does not exist; check the path.", path=path)
     try:
         more = shlex.split(order.more)
     except ValueError as error:
-        raise InputError(f"the additional options {order.more!r} cannot be read ({error}); check the quotes") from error
+        words = "The additional options {options} cannot be read ({reason}); check the quotes."
+        raise Mistake(words, options=order.more, reason=error) from error
+    is_kept = settings is not None and settings.is_file()
     given = {
-        "--preset": order.preset_name,
+        "--config" if is_kept else "--preset": settings if is_kept else order.preset_name,
         "--teacher": order.teacher,
         "--name": order.name,
         "--output": str(places.root / order.name),
@@ -124,8 +133,10 @@ def preset_for(teacher: str) -> str:
         return EMOJI
     width = checkpoint_width(Path(teacher))
     if width not in _PRESET_OF_WIDTH:
-        read = "no U-Net" if width is None else f"a U-Net that reads text of width {width}"
-        raise InputError(f"{teacher} has {read}, for which no preset is known; choose a preset yourself")
+        words = "{teacher} has no U-Net; choose another teacher."
+        if width is not None:
+            words = "{teacher} has a U-Net that reads text of width {width}; no preset is for it; choose one yourself."
+        raise Mistake(words, teacher=teacher, width=width)
     return _PRESET_OF_WIDTH[width]
 
 
@@ -161,9 +172,11 @@ def plan(order: Order, places: Places) -> Plan:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"the trainer has made no plan in {_PLAN_SECONDS:.0f} s; start the run without one") from error
+        words = "The trainer has made no plan in {seconds} s; start the run without one."
+        raise Mistake(words, seconds=f"{_PLAN_SECONDS:.0f}") from error
     if done.returncode:
-        raise InputError((done.stderr.strip().splitlines() or ["the trainer made no plan and did not say why"])[-1])
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise Mistake("The trainer says: {words}", words=said)
     return read_plan(order.preset_name, done.stdout)
 
 
@@ -175,21 +188,24 @@ def read_plan(preset: str, text: str) -> Plan:
     return Plan(preset, memory, lines.get("disk", ""), time[1] if time else "")
 
 
-def start(order: Order, places: Places) -> str:
+def start(order: Order, places: Places, settings: Path | None = None) -> str:
     """Start a run, or continue the one of that name. Returns its name.
+
+    Args:
+        order, places, settings: see `command`.
 
     Raises:
         InputError: a run is going on, a wrong setting, a Python without the trainer's packages, or a folder that cannot
             be written; before anything was started.
     """
-    words = command(order, places)
+    words = command(order, places, settings)
     check_idle(places)
     check_python(places.python)
-    check_writable(places.loras, "the LoRA folder")
-    check_writable(places.root, "the folder of the runs")
+    check_writable(places.loras)
+    check_writable(places.root)
     run, lora = places.root / order.name, places.loras / f"{order.name}.safetensors"
     if lora.exists() and not run.exists():
-        raise InputError(f"{lora} exists already; choose another name")
+        raise Mistake("{lora} exists already; choose another name.", lora=lora)
     job = {
         "command": words,
         "cwd": str(REPOSITORY),
@@ -207,18 +223,19 @@ def start(order: Order, places: Places) -> str:
 
 
 def resume(places: Places) -> str:
-    """Continue the last run with the options that it was started with. Returns its name.
+    """Continue the last run with the settings in its folder: its preset may be another since. Returns its name.
 
     Raises:
         InputError: there is none, or as `start`.
     """
     name = current(places)
     if name is None:
-        raise InputError("there is no run to continue; start one")
+        raise Mistake("There is no run to continue; start one.")
     order = read_json(places.root / name / JOB / "job.json").get("order")
     if order is None:
-        raise InputError(f"{places.root / name} does not say how it was started; start it again under its name")
-    return start(Order(**order), places)
+        words = "{folder} does not say how it was started; start it again under its name."
+        raise Mistake(words, folder=places.root / name)
+    return start(Order(**order), places, places.root / name / SETTINGS)
 
 
 def stop(places: Places) -> None:
@@ -229,7 +246,7 @@ def stop(places: Places) -> None:
     """
     name = current(places)
     if name is None or not is_running(places):
-        raise InputError("no distillation is running")
+        raise Mistake("No distillation is running.")
     job = places.root / name / JOB
     with written(job), open(job / "stop", "a", encoding="utf-8") as file:
         file.write("x")
@@ -251,7 +268,8 @@ def current(places: Places) -> str | None:
 def check_idle(places: Places) -> None:
     """Raise InputError while a run is going on."""
     if is_running(places):
-        raise InputError(f"the distillation '{current(places)}' is running already; stop it first, or wait")
+        words = "The distillation '{name}' is running already; stop it first, or wait."
+        raise Mistake(words, name=current(places))
 
 
 def _lock(places: Places) -> Path:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from extension_a1111 import distil_runner
-from lcm_core.errors import InputError
+from extension_a1111.translation import Mistake
 
+NOT_STARTED = "The trainer did not start: {words}"
 REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 60.0
 
@@ -40,8 +41,8 @@ def launch(job: Path, python: str) -> None:
     while not (job / "pids.json").exists() and time.monotonic() < deadline:
         if (code := runner.poll()) is not None:
             if code == distil_runner.BUSY:
-                raise InputError("a distillation is running already; stop it first, or wait")
-            raise InputError(f"the trainer did not start: {_last_line(job / 'run.log')}")
+                raise Mistake("A distillation is running already; stop it first, or wait.")
+            raise Mistake(NOT_STARTED, words=_last_line(job / "run.log"))
         time.sleep(0.05)
 
 
@@ -56,18 +57,23 @@ def written(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = f"{folder} cannot be written ({error.strerror}); free some space or choose another folder of the runs"
-        raise InputError(said) from error
+        raise not_written(folder, error) from error
 
 
-def check_writable(folder: Path, what: str) -> None:
+def check_writable(folder: Path) -> None:
     """Raise InputError where a folder cannot be made, or nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))  # a full disk still makes empty files
     except OSError as error:
-        raise InputError(f"{what} {folder} cannot be written ({error.strerror}); choose or free another") from error
+        raise not_written(folder, error) from error
+
+
+def not_written(folder: Path, error: OSError) -> Mistake:
+    """What to say where a folder of the runs, or of the LoRAs, takes no files."""
+    words = "The folder {folder} cannot be written ({reason}); free some space, or choose another."
+    return Mistake(words, folder=folder, reason=error.strerror)
 
 
 def read_json(path: Path) -> dict[str, Any]:

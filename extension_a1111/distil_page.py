@@ -80,7 +80,7 @@ def render(status: Status, say: Say = english, report: str = "") -> str:
         link = f'<a href="{escape(report)}" target="_blank">{escape(say("Open the report"))}</a>'
         parts.append(f"<p>{link}</p>")
     if status.message:
-        parts.append(mistake(status.message))
+        parts.append(mistake(say(status.frame, words=status.message)))
     if status.total:
         parts.append(_bar(status, say))
     if len(status.losses) > 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from extension_a1111 import distil_runner, distil_setup
 from extension_a1111.distil_jobs import REPOSITORY, START_SECONDS, check_writable, is_locked, launch, read_json, written
-from lcm_core.errors import InputError
+from extension_a1111.translation import Mistake
 
 NEEDED = ("torch", "diffusers", "transformers", "safetensors", "numpy", "PIL", "tqdm")
 SETUP = ".python"
@@ -40,8 +40,8 @@ def make_python(root: Path, torch_version: str, torch_index: str) -> None:
         InputError: it is being made already, or the folder cannot be written.
     """
     if is_made(root):
-        raise InputError("the trainer's Python is being made already; wait until it is ready")
-    check_writable(root, "the folder of the runs")
+        raise Mistake("The trainer's Python is being made already; wait until it is ready.")
+    check_writable(root)
     job = root / SETUP
     words = [sys.executable, str(Path(distil_setup.__file__)), str(job / "venv")]
     words += distil_setup.torch_words(torch_version, torch_index)
@@ -58,20 +58,31 @@ def check_python(python: str) -> None:
         InputError: there is no such program, or packages are missing.
     """
     pip = Path("distil-venv", "Scripts" if os.name == "nt" else "bin", "pip")
-    advice = (
-        f'press "Make the trainer\'s Python", or: python -m venv distil-venv, then: {pip} install "{REPOSITORY}[train]"'
-    )
+    commands = f'python -m venv distil-venv; {pip} install "{REPOSITORY}[train]"'
     if not python:
-        raise InputError(f"no Python for the trainer; name one in Settings > LCM Suite; {advice}")
+        raise Mistake(
+            "There is no Python for the trainer. Press the button below that makes one; or make one yourself "
+            "({commands}) and name it in Settings > LCM Suite.",
+            commands=commands,
+        )
     try:
         words = [python, "-c", _PROBE, *NEEDED]
         probe = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"the trainer's Python {python!r} does not start ({_reason(error)}); {advice}") from error
+        raise Mistake(
+            "The trainer's Python {python} does not start ({reason}). Press the button below that makes one; or make "
+            "one yourself ({commands}) and name it in Settings > LCM Suite.",
+            python=python,
+            reason=_reason(error),
+            commands=commands,
+        ) from error
     if missing := probe.stdout.split():
         names = " ".join(missing).replace("PIL", "pillow")
-        raise InputError(
-            f"the trainer's Python {python} lacks {', '.join(missing)}; install: {python} -m pip install {names}"
+        raise Mistake(
+            "The trainer's Python lacks {missing}; install what is missing: {python} -m pip install {names}",
+            missing=", ".join(missing),
+            python=python,
+            names=names,
         )
 
 

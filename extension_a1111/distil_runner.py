@@ -8,8 +8,8 @@ the lock knows that a run is alive, and that it is ours; a number from a file of
 
 FOLDER/job.json is read: {"command", "cwd", "lock"}, and {"result", "lora"} where a LoRA comes of it. Written beside it
 are pids.json when the command has started, lora.json when the LoRA was handed over, {"lora", "error"}, which is long
-before the trainer has scored it, and exit.json at the end: {"code", "stopped", "lora", "error"}. A file `stop` is a
-wish to stop.
+before the trainer has scored it, and exit.json at the end: {"code", "stopped", "lora", "error"}. `error` is why the
+LoRA could not be copied or, with the code `NOT_STARTED`, the command not be started. A file `stop` is a wish to stop.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import IO, Any
 
 BUSY = 3
 """Exit code: another run holds the lock."""
+NOT_STARTED = -1
+"""In the place of the exit code of a command that could not be started."""
 RUNNER_LOCK = "runner.lock"
 """File in a job's folder; only the runner holds it, so that it says whether the runner is alive."""
 _PATIENCE = 2.0  # seconds; somebody may be looking whether the lock is free
@@ -72,7 +74,7 @@ def main(folder: Path) -> int:
     try:
         child = subprocess.Popen(job["command"], cwd=job["cwd"], stdin=subprocess.DEVNULL, **inherited)
     except OSError as error:
-        write(folder / "exit.json", {"code": -1, "stopped": False, "lora": None, "error": f"cannot start: {error}"})
+        write(folder / "exit.json", {"code": NOT_STARTED, "stopped": False, "lora": None, "error": str(error)})
         return 1
     try:
         write(folder / "pids.json", {"runner": os.getpid(), "trainer": child.pid})
@@ -144,7 +146,7 @@ def _hand_over(folder: Path, result: Path, target: Path) -> dict[str, Any]:
             os.replace(temporary, target)
             handed["lora"] = str(target)
         except OSError as error:
-            handed["error"] = f"the LoRA is {result}, but it could not be copied to {target} ({error.strerror})"
+            handed["error"] = f"{result} -> {target}: {error.strerror}"
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a full disk; exit.json says it again

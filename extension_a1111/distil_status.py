@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from extension_a1111 import distil_runner
 from extension_a1111.distil import JOB, Places, current, is_running
-from extension_a1111.distil_jobs import read_json
+from extension_a1111.distil_jobs import NOT_STARTED, read_json
 from extension_a1111.distil_python import SETUP, is_made
 
 _TAIL = 512 * 1024  # bytes of a log that are read: the last thousands of steps
@@ -19,6 +20,8 @@ _BAR = re.compile(r"(?P<label>[^\r\n|]*?):?\s*\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<
 _FETCHED = re.compile(r"(?:Downloading|Using cached|Collecting) (?:\S*/)?(\S+)")  # in what pip says
 _REPORT = "report.html"
 _SAMPLES = "samples"
+_LAST_LINE = "The last line of its log: {words}"
+_NOT_COPIED = "The LoRA is finished, but it could not be copied: {words}"
 _STRIPS = 6  # of previews, side by side
 SHOWN = {"teacher": 25, "student": 4}
 """The networks whose pictures are set side by side at the end, and of how many steps."""
@@ -48,7 +51,9 @@ class Status:
     """Where all files of the run are."""
     lora: str = ""
     message: str = ""
-    """What went wrong, or the last words."""
+    """What went wrong, in the words of a program, which are English."""
+    frame: str = _LAST_LINE
+    """The page's sentence around it."""
 
 
 def look(places: Places) -> Status:
@@ -64,7 +69,10 @@ def look(places: Places) -> Status:
     run = places.root / name
     job = run / JOB
     ended, handed = read_json(job / "exit.json"), read_json(job / "lora.json")
-    found = _read(_state(places, job, ended), job, ended.get("error") or handed.get("error") or "")
+    found = _read(_state(places, job, ended), job)
+    if error := ended.get("error") or handed.get("error"):
+        is_started = ended.get("code") != distil_runner.NOT_STARTED
+        found = replace(found, message=error, frame=_NOT_COPIED if is_started else NOT_STARTED)
     lora, report = ended.get("lora") or handed.get("lora") or "", run / _REPORT
     return replace(
         found,
@@ -78,13 +86,12 @@ def look(places: Places) -> Status:
     )
 
 
-def _read(state: str, job: Path, message: str = "") -> Status:
+def _read(state: str, job: Path) -> Status:
     """What the log of a job says: its progress bar, and its last words where it has failed."""
     log = _tail(job / "run.log")
     bars = list(_BAR.finditer(log))
     bar = bars[-1] if bars else None
-    if state in ("failed", "interrupted") and not message:
-        message = next((line.strip() for line in reversed(re.split(r"[\r\n]+", log)) if line.strip()), "")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", _BAR.sub("\n", log)) if line.strip()]
     fetched = _FETCHED.findall(log) if state == "making" else []
     return Status(
         state,
@@ -92,7 +99,7 @@ def _read(state: str, job: Path, message: str = "") -> Status:
         done=int(bar["done"]) if bar else 0,
         total=int(bar["total"]) if bar else 0,
         details=fetched[-1] if fetched else bar["rest"] if bar else "",
-        message=message,
+        message=lines[-1] if lines and state in ("failed", "interrupted") else "",
     )
 
 

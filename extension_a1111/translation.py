@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lcm_core.errors import InputError
+
 FOLDER = Path(__file__).parents[1] / "localizations"
 Say = Callable[..., str]
 """Takes a sentence with places, and what to put there by name; gives it in somebody's language."""
@@ -21,6 +23,24 @@ Say = Callable[..., str]
 def english(sentence: str, **values: Any) -> str:
     """The sentence as it is, filled in."""
     return sentence.format(**values) if values else sentence
+
+
+class Mistake(InputError):
+    """A mistake of the user's as a sentence with places, which the page says in its language; `str` gives English."""
+
+    def __init__(self, sentence: str, **values: Any) -> None:
+        super().__init__(english(sentence, **values))
+        self.sentence = sentence
+        """What `Say` takes."""
+        self.values = values
+        """What is filled in: names, numbers, and what others have said, which stays as it is."""
+
+
+def explain(error: ValueError, say: Say = english) -> str:
+    """A mistake in somebody's language. What the library or the trainer complains of is quoted as it is."""
+    if isinstance(error, Mistake):
+        return say(error.sentence, **error.values)
+    return say("This cannot be used: {words}", words=error)
 
 
 def speaker(language: str | None) -> Say:

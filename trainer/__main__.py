@@ -1,8 +1,6 @@
 """`python -m trainer`; see `trainer.cli.main`."""
 
-import sys
-
-from trainer.cli.main import main
+from trainer.cli.main import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

@@ -31,14 +31,14 @@ from trainer.disk import TOKENS, cache_size, count_weights, encoders, result_siz
 from trainer.distributed import Processes
 from trainer.estimate_flow import flow_memory, small_bytes
 from trainer.inputs import check_inputs
-from trainer.memory import rehearsal
+from trainer.memory import LiveBytes, rehearsal
 from trainer.methods.method import Method, get_method
 from trainer.methods.shared import Networks
 from trainer.report.page import read_log
 from trainer.report.sections import duration, size
 from trainer.scores import Scores, shown_steps
 from trainer.setup import examine, notes, say, teacher_of
-from trainer.speed import count_operations, rough_seconds
+from trainer.speed import rough_seconds
 from trainer.state import has_state
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
 from trainer.validation import is_scored
@@ -163,7 +163,7 @@ def _rehearse(
     with rehearsal(device, precision) as memory:
         fixed, trained, step = _build(config, unet, precision, (side, side))
         before = memory.live
-        operations = count_operations(partial(step, part))
+        operations = step(memory, part)
         transient = memory.peak - before
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
     trainable = trained * trained_networks(config)
@@ -182,8 +182,9 @@ def _rehearse(
 
 def _build(
     config: DistillConfig, unet: Component, precision: torch.dtype, size: tuple[int, int]
-) -> tuple[int, int, Callable[[int], None]]:
-    """Inside a rehearsal: bytes of the frozen weights, number of trainable parameters, one step on part of a batch."""
+) -> tuple[int, int, Callable[[LiveBytes, int], int]]:
+    """Inside a rehearsal: bytes of the frozen weights, number of trainable parameters, and one step on part of a batch,
+    which gives its operations."""
     is_lora, method = config.student.kind == "lora", get_method(config.method)
     torch.set_default_dtype(precision)
     teacher = _network(unet.config, config, size).requires_grad_(False) if is_lora or method.needs_teacher else None
@@ -202,22 +203,33 @@ def _build(
         online = unet_network(trained, precision)
         networks = Networks(online, online, call or online, unet_network(critic, precision))
     number = sum(p.numel() for p in trained.parameters())
-    return frozen, number, partial(_rehearse_step, networks, unet.config, method, size)
+    is_tight = config.student.gradient_checkpointing
+    return frozen, number, partial(_rehearse_step, networks, unet.config, method, size, is_tight)
 
 
 def _rehearse_step(
-    networks: Networks, unet: Mapping[str, Any], method: Method, size: tuple[int, int], part: int
-) -> None:
-    """The calls of one step that matter for memory: teacher on both halves, target, those that are trained with their
-    backward."""
+    networks: Networks,
+    unet: Mapping[str, Any],
+    method: Method,
+    size: tuple[int, int],
+    is_tight: bool,
+    memory: LiveBytes,
+    part: int,
+) -> int:
+    """The calls of one step that decide its peak, on part of a batch: those that are trained with their backward pass,
+    and the teacher on both halves where checkpointing keeps so little that it may take more. Returns the operations of
+    the whole step; a rehearsed call takes seconds, so that those of the others are told by the first."""
     x, t, w = torch.empty(part, unet["in_channels"], *size), torch.zeros(part, dtype=torch.int64), torch.empty(part)
-    with torch.no_grad():
-        if method.needs_teacher:
+    if is_tight and method.needs_teacher:
+        with torch.no_grad():
             networks.teacher(torch.cat([x, x]), torch.cat([t, t]), _conditioning(unet, 2 * part), None)
-        aim = networks.target(x, t, _conditioning(unet, part), w)
     trained = [networks.online, networks.critic] if method.needs_critic else [networks.online]
-    losses = [(call(x, t, _conditioning(unet, part), w) - aim).square().mean() for call in trained]
-    torch.stack(losses).sum().backward()
+    before = memory.operations
+    outputs = [call(x, t, _conditioning(unet, part), w) for call in trained]
+    asked = memory.operations - before
+    torch.stack([output.square().mean() for output in outputs]).sum().backward()
+    others = 1 + 2 * method.needs_teacher  # calls like one of them: the target, and both halves
+    return memory.operations - before + others * asked // len(trained)
 
 
 def _conditioning(unet: Mapping[str, Any], count: int) -> dict[str, Any]:

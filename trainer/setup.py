@@ -277,7 +277,8 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], file: Path
         free = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
         if old != value and not free:
             raise InputError(
-                f"{file} is of a run with {key} = {old!r}, not {value!r}; give that, or choose another output folder"
+                f"{file} is of a run with {key} = {old!r}, not {value!r}; give that, --config {file} for all of its "
+                "settings in place of a preset, or another output folder"
             )
 
 

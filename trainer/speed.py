@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 EFFICIENCY = 0.4
 """Share of the speed of one large matrix product that whole networks reach; small ones less, so that this is rough."""
 _RUNS = 3
-
-
-def count_operations(step: Callable[[], None]) -> int:
-    """Additions and multiplications of a step's matrix products, convolutions and attention; it may be rehearsed with
-    tensors without contents."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
 
 
 @cache

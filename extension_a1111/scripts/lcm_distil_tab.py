@@ -13,6 +13,7 @@ from extension_a1111 import advice, distil, distil_page, distil_python, host
 from extension_a1111.distil import AUTO, EMOJI, PRESETS, Order, Places
 from extension_a1111.distil_status import look
 from extension_a1111.folders import LORA_OPTIONS, option_folders
+from extension_a1111.translation import explain
 from lcm_core.errors import InputError
 
 _HELP = (
@@ -111,7 +112,7 @@ def _answer(work: Callable[..., str]) -> Callable[..., str]:
         try:
             return work(*values)
         except InputError as error:
-            return distil_page.mistake(str(error))
+            return distil_page.mistake(explain(error, host.say()))
 
     return answer
 
@@ -151,7 +152,7 @@ def _use(prompt: str, *settings: Any) -> tuple[Any, ...]:
     """The page's fields with the new LoRA in the prompt and what suits it."""
     lora = Path(look(places()).lora)
     if not lora.is_file():
-        return prompt, *settings, distil_page.mistake(f"{lora} is not there any more; distil it again")
+        return prompt, *settings, distil_page.mistake(host.say()("The LoRA is not there any more; distil it again."))
     tag = f"<lora:{lora.stem}:1>"
     prompt = prompt if tag in prompt else f"{prompt} {tag}".strip()
     *fitting, said = advice.offer(prompt, *settings)

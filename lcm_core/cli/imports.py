@@ -12,10 +12,15 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-_UNUSED = ("peft", "scipy", "sklearn")
+_UNUSED = ("peft", "sklearn")
 """Packages that these libraries work without, and import where they are installed."""
-_WHOLE = ("diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets")
-"""Packages that import all of their networks for the sake of one."""
+_WHOLE = (
+    "diffusers.models.autoencoders",
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+    "scipy.stats",  # seconds, for a scheduler's option
+)
+"""Packages that import much more than what is asked of them, or are imported for what nobody asks."""
 
 
 def leave_out_unused() -> None:

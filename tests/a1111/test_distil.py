@@ -23,7 +23,13 @@ from extension_a1111 import distil, distil_jobs, distil_python, distil_runner
 from extension_a1111.distil import Order, Places, preset_for
 from extension_a1111.distil_page import render
 from extension_a1111.distil_status import Status, look, read_losses
+from extension_a1111.translation import speaker
 from lcm_core.errors import InputError
+from lcm_core.files.reading import read_json
+from trainer.cli.main import build_parser
+from trainer.config import DistillConfig
+from trainer.options import resolve, to_dict
+from trainer.setup import check_same_run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for Python is a shell script")
 
@@ -114,7 +120,7 @@ def test_a_full_disk_is_said_in_one_line(places: Places, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(distil_runner, "write", write)
-    with pytest.raises(InputError, match=r"runs/red cannot be written \(No space left on device\); free some space"):
+    with pytest.raises(InputError, match=r"runs/red cannot be written \(No space left on device\); free some"):
         distil.start(Order("red", steps=1), places)
     assert trainers(places) == 0
 
@@ -135,9 +141,7 @@ def test_the_preset_follows_the_teacher(places: Places, width: int, preset: str,
 def test_a_teacher_that_no_preset_is_for_is_named(tmp_path: Path) -> None:
     file = tmp_path / "own.safetensors"
     save_file({"model.diffusion_model.x.attn2.to_k.weight": torch.zeros(32, 128)}, file)
-    with pytest.raises(
-        InputError, match=r"own\.safetensors has a U-Net that reads text of width 128.* choose a preset"
-    ):
+    with pytest.raises(InputError, match=r"own\.safetensors has a U-Net that reads text of width 128.* choose one"):
         preset_for(str(file))
     save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(InputError, match=r"own\.safetensors has no U-Net"):
@@ -174,6 +178,28 @@ def test_stop_saves_and_continue_goes_on_with_the_same_options(places: Places) -
     assert json.loads((places.root / "red" / "job" / "job.json").read_text())["command"] == before
 
 
+def test_a_run_goes_on_with_its_own_settings_where_its_preset_has_changed(places: Places) -> None:
+    """As after an update: the trainer refuses to go on with other settings than those in the run's folder."""
+    file = places.root / "red" / distil.SETTINGS
+
+    def read_command() -> DistillConfig:
+        words = json.loads((places.root / "red" / "job" / "job.json").read_text())["command"]
+        return resolve(build_parser().parse_args(words[3:]))
+
+    distil.start(Order("red", steps=5), places)
+    wait(lambda: not distil.is_running(places))
+    begun = read_command()
+    kept = replace(begun, student=replace(begun.student, rank=begun.student.rank + 1))
+    file.write_text(json.dumps(to_dict(kept)))
+    assert distil.resume(places) == "red"
+    wait(lambda: not distil.is_running(places))
+    check_same_run(read_json(file), to_dict(read_command()), file)
+    assert read_command() == kept
+    distil.start(Order("red", steps=5), places)  # started anew, it is what the tab says
+    wait(lambda: not distil.is_running(places))
+    assert read_command() == begun
+
+
 def test_a_run_outlives_the_host_and_can_still_be_stopped(places: Places) -> None:
     """The web UI that started it is gone, and even its runner was killed: the lock still says that it is alive."""
     code = "import sys; from pathlib import Path; from extension_a1111 import distil\n"
@@ -200,7 +226,7 @@ def test_a_stranger_with_our_process_id_is_not_taken_for_the_run(places: Places)
     distil_runner.write(job / "pids.json", {"runner": os.getpid(), "trainer": os.getpid()})
     (places.root / "running.lock").touch()
     assert look(places).state == "interrupted"
-    with pytest.raises(InputError, match="no distillation is running"):
+    with pytest.raises(InputError, match="No distillation is running"):
         distil.stop(places)
 
 
@@ -219,7 +245,7 @@ def test_what_the_trainer_complains_of_is_shown(places: Places) -> None:
     distil.start(Order("red", steps=1, rank=13), places)
     wait(lambda: not distil.is_running(places))
     assert look(places).state == "failed"
-    assert "error: rank 13 is unlucky" in look(places).message
+    assert "The last line of its log: error: rank 13 is unlucky" in render(look(places))
 
 
 def test_a_lora_folder_that_vanishes_while_training_is_reported(places: Places) -> None:
@@ -227,12 +253,13 @@ def test_a_lora_folder_that_vanishes_while_training_is_reported(places: Places) 
     places.loras.rmdir()
     places.loras.write_text("a file")
     wait(lambda: not distil.is_running(places))
-    assert re.search(r"the LoRA is .*red_lora.safetensors, but it could not be copied", look(places).message)
+    assert re.search(r"could not be copied: .*red_lora\.safetensors .*: \w+", render(look(places)))
+    assert re.search(r"[가-힣]: .*red_lora\.safetensors", render(look(places), speaker("ko_KR")))
 
 
 def test_folders_that_cannot_be_written_are_refused_before_the_start(places: Places) -> None:
     places.loras.write_text("a file")
-    with pytest.raises(InputError, match=r"the LoRA folder .*Lora cannot be written"):
+    with pytest.raises(InputError, match=r"The folder .*Lora cannot be written"):
         distil.start(Order("red"), places)
     assert not places.root.exists()
     assert trainers(places) == 0
@@ -253,7 +280,7 @@ def test_python_without_packages_or_not_there_says_what_to_install(places: Place
     with pytest.raises(InputError, match=r"lacks torch, diffusers.* -m pip install torch diffusers"):
         distil_python.check_python(str(bare))
     for nothing in ("", str(tmp_path / "none")):
-        with pytest.raises(InputError, match=r"Make the trainer's Python.*python -m venv"):
+        with pytest.raises(InputError, match=r"Press the button .*python -m venv"):
             distil_python.check_python(nothing)
     distil_python.check_python(sys.executable)
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from extension_a1111.recommendation import USUAL_LORA, Request, recommend, remarks
-from extension_a1111.translation import english, speaker
+from extension_a1111.translation import Mistake, english, explain, speaker
+from lcm_core.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 FILES = sorted((ROOT / "extension_a1111").rglob("*.py"))
-NAMED = {"_HELP", "_NO_VIDEO_HELP", "NOTHING", "_STATES", "words", "kind"}
+NAMED = {"_HELP", "_NO_VIDEO_HELP", "NOTHING", "NOT_STARTED", "_LAST_LINE", "_NOT_COPIED", "_STATES", "words", "kind"}
 """Names of what is said later."""
-SPOKEN = {"Button", "say", "OptionInfo"}
+SPOKEN = {"Button", "Mistake", "say", "OptionInfo"}
 """Calls whose texts the user reads."""
 NAMES = {"LCM Suite", "TCD Suite"}
 """The same in all languages."""
@@ -80,3 +81,22 @@ def test_advice_is_said_in_the_language_of_the_page() -> None:
     assert speaker("zh-Hans (Stable)")("Running.") != "Running."
     for unknown in ("None", "", None, "fr_FR"):
         assert speaker(unknown)("step {last}", last=3) == english("step {last}", last=3) == "step 3"
+
+
+@pytest.mark.parametrize("language", LANGUAGES, ids=lambda file: file.stem)
+def test_mistakes_are_said_in_the_language_of_the_page_and_what_others_say_is_quoted(language: Path) -> None:
+    say = speaker(language.stem)
+    mistake = Mistake("{path} does not exist; check the path.", path="/no/such")
+    assert str(mistake) == explain(mistake) == "/no/such does not exist; check the path."
+    assert re.findall(r"[A-Za-z]+", explain(mistake, say)) == ["no", "such"]
+    told = explain(InputError("x.safetensors is cut off"), say)
+    assert told.endswith("x.safetensors is cut off")
+    assert not re.search(r"[A-Za-z]", told.removesuffix("x.safetensors is cut off"))
+
+
+def test_every_mistake_that_the_tab_shows_can_be_translated() -> None:
+    """None of its files raises a sentence that is no key of the languages."""
+    for file in FILES:
+        if file.name.startswith(("distil", "lcm_distil")):
+            raised = re.findall(r"raise (\w+)", file.read_text(encoding="utf-8"))
+            assert set(raised) <= {"Mistake", "not_written"}, file.name

@@ -21,7 +21,7 @@ from lcm_core.cli.main import start
 try:
     start()
 finally:
-    unused = ("peft.auto", "scipy.stats", "transformer_flux", "autoencoder_kl_wan", "unet_kandinsky3")
+    unused = ("peft.auto", "scipy.stats._stats_py", "transformer_flux", "autoencoder_kl_wan", "unet_kandinsky3")
     print([name for name in sys.modules if name.endswith(unused)])
 """
     picture = tmp_path / "apple.png"
@@ -40,6 +40,8 @@ from diffusers.models import SD3Transformer2DModel, transformers
 from diffusers.models.transformers import FluxTransformer2DModel
 assert diffusers.FluxTransformer2DModel is FluxTransformer2DModel
 once = importlib.import_module("diffusers.models.transformers.transformer_2d")
+import scipy.stats
+assert scipy.stats.norm.cdf(0) == 0.5
 assert transformers.Transformer2DModel is once.Transformer2DModel
 assert type(transformers) is type(importlib) and transformers.__path__ and transformers.__loader__.get_filename()
 try:

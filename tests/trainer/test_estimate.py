@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
@@ -13,6 +14,7 @@ from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.lora_layers import lora_state_dict
+from trainer import estimate
 from trainer.cli.main import main
 from trainer.config import DistillConfig, LoopConfig, StudentConfig
 from trainer.data.cache import prepare
@@ -125,6 +127,29 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one(config, checkpointing):
         planned = memory.peak - before
     assert planned >= 0.9 * kept
     assert planned <= 1.6 * kept + 2**20
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_plans_operations_are_about_those_of_a_real_step(config, monkeypatch, kind, checkpointing):
+    """Not all of whose calls are rehearsed."""
+    told = []
+    monkeypatch.setattr(estimate, "rough_seconds", lambda operations, *_: told.append(operations) or 1.0)
+    config = replace(config, student=replace(config.student, kind=kind, gradient_checkpointing=checkpointing))
+    make_plan(config)
+    student = real_student(config)
+    networks = student.networks
+    if kind == "full":
+        prepare_unet(student.trained, config.student, (8, 8))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 500])
+    cond = {"encoder_hidden_states": torch.randn(2, 77, WIDTH)}
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            for _ in range(2):  # both halves of its guidance
+                networks.teacher(x, t, cond, None)
+            networks.target(x, t, cond, None)
+        networks.online(x, t, cond, None).square().mean().backward()
+    assert told == [pytest.approx(config.training.steps * counter.get_total_flops(), rel=0.15)]
 
 
 def test_a_rehearsal_holds_no_memory_and_forgets_what_is_gone():

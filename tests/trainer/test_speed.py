@@ -2,28 +2,34 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.cli.main import main
 from trainer.config import DistillConfig
 from trainer.data.settings import DataConfig
 from trainer.estimate import GUESSED, make_plan
 from trainer.memory import rehearsal
-from trainer.speed import count_operations, operations_per_second, rough_seconds
+from trainer.speed import operations_per_second, rough_seconds
 
 CPU = torch.device("cpu")
 
 
-def test_operations_are_those_of_the_matrix_products_also_without_contents():
-    """Twice the size of the product: once forward, twice backward."""
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_are_those_of_torchs_own_counter(precision):
+    """Of the same with contents: a convolution, attention and both their backward passes."""
 
     def step():
-        weight = torch.zeros(8, 4, requires_grad=True)
-        x = torch.zeros(3, 8, requires_grad=True)
-        (x @ weight).sum().backward()
+        convolution, linear = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8)
+        x = torch.ones(2, 3, 6, 6, requires_grad=True)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            words = linear(convolution(x).flatten(2).transpose(1, 2)).view(2, 1, 16, 8)
+            torch.nn.functional.scaled_dot_product_attention(words, words, words).float().sum().backward()
 
-    assert count_operations(step) == 3 * 2 * 3 * 8 * 4
-    with rehearsal(CPU):
-        assert count_operations(step) == 3 * 2 * 3 * 8 * 4
+    with FlopCounterMode(display=False) as counter:
+        step()
+    with rehearsal(CPU) as memory:
+        step()
+    assert memory.operations == counter.get_total_flops() > 2 * 3 * 3 * 3 * 8 * 2 * 16
 
 
 def test_twice_the_operations_take_twice_as_long():

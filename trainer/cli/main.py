@@ -6,10 +6,12 @@ Importing this loads neither torch nor any other library, so that `--help` answe
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from lcm_core.cli.imports import leave_out_unused
 from lcm_core.cli.main import Parser, run_command
 from trainer.cli.accelerate import add_accelerate
 from trainer.cli.cache import add_cache
@@ -27,6 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_eval(commands)
     _add_recipe(commands)
     return parser
+
+
+def start() -> NoReturn:
+    """Run this process's command line, and end it."""
+    leave_out_unused()
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
