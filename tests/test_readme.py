@@ -99,6 +99,13 @@ def test_what_is_run_can_be() -> None:
     assert [part for part in parts if not part.startswith("python -m ")] == []
 
 
+def test_distilling_ones_own_teacher_names_a_preset() -> None:
+    """Without one, the LoRA learns a mixture of guidances that it cannot tell apart."""
+    commands = [command for snippet in SNIPPETS for command in snippet.commands if "trainer distill" in command]
+    assert commands
+    assert [command for command in commands if "--preset" not in command] == []
+
+
 @pytest.mark.parametrize("target", sorted(set(find_links(TEXT))))
 def test_link_leads_somewhere(target: str) -> None:
     path, _, place = target.partition("#")

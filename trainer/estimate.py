@@ -20,7 +20,7 @@ from torch import nn
 from lcm_core.diffusion.flow_map import EMBEDDING_DIM
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_json
-from lcm_core.networks.device import choose_device
+from lcm_core.networks.device import choose_device, explained
 from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, open_data, plan_cache
@@ -160,7 +160,7 @@ def _rehearse(
     student, training, device = config.student, config.training, processes.device
     precision = choose_precision(device, student.precision, count_weights(unet), scales_loss=True)
     part = max(rows.stop - rows.start for rows in processes.rows(training.batch_size, training.accumulation))
-    with rehearsal(device, precision) as memory:
+    with explained(unet.source), rehearsal(device, precision) as memory:
         fixed, trained, step = _build(config, unet, precision, (side, side))
         before = memory.live
         operations = step(memory, part)
@@ -257,7 +257,7 @@ def _caching_memory(source: ModelSource, device: torch.device, side: int, batch:
     text = sum(4 * count_weights(read_component(source.text, name)) for name in encoders(source))
     config = read_component(source.vae, "vae").config
     kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-    with rehearsal(device) as memory, torch.no_grad():
+    with explained(str(source.vae)), rehearsal(device) as memory, torch.no_grad():
         kind.from_config(config).encode(torch.empty(batch, 3, side, side))
     return max(text, memory.peak) + (LIBRARIES if device.type == "cpu" else 0)
 

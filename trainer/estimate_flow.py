@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lcm_core.files.checkpoint import read_component
+from lcm_core.networks.device import explained
 from lcm_core.networks.frozen import FORMATS
 from lcm_core.networks.lora_layers import add_lora
 from trainer.config import DistillConfig, StudentConfig
@@ -61,10 +62,11 @@ def trained_weights(config: DistillConfig, teacher: Teacher) -> int:
 
     source = teacher.source
     assert source.family is not None
-    config_of_network = dict(read_component(source.unet, "unet").config)
+    component = read_component(source.unet, "unet")
     with rehearsal(Processes().device):
         kind: Any = getattr(diffusers, source.family.network)
-        network = kind.from_config(config_of_network)
+        with explained(component.source):
+            network = kind.from_config(dict(component.config))
         targets = config.student.target_modules or source.family.lora_targets
         adapters = add_lora(network, config.student.rank, config.student.alpha or None, targets)
         return sum(half.numel() for half in adapters.parameters())

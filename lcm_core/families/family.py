@@ -16,6 +16,7 @@ from lcm_core.errors import InputError
 if TYPE_CHECKING:
     from lcm_core.networks.vae import VAE
 
+_MOST_SHIFT = 100.0
 Scheduler = Mapping[str, Any]
 """Content of a model's scheduler_config.json."""
 
@@ -31,11 +32,17 @@ def scheduled_shift(scheduler: Scheduler, tokens: int, steps: int) -> float:
     (max_image_seq_len, max_shift) (arXiv 2403.03206 Sec. 5.3.2). `steps` counts for some families alone.
     """
     if not scheduler.get("use_dynamic_shifting"):
-        return _number(scheduler, "flow_shift", _number(scheduler, "shift", 1.0))
+        return _usable(_number(scheduler, "flow_shift", _number(scheduler, "shift", 1.0)))
     low, high = _number(scheduler, "base_image_seq_len", 256), _number(scheduler, "max_image_seq_len", 4096)
     base, most = _number(scheduler, "base_shift", 0.5), _number(scheduler, "max_shift", 1.15)
-    mu = base + (most - base) * (tokens - low) / (high - low)
-    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+    mu = base + (most - base) * (tokens - low) / ((high - low) or math.nan)
+    return _usable(mu if scheduler.get("time_shift_type") == "linear" else math.exp(min(mu, _MOST_SHIFT)))
+
+
+def _usable(shift: float) -> float:
+    if not 0 < shift <= _MOST_SHIFT:
+        raise InputError(f"the model's scheduler states a shift of {shift:g}; it must be above 0, get the model again")
+    return shift
 
 
 def _number(scheduler: Scheduler, name: str, default: float) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lcm_core.errors import InputError
-from lcm_core.files.architecture import check_config
 from lcm_core.files.checkpoint import check_finite
+from lcm_core.files.configurations import check_config
 from lcm_core.files.safetensors import read_folder, read_json
 
 _LOCAL = {"local_files_only": True, "use_safetensors": True}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lcm_core.errors import InputError
-from lcm_core.files import architecture
 from lcm_core.files import safetensors as weights
 from lcm_core.files.architecture import Family
-from lcm_core.files.components import COMPONENTS, Component, ModelInfo
+from lcm_core.files.components import COMPONENTS, Component, Config, ModelInfo
+from lcm_core.files.configurations import check_config, check_scheduler
 from lcm_core.files.folder import save_component, save_diffusers, scheduler_config
 from lcm_core.files.quantised import dequantise
 from lcm_core.files.safetensors import PathLike, check_finite, read_safetensors, write_safetensors
@@ -96,8 +96,9 @@ def read_component(path: ModelPath, name: str) -> Component:
     if not isinstance(root, Path):
         return root.take(name)
     folder = _component_folder(root, name)
-    config = weights.read_json(folder / "config.json")
-    architecture.check_config(config, str(folder / "config.json"))
+    file = folder / "config.json"
+    config = Config(weights.read_json(file), str(file))
+    check_config(config, str(file))
     tensors = dequantise(weights.read_folder(folder), str(folder))
     return Component(modern(name, tensors), config, str(folder))
 
@@ -140,7 +141,7 @@ def _info(family: Family, scheduler: Mapping[str, Any], source: Path) -> ModelIn
     names = {"zero_terminal_snr": "rescale_betas_zero_snr"}
     fields = (f for f in ModelInfo.__dataclass_fields__ if f != "family")
     stated = {f: scheduler[names.get(f, f)] for f in fields if scheduler.get(names.get(f, f)) is not None}
-    architecture.check_scheduler(stated, source)
+    check_scheduler(stated, source)
     if "trained_betas" in stated:
         stated["trained_betas"] = tuple(map(float, stated["trained_betas"]))
         stated["num_train_timesteps"] = len(stated["trained_betas"])

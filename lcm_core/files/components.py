@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from lcm_core.errors import InputError
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -26,6 +29,24 @@ class ModelInfo:
     """The variances themselves, in place of the named schedule."""
     shift: float = 1.0
     """The shift of a flow model's noise levels; what a model itself states may depend on the picture's size."""
+
+
+class Config(dict[str, Any]):
+    """A network's configuration from a file, in which `[]` finds nothing but what is said; `get` is for the rest.
+
+    Raises:
+        InputError: on asking for what it does not say; names the file.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        super().__init__(values)
+        self.source = source
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise InputError(f"{self.source}: the configuration does not say {key}; get the model again")
+        return value
 
 
 @dataclass

@@ -27,6 +27,8 @@ IGNORED = re.compile(
     r"|lcm_suite\..*)$"
 )
 
+_MOST_PARTS = 128
+"""Levels, layers or blocks that a network may have, each counted in its own place."""
 _RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -95,9 +97,13 @@ class UNetTopology:
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern`'s group finds at the start of a name; 0 when nothing matches."""
+    """One more than the largest number that `pattern`'s group finds at the start of a name; 0 when nothing matches.
+
+    A number that no network has so many parts for is passed over; its weights are then none of the network's.
+    """
     found = (re.match(pattern, name) for name in names)
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+    numbers = (int(match.group(1)) for match in found if match and len(match.group(1)) <= len(str(_MOST_PARTS)))
+    return max((number + 1 for number in numbers if number < _MOST_PARTS), default=0)
 
 
 def unet_map(topology: UNetTopology) -> dict[str, str]:

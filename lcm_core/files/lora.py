@@ -32,6 +32,7 @@ _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _NOT_LORA = "bundle_emb."  # embeddings that OneTrainer puts beside the LoRA
 _LEFT_OUT_AT_MOST = 0.1
 """Share of a LoRA's modules that a model may lack; with more of them missing it was made for another architecture."""
+_MOST_STRENGTH = 100.0
 _LISTED = 8  # names in one message
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 
@@ -143,8 +144,9 @@ def merge(
         when a few modules of a LoRA are not in the network; they are named and left out.
 
     Raises:
-        InputError: a LoRA is for another architecture. Nothing has been merged then.
+        InputError: a LoRA is for another architecture, or its strength is out of range. Nothing has been merged then.
     """
+    check_strengths(loras)
     unmerge(model)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     names = lora_keys.flat_names(modules, part, other_names)
@@ -170,6 +172,17 @@ def unmerge(model: nn.Module) -> None:
         weight = model.get_submodule(path).weight
         weight.data = original.to(weight.device)
     setattr(model, _ORIGINALS, {})
+
+
+def check_strengths(loras: Iterable[tuple[Lora, float]]) -> None:
+    """Refuse strengths that no weight survives.
+
+    Raises:
+        InputError: names the LoRA.
+    """
+    for lora, strength in loras:
+        if not abs(strength) <= _MOST_STRENGTH:
+            raise InputError(f"{lora.name}: strength {strength:g} is out of range; 0 is off, 1 is as trained")
 
 
 def check_parts(lora: Lora, parts: Iterable[Part]) -> None:

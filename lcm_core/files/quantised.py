@@ -16,6 +16,7 @@ from lcm_core.errors import InputError
 SCALE = "_scale"
 """What the name of a weight's scale ends with."""
 _LARGEST = 127
+_SCALES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SMALL = 2**14
 """Numbers in a weight below which it stays as it is: nothing is saved, and first and last layers are among these."""
 
@@ -49,7 +50,8 @@ def dequantise(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     for name, scale in tensors.items():
         if _is_scale(name):
             weight = plain.get(name.removesuffix(SCALE))
-            if weight is None or weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
+            fits = weight is not None and weight.dtype == torch.int8 and scale.shape == weight.shape[:1]
+            if weight is None or not fits or scale.dtype not in _SCALES:
                 raise InputError(f"{source} has '{name}', which fits no 8-bit weight of it; get the file again")
             plain[name.removesuffix(SCALE)] = weight.to(scale.dtype) * _as_column(scale, weight)
     return plain

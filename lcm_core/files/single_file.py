@@ -17,6 +17,7 @@ from lcm_core.errors import InputError
 from lcm_core.files import architecture, ldm_convert
 from lcm_core.files.architecture import Family
 from lcm_core.files.components import COMPONENTS, Component, ModelInfo
+from lcm_core.files.configurations import check_config
 from lcm_core.files.folder import scheduler_config
 from lcm_core.files.reading import parse_json
 from lcm_core.files.safetensors import PathLike, check_checksum, read_safetensors, write_safetensors
@@ -95,7 +96,7 @@ class Checkpoint:
             raise InputError(f"{self.path} has no {name} (it has: {held}); give a model that has one")
         config = self._named(_infer_config, self._networks, name, ldm_convert.is_openclip(self._state, name))
         config |= self._stated(name)
-        architecture.check_config(config, f"{self.path} ({name})")
+        check_config(config, f"{self.path} ({name})")
         self._taken.add(name)
         return Component(self._networks[name], config, str(self.path))
 

@@ -5,6 +5,7 @@ IP-Adapters are in `ip_adapter.py`; `load_control` here tells all three apart.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcm_core.diffusion.flow_map import END_KEY
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component
+from lcm_core.files.configurations import check_config
 from lcm_core.files.safetensors import PathLike, read_folder, read_json, read_safetensors
 from lcm_core.networks.cross_attention import check_keys
 from lcm_core.networks.device import assemble
@@ -26,6 +29,7 @@ Guide = Callable[[Tensor, Tensor, Mapping[str, Any]], Residuals]
 """A function from a U-Net's x, t and conditioning to what is added to it."""
 _ADAPTER = "down_intrablock_additional_residuals"
 _DOWN, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
+_TOKENS = 77  # of a text
 _UNSHUFFLED = 64  # channels that a full adapter makes of one: 8 x 8 pixels
 
 
@@ -80,16 +84,17 @@ def controlled(unet: Callable[..., Tensor], guides: Sequence[Guide]) -> Callable
 
 
 @torch.no_grad()
-def load_control(path: PathLike, unet: UNet, model: PathLike) -> Control | IPAdapter:
+def load_control(path: PathLike, unet: UNet, model: PathLike, scale: int = 8) -> Control | IPAdapter:
     """Load a T2I-Adapter (a file, or a diffusers folder), a ControlNet (a diffusers folder) or an IP-Adapter (a file),
     frozen.
 
     Args:
         unet: that it is to guide, on its device and in its number format.
         model: folder or file of the model, where an IP-Adapter's image encoder may lie.
+        scale: pixels per latent pixel, along one side.
 
     Raises:
-        InputError: it is none of these, broken, or for a U-Net of other widths.
+        InputError: it is none of these, broken, or for another U-Net.
     """
     root = Path(path)
     if root.is_file() and is_ip_adapter(tensors := read_safetensors(root)[0]):
@@ -98,6 +103,7 @@ def load_control(path: PathLike, unet: UNet, model: PathLike) -> Control | IPAda
         return adapter
     control = Control(_assemble(_read(root), unet.device, unet.dtype))
     _check_widths(control, unet, path)
+    _check_call(control, unet, path, scale)
     return control
 
 
@@ -130,9 +136,51 @@ def _check_widths(control: Control, unet: UNet, path: PathLike) -> None:
         )
 
 
+def _check_call(control: Control, unet: UNet, path: PathLike, scale: int) -> None:
+    """Refuse a control that this U-Net cannot call, or whose outputs it cannot add, by one call of twins of both that
+    have no contents.
+
+    Raises:
+        InputError: gives the reason.
+    """
+    side = 2 * unet.multiple
+    try:
+        if control.channels not in (1, 3):
+            raise ValueError(f"it reads {control.channels} channels of a picture")
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin, network = Control(_twin(control.model)), UNet(_twin(unet.model))
+            guide = twin.guide(torch.empty(1, control.channels, side * scale, side * scale), 1.0)
+            x, t = torch.empty(1, unet.in_channels, side, side), torch.empty(1)
+            controlled(network, [guide])(x, t, **_inputs(network))
+    except Exception as error:  # of each network its own
+        reason = " ".join(f"{error}".split())[:200]
+        raise InputError(
+            f"control {path} does not go with this model's U-Net ({reason}); give one made for it"
+        ) from error
+
+
+def _twin(model: Any) -> Any:
+    return type(model).from_config({key: value for key, value in model.config.items() if key != END_KEY})
+
+
+def _inputs(unet: UNet) -> dict[str, Any]:
+    """A U-Net's conditioning, without contents."""
+    config = unet.model.config
+    inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, _TOKENS, config["cross_attention_dim"])}
+    if unet.guidance_embedding_dim is not None:
+        inputs["timestep_cond"] = torch.empty(1, unet.guidance_embedding_dim)
+    if config["addition_embed_type"] == "text_time":
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, width), "time_ids": torch.empty(1, 6)}
+    return inputs
+
+
 def _read(root: Path) -> Component:
     if root.is_dir():
-        return Component(read_folder(root), read_json(root / "config.json"), str(root))
+        config = read_json(root / "config.json")
+        check_config(config, str(root / "config.json"))
+        return Component(read_folder(root), config, str(root))
     tensors, _ = read_safetensors(root)
     return Component(tensors, _adapter_config(tensors, root), str(root))
 
@@ -140,12 +188,9 @@ def _read(root: Path) -> Component:
 def _adapter_config(tensors: Mapping[str, Tensor], root: Path) -> dict[str, Any]:
     """A bare file's configuration, by its shapes."""
     first = tensors.get("adapter.conv_in.weight")
-    widths = [
-        tensors[f"adapter.body.{number}.resnets.0.block2.weight"].shape[0]
-        for number in range(len(tensors))
-        if f"adapter.body.{number}.resnets.0.block2.weight" in tensors
-    ]
-    if first is None or not widths or first.ndim != 4 or first.shape[1] % _UNSHUFFLED:
+    last = (tensors.get(f"adapter.body.{number}.resnets.0.block2.weight") for number in range(len(tensors)))
+    widths = [weight.shape[0] for weight in last if weight is not None and weight.ndim]
+    if first is None or not widths or first.ndim != 4 or not first.shape[1] or first.shape[1] % _UNSHUFFLED:
         raise InputError(f"control {root} is no T2I-Adapter in diffusers' layout; give one, or a ControlNet's folder")
     blocks = sum(key.startswith("adapter.body.0.resnets.") and key.endswith(".block2.weight") for key in tensors)
     return {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,17 +121,27 @@ def build_network(build: Callable[[], Module], component: Component) -> Module:
     """Build a network from a component's configuration, without memory for its weights.
 
     Raises:
-        InputError: the configuration makes no network; the libraries' reasons are many, and of many types.
+        InputError: the configuration makes no network.
+    """
+    with explained(component.source), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build()
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Within this context the libraries build a network of the configuration in `source`.
+
+    Raises:
+        InputError: they cannot; their reasons are many, and of many types.
     """
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return build()
+        yield
+    except InputError:
+        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(
-            f"the configuration of {component.source} makes no network ({reason}); get the model again"
-        ) from error
+        raise InputError(f"the configuration of {source} makes no network ({reason}); get the model again") from error
 
 
 def check_types(component: Component, expected: Mapping[str, Tensor]) -> None:

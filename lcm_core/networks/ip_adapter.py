@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import Component, check_finite
+from lcm_core.files.configurations import check_config
 from lcm_core.files.safetensors import read_folder, read_json
 from lcm_core.networks.clip import assemble_clip
 from lcm_core.networks.cross_attention import Keys
-from lcm_core.networks.device import assemble
+from lcm_core.networks.device import assemble, check_types
 
 _TOKENS, _HEAD = 4, 64  # tokens that a plain one makes of a picture; numbers in a head of a plus one's layers
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of RGB
@@ -103,10 +104,11 @@ def load_ip_adapter(
     """
     attention = _part(tensors, "ip_adapter.")
     check_finite(attention, path)
+    check_types(Component(attention, {}, str(path)), dict.fromkeys(attention, torch.empty(0)))
     numbers = [2 * number + 1 for number in range(len(attention) // 2)]
     names = [(f"{number}.to_k_ip.weight", f"{number}.to_v_ip.weight") for number in numbers]
     if not names or attention.keys() != {name for pair in names for name in pair}:
-        raise InputError(f"control {path} is no IP-Adapter of the plain or the plus kind; give one of these")
+        raise _not_an_adapter(path)
     keys = [(attention[k].to(device, dtype), attention[v].to(device, dtype)) for k, v in names]
     if any(k.ndim != 2 or k.shape != v.shape for k, v in keys):
         raise InputError(f"control {path} has keys and values of different shapes; get it again")
@@ -147,6 +149,8 @@ def _plus(tensors: Mapping[str, Tensor], path: Path) -> tuple[Any, dict[str, Ten
         for theirs, ours in _PLUS_NAMES:
             name = re.sub(theirs, ours, name)
         if name.endswith(".to_kv.weight"):
+            if value.ndim != 2 or len(value) % 2:
+                raise _not_an_adapter(path)
             renamed[name.replace("to_kv", "to_k")], renamed[name.replace("to_kv", "to_v")] = value.chunk(2)
         else:
             renamed[name] = value
@@ -168,13 +172,19 @@ def _plus(tensors: Mapping[str, Tensor], path: Path) -> tuple[Any, dict[str, Ten
 def _matrix(tensors: Mapping[str, Tensor], key: str, path: Path) -> Tensor:
     weight = tensors.get(key)
     if weight is None or weight.ndim != 2 or not weight.numel():
-        raise InputError(f"control {path} is no IP-Adapter of the plain or the plus kind; give one of these")
+        raise _not_an_adapter(path)
     return weight
+
+
+def _not_an_adapter(path: Path) -> InputError:
+    return InputError(f"control {path} is no IP-Adapter of the plain or the plus kind; give one of these")
 
 
 def _load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    component = Component(read_folder(folder), read_json(folder / "config.json"), str(folder))
+    config = read_json(folder / "config.json")
+    check_config(config, str(folder / "config.json"))
+    component = Component(read_folder(folder), config, str(folder))
     build: Any = CLIPVisionModelWithProjection
     return assemble_clip(lambda: build(CLIPVisionConfig.from_dict(component.config)), component, device, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lcm_core.networks.device import LARGE_ON_CPU, Device, assemble, choose_devi
 LARGEST_UNTILED = 128 * 128  # latent pixels: 1024 x 1024 with the usual factor of 8
 TILE = 64
 OVERLAP = 16
+_NUMBERED = re.compile(r"([0-9]{1,3})\.(.+)")
+"""Names in the tiny VAE's own files: the number of a layer, and the name inside."""
 
 
 class VAE:
@@ -154,15 +157,17 @@ def _read_vae(source: ModelPath) -> Component:
     """The tiny VAE's own distribution is two bare sequences; its decoder counts a clamp that diffusers does not."""
     if not isinstance(source, Checkpoint) and Path(source).is_file():
         source = Checkpoint(source)
-    if not isinstance(source, Checkpoint) or not all(key.partition(".")[0].isdigit() for key in source.keys):
+    if not isinstance(source, Checkpoint) or not (source.keys and all(map(_NUMBERED.fullmatch, source.keys))):
         return read_component(source, "vae")
     path = source.path
     state: dict[str, Tensor] = {}
     for half, first in (("encoder", 0), ("decoder", 1)):
         file = path.with_name(path.name.replace("decoder", half).replace("encoder", half))
         for key, value in read_safetensors(file)[0].items():
-            number, _, rest = key.partition(".")
-            state[f"{half}.layers.{int(number) - first}.{rest}"] = value
+            numbered = _NUMBERED.fullmatch(key)
+            if numbered is None:
+                raise InputError(f"{file} is no {half} of a tiny VAE (it has '{key[:60]}'); give both of its files")
+            state[f"{half}.layers.{int(numbered[1]) - first}.{numbered[2]}"] = value
     return Component(state, vae_config(state), str(path))
 
 

@@ -20,7 +20,7 @@ from lcm_core.families.labels import ClassLabels
 from lcm_core.families.network import FamilyNetwork
 from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo
-from lcm_core.files.lora import Lora, check_parts, merge, read_lora
+from lcm_core.files.lora import Lora, check_parts, check_strengths, merge, read_lora
 from lcm_core.files.lora_keys import Part
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
@@ -163,7 +163,7 @@ class Model:
             raise InputError(f"control {name!r} was given, but {self.name} is no Stable Diffusion model; leave it out")
         if name not in self._controls:
             path = find_control(name, self.name)
-            self._controls[name] = load_control(path, self.unet, self.name)
+            self._controls[name] = load_control(path, self.unet, self.name, self.vae.scale)
         return self._controls[name]
 
     def describe(self) -> PictureOptions:
@@ -212,6 +212,7 @@ def load_model(
     place = choose_device(device)
     files = [(find_lora(path, source.root), strength) for path, strength in lora]
     loras = [(read_lora(path), strength) for path, strength in files]
+    check_strengths(loras)
     check_has_vae(source, vae)
     # what is often missing or unfit comes first, before seconds of loading
     text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer, clip_skip, embedding)

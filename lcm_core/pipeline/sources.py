@@ -12,8 +12,8 @@ from typing import Any
 from lcm_core.errors import InputError
 from lcm_core.families.family import Family, Scheduler
 from lcm_core.families.known import find_family
-from lcm_core.files.architecture import check_scheduler
 from lcm_core.files.checkpoint import Checkpoint, ModelInfo, info_from_configs, read_info
+from lcm_core.files.configurations import check_scheduler
 from lcm_core.files.lora import find_lora_file
 from lcm_core.files.recommended import (
     FULL_LCM_GUIDANCE,
@@ -109,7 +109,9 @@ def _family_source(root: Path, family: Family) -> ModelSource:
     file = root / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.is_file() else {}
     if family.is_flow:
-        info = ModelInfo(family.name, "flow", num_train_timesteps=scheduler.get("num_train_timesteps", 1000))
+        steps = {"num_train_timesteps": scheduler.get("num_train_timesteps") or ModelInfo.num_train_timesteps}
+        check_scheduler(steps, file)
+        info = ModelInfo(family.name, "flow", **steps)
     else:
         info = replace(info_from_configs({}, scheduler, file), family=family.name)
     said = Recommended("euler", teacher_steps=family.steps, teacher_guidance_scale=family.guidance_scale)

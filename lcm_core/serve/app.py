@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import traceback
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_core.errors import InputError
 from lcm_core.files.reading import parse_json
 from lcm_core.serve import a1111, openai
-from lcm_core.serve.fields import Fields, RequestError
+from lcm_core.serve.fields import Fields, RequestError, describe
 from lcm_core.serve.guard import LOOPBACK, App, Guard
 from lcm_core.serve.live import live
 from lcm_core.serve.service import Service
@@ -142,13 +141,11 @@ def _choices(service: Service) -> dict[str, Any]:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    return _line(getattr(error, "status", 400), " ".join(str(error).split()))
+    return _line(getattr(error, "status", 400), describe(error))
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """A fault of ours: the client gets one line, the terminal the whole of it."""
-    traceback.print_exception(error)
-    return _line(500, "the server failed; its terminal says why")
+    return _line(500, describe(error))
 
 
 def _line(status: int, line: str) -> Response:

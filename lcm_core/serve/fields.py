@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,14 @@ def decode_picture(name: str, value: Any, limits: Limits) -> Image:
     except (InputError, ValueError) as error:
         most = f"{limits.input_pixels:,}"
         raise RequestError(f"{name} is no readable picture; give a PNG, JPEG or WebP of up to {most} pixels") from error
+
+
+def describe(error: Exception) -> str:
+    """An error in one line for the client. A fault of ours is no more than named; the terminal gets the whole of it."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    traceback.print_exception(error)
+    return "the server failed; its terminal says why"
 
 
 def _short(value: object) -> str:

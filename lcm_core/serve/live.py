@@ -6,9 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from lcm_core.errors import InputError
 from lcm_core.files.reading import parse_json
-from lcm_core.serve.fields import Fields
+from lcm_core.serve.fields import Fields, describe
 from lcm_core.serve.painter import PictureRequest
 from lcm_core.serve.service import Service, read_lora, read_options, read_seed
 
@@ -59,8 +58,8 @@ async def _answer(socket: WebSocket, service: Service, text: str | None) -> None
         number = values.get("id") if type(values.get("id")) is int else None
         request = await asyncio.to_thread(read_live, Fields(values, service.limits), service)
         painted = await service.paint(request)
-    except InputError as error:
-        await socket.send_json({"id": number, "error": " ".join(str(error).split())})
+    except Exception as error:
+        await socket.send_json({"id": number, "error": describe(error)})
         return
     for picture in painted:
         seconds = round(time.perf_counter() - start, 4)

@@ -150,6 +150,9 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     state = ldm_convert.diffusers_to_ldm({"unet": component(tiny_unet("sd1")).tensors}, "sd1")
     with pytest.raises(InputError, match=r"unknown architecture.*input_blocks.1.2.mystery"):
         detect_architecture(state | {"model.diffusion_model.input_blocks.1.2.mystery.weight": torch.zeros(1)})
+    for number in ("99999999999", "9" * 5000):  # layers that were counted up to, without end
+        with pytest.raises(InputError, match=r"unknown architecture.*input_blocks.9"):
+            detect_architecture(state | {f"model.diffusion_model.input_blocks.{number}.0.weight": torch.zeros(1)})
     parts = component(tiny_unet("sdxl")).tensors
     thinned = {k: v for k, v in parts.items() if ".attentions.1.transformer_blocks.2." not in k}
     with pytest.raises(InputError, match="differ in depth"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,29 @@ def outlines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_controlnet(seed: int) -> Any:
+def make_controlnet(seed: int, **changes: Any) -> Any:
     from diffusers import ControlNetModel
 
     torch.manual_seed(seed)
-    network = ControlNetModel(
-        block_out_channels=WIDTHS,
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=128,
-        conditioning_embedding_out_channels=(8, 8, 8, 8),
-    )
+    sizes: dict[str, Any] = {
+        "block_out_channels": WIDTHS,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 128,
+        "conditioning_embedding_out_channels": (8, 8, 8, 8),
+    }
+    network = ControlNetModel(**sizes | changes)
     for name, parameter in network.named_parameters():  # the layers that lead out begin with zeros
         if "controlnet_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return network.eval()
 
 
-def make_adapter(channels: int = 3) -> Any:
+def make_adapter(channels: int = 3, **changes: Any) -> Any:
     from diffusers import T2IAdapter
 
     torch.manual_seed(0)
-    return T2IAdapter(channels, list(WIDTHS), num_res_blocks=2, adapter_type="full_adapter").eval()
+    return T2IAdapter(channels, list(WIDTHS), num_res_blocks=2, adapter_type="full_adapter", **changes).eval()
 
 
 def make_folder(path: Path) -> str:
@@ -135,3 +137,39 @@ def test_an_unfit_control_ends_in_a_traceback(plain: Pipeline, outlines: Path, t
     ):
         with pytest.raises(InputError, match=words):
             plain("cat", control=[(str(path), outlines, 1.0)], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("controlnet", {"in_channels": 9}, "does not go with this model's U-Net"),
+        ("controlnet", {"layers_per_block": 2}, "does not go with this model's U-Net"),
+        ("controlnet", {"conditioning_channels": 4}, "reads 4 channels of a picture"),
+        ("controlnet", {"conditioning_embedding_out_channels": (8, 8)}, "does not go with this model's U-Net"),
+        ("controlnet", {"controlnet_conditioning_channel_order": "grb"}, "does not go with this model's U-Net"),
+        ("adapter", {"downscale_factor": 4}, "does not go with this model's U-Net"),
+        ("stated", {"_class_name": ["ControlNetModel"]}, "the configuration says _class_name"),
+        ("stated", {"layers_per_block": 10**9}, "the configuration says layers_per_block"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_control_of_another_kind_fails_while_painting(
+    kind: str, change: dict[str, Any], words: str, plain: Pipeline, outlines: Path, tmp_path: Path
+) -> None:
+    """Of the right widths, but made for another U-Net: torch's own error came with the first step."""
+    if kind == "adapter":
+        make_adapter(**change).save_pretrained(tmp_path)
+    else:
+        make_controlnet(1, **({} if kind == "stated" else change)).save_pretrained(tmp_path)
+    if kind == "stated":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=words):
+        plain.model.control(str(tmp_path))
+
+
+def test_a_layer_of_a_t2i_adapter_is_a_single_number(plain: Pipeline, tmp_path: Path) -> None:
+    tensors = make_adapter().state_dict() | {"adapter.body.0.resnets.0.block2.weight": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(InputError, match=r"odd\.safetensors"):
+        plain.model.control(str(tmp_path / "odd.safetensors"))

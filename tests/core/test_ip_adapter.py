@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,25 @@ def test_an_unfit_file_ends_in_a_traceback(plain: Pipeline, folder: Path, tmp_pa
         "lacks 1 weights": {"image_proj.norm.weight": None},
         "reads 7 numbers of CLIP": {"image_proj.proj.weight": torch.zeros(4 * TEXT, 7)},
         "plus kind; give one of these": {"image_proj.latents": torch.zeros(3)},
+        "is stored as int8; a quantised model": {
+            "ip_adapter.1.to_v_ip.weight": tensors["ip_adapter.1.to_v_ip.weight"].to(torch.int8)
+        },
     }
     for number, (words, change) in enumerate(changes.items()):
         path = tmp_path / f"{number}.safetensors"
         save_file({key: value for key, value in (tensors | change).items() if value is not None}, path)
         with pytest.raises(InputError, match=words):
             plain("cat", control=[(str(path), folder / "photo.png", 1.0)], **SMALL)
+    plus = load_file(folder / "plus.safetensors")
+    save_file(plus | {"image_proj.layers.0.0.to_kv.weight": torch.zeros(1, 64)}, tmp_path / "odd.safetensors")
+    with pytest.raises(InputError, match="plus kind; give one of these"):
+        plain("cat", control=[(str(tmp_path / "odd.safetensors"), folder / "photo.png", 1.0)], **SMALL)
+    save_file(tensors, tmp_path / "good.safetensors")
+    config = json.loads((tmp_path / "image_encoder" / "config.json").read_text())
+    for change in ({"num_hidden_layers": 10**9}, {"image_size": 10**6}, {"hidden_size": "32"}):  # would take for ever
+        (tmp_path / "image_encoder" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=r"image_encoder.config\.json: the configuration says"):
+            plain("cat", control=[(str(tmp_path / "good.safetensors"), folder / "photo.png", 1.0)], **SMALL)
     alone = make_adapter(tmp_path / "deep" / "er.safetensors", plain.model.unet.model)
     alone.rename(tmp_path.parent / "alone.safetensors")
     with pytest.raises(InputError, match="needs the image encoder that it was trained with"):

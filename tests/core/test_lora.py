@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcm_core.errors import InputError
 from lcm_core.files import ldm_keys
 from lcm_core.files.lora import merge, read_lora, unmerge
 from lcm_core.files.lora_keys import parse_key
@@ -190,6 +191,18 @@ def test_unmerge_is_exact_in_every_dtype_and_layout_of_memory(dtype: torch.dtype
     unmerge(unet)
     unmerge(unet)
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("strength", [float("inf"), float("nan"), 1e30, -101.0])
+def test_a_strength_that_no_weight_survives_is_merged(strength: float) -> None:
+    """The picture was said to be NaN, and another number format to be the remedy."""
+    lora = read_lora({"lora_unet_a.lora_down.weight": torch.ones(1, 3), "lora_unet_a.lora_up.weight": torch.ones(3, 1)})
+    model = nn.Module()
+    model.a = nn.Linear(3, 3)
+    before = model.a.weight.clone()
+    with pytest.raises(InputError, match="is out of range; 0 is off, 1 is as trained"):
+        merge(model, [(lora, strength)])
+    assert torch.equal(model.a.weight, before)
 
 
 def test_linear_and_1x1_convolution_loras_fit_each_other() -> None:

@@ -74,8 +74,10 @@ def test_a_folder_with_8_bit_weights_is_a_model_like_any_other(tmp_path: Path) -
         {"big.weight": torch.zeros(128, 64, 3, 3)},
         {"big.weight_scale": torch.ones(127)},
         {"big.weight_scale": torch.ones(())},
+        {"big.weight_scale": torch.ones(128).to(torch.float8_e4m3fn)},
+        {"big.weight_scale": torch.ones(128, dtype=torch.int64)},
     ],
-    ids=["no weight", "a weight that is no whole number", "too few scales", "one scale"],
+    ids=["no weight", "no whole numbers", "too few scales", "one scale", "scales in 8 bits", "whole scales"],
 )
 def test_scales_that_fit_no_weight_are_refused(change: dict[str, Tensor | None]) -> None:
     broken = {name: tensor for name, tensor in (quantise(weights()) | change).items() if tensor is not None}

@@ -24,7 +24,10 @@ from tests.core.test_untrusted import changed, copied, whole
 
 @pytest.mark.parametrize(
     "values",
-    [{"norm_num_groups": 0}, {"latent_channels": "4"}, {"scaling_factor": 0}, {"scaling_factor": "x"}, {"act_fn": 3}],
+    [
+        *({"norm_num_groups": 0}, {"latent_channels": "4"}, {"scaling_factor": 0}, {"scaling_factor": "x"}),
+        *({"act_fn": 3}, {"latents_std": [1.0, 0.0, 1.0, 1.0]}, {"latents_mean": "x"}, {"temperal_downsample": 3}),
+    ],
     ids=str,
 )
 def test_vae_with_a_configuration_that_makes_no_sense(values: dict[str, Any], models: Path, tmp_path: Path) -> None:

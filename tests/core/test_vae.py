@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,28 @@ def test_tiny_vae_in_its_own_two_files(given: str, tmp_path: Path) -> None:
     (tmp_path / "taesd_encoder.safetensors").rename(tmp_path / "elsewhere.safetensors")
     with pytest.raises(InputError, match=r"taesd_encoder.safetensors"):
         load_vae(tmp_path / "taesd_decoder.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["x", "\N{SUPERSCRIPT TWO}.weight", "99999999999.weight", "9" * 5000 + ".weight", "-1.weight"]
+)
+def test_a_half_of_a_tiny_vae_is_something_else(name: str, tmp_path: Path) -> None:
+    """Each ended in a traceback, or in a search for layers without end."""
+    good = {"1.weight": torch.zeros(1)}
+    for half in ("encoder", "decoder"):
+        write_safetensors(tmp_path / "taesd_encoder.safetensors", {name: torch.zeros(1)} if half == "encoder" else good)
+        write_safetensors(tmp_path / "taesd_decoder.safetensors", {name: torch.zeros(1)} if half == "decoder" else good)
+        for given in ("encoder", "decoder"):
+            with pytest.raises(InputError, match=r"taesd_(en|de)coder\.safetensors"):
+                load_vae(tmp_path / f"taesd_{given}.safetensors", "cpu")
+
+
+def test_an_unknown_way_to_enlarge_is_found_while_painting(tmp_path: Path) -> None:
+    tiny(4).save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"upsample_fn": "magic"}))
+    with pytest.raises(InputError, match=r"says upsample_fn = 'magic'; use \"nearest\""):
+        load_vae(tmp_path, "cpu")
 
 
 @torch.no_grad()

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from lcm_core.errors import InputError
+from lcm_core.families.family import scheduled_shift
 from lcm_core.families.patches import from_patches
 from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import make_inputs, paint
 from lcm_core.pipeline.scheduler import LCMSuiteScheduler
+from lcm_core.pipeline.sources import find_source
 from tests.flow_models import MODELS
 
 PROMPT, STEPS, SIDE = "a red apple", 3, 32
@@ -80,3 +83,26 @@ def test_the_scheduler_gives_diffusers_pipeline_other_numbers(model_of, family, 
     ours = Pipeline.load(model_of(family), device="cpu", dtype="float32")(PROMPT, seed=5, sampler=sampler, **settings)
     given = from_patches(theirs, SIDE // 16) if family == "flux" else theirs
     torch.testing.assert_close(given, ours.images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        *({"shift": 0}, {"shift": -3.0}, {"flow_shift": 1e9}),
+        {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 256},
+        {"use_dynamic_shifting": True, "max_shift": 1e6},
+    ],
+    ids=str,
+)
+def test_a_shift_that_no_flow_has_is_sampled_with(stated):
+    """Some ended in a division by zero or an overflow, others in noise."""
+    with pytest.raises(InputError, match="states a shift of"):
+        scheduled_shift(stated, 4096, 4)
+
+
+def test_a_number_of_timesteps_is_a_text(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": "1000"}')
+    with pytest.raises(InputError, match="says num_train_timesteps = '1000'"):
+        find_source(tmp_path)

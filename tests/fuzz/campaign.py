@@ -19,7 +19,7 @@ from hypothesis.strategies import SearchStrategy
 
 from tests.core.conftest import make_models
 from tests.fuzz.guards import Case, Worker
-from tests.fuzz.kinds import KINDS, add_single_file, start_worker
+from tests.fuzz.kinds import KINDS, add_files, start_worker
 
 INPUTS = 25
 """Inputs of one seed."""
@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, args.results.open("a") as file:
         models = Path(folder, "models")
         models.mkdir()
-        add_single_file(make_models(models, least=True))
+        add_files(make_models(models, least=True))
         with closing(start_worker(Path(folder, "work"), models)) as worker:
             for name, number in remaining(rows, args.inputs):
                 ran, faults = run_seed(worker, kinds[name](models), number)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.core.conftest import make_models
 from tests.fuzz.guards import Worker
-from tests.fuzz.kinds import add_single_file, start_worker
+from tests.fuzz.kinds import add_files, start_worker
 
 collect_ignore = [] if sys.platform == "linux" else ["test_inputs.py", "test_known.py", "test_worker.py"]
 """Forks and /proc; what is found there is no different on other systems."""
@@ -19,8 +19,8 @@ collect_ignore = [] if sys.platform == "linux" else ["test_inputs.py", "test_kno
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain`, `lcm` and `emoji`, which are folders, and `plain.safetensors`."""
-    return add_single_file(make_models(tmp_path_factory.mktemp("models"), least=True))
+    """`plain`, `lcm` and `emoji`, which are folders, `plain.safetensors`, and `parts` of other kinds."""
+    return add_files(make_models(tmp_path_factory.mktemp("models"), least=True))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis.strategies import SearchStrategy
 
 import lcm_core
-from tests.fuzz import commands, models, pictures, training, weights
+from tests.fuzz import commands, models, parts, pictures, training, weights
 from tests.fuzz.guards import Case, Worker
 
 Strategy = Callable[[Path], SearchStrategy[Case]]
@@ -21,16 +21,21 @@ KINDS: dict[Strategy, tuple[int, int]] = {
     commands.command_case: (8, 1000),
     training.data_case: (4, 500),
     training.settings_case: (6, 1000),
+    parts.control_case: (4, 1000),
+    parts.vae_case: (4, 500),
+    parts.quantised_case: (4, 500),
+    parts.teacher_case: (4, 1000),
 }
-"""Strategies, and how many inputs each gives to the plain run and to 10,000."""
+"""Strategies, and how many inputs each gives to the plain run and to the slow one."""
 
 
-def add_single_file(tiny_models: Path) -> Path:
-    """Put `plain.safetensors` beside the folders that `make_models` makes."""
+def add_files(tiny_models: Path) -> Path:
+    """Put `plain.safetensors` and the folder `parts` beside the folders that `make_models` makes."""
     from lcm_core.cli.main import main
 
     file = tiny_models / "plain.safetensors"
     if not file.exists():
+        parts.make_parts(tiny_models)
         assert main(["export", "--to", "single-file", "--model", str(tiny_models / "plain"), "--path", str(file)]) == 0
     return tiny_models
 

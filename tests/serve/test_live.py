@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from serving import LIMITS, picture
 
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import SETTINGS_KEY
+from lcm_core.serve import live
+from lcm_core.serve.service import Service
 
 LIVE = "ws://127.0.0.1:7000/live"
 MESSAGE = {"prompt": "a red apple", "steps": 1, "seed": 3, "guidance": 2.0}
@@ -60,6 +63,24 @@ def test_old_strokes_are_painted_before_the_newest(client: Any) -> None:
             seen.append(receive(socket)[0]["id"])
     assert len(seen) < 10
     assert seen == sorted(seen)
+
+
+def test_a_fault_of_ours_leaves_the_page_waiting(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = []
+
+    class Socket:
+        async def send_json(self, values: dict[str, Any]) -> None:
+            sent.append(values)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(live, "read_live", fail)
+    asyncio.run(live._answer(cast("Any", Socket()), service, '{"id": 1}'))
+    assert sent == [{"id": 1, "error": "the server failed; its terminal says why"}]
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The plan of `--dry-run` beside what is really allocated and written."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,18 @@ def test_a_dry_run_refuses_what_a_run_refuses(teachers, photos, tmp_path, capsys
         assert message in capsys.readouterr().err
     assert not (output / "run" / "state.safetensors").exists()
     assert not (output / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"in_channels": None}, {"block_out_channels": None}, {"act_fn": 3}, {"norm_num_groups": 7}], ids=str
+)
+def test_a_teacher_that_says_too_little_or_nonsense_is_named(config, change, tmp_path):
+    """None stands for what is left out; diffusers has defaults for it, which are no facts about these weights."""
+    teacher = shutil.copytree(config.teacher, tmp_path / "teacher")
+    file = teacher / "unet" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | change).items() if v is not None}))
+    with pytest.raises(InputError, match=r"teacher/unet.*get the model again"):
+        print_plan(replace(config, teacher=str(teacher)))
 
 
 def test_a_lora_for_many_guidances_is_told_that_it_cannot_read_them(config, capsys):

@@ -13,6 +13,7 @@ from lcm_core.cli.common import parse_lora
 from lcm_core.errors import InputError
 from lcm_core.families.family import Family
 from lcm_core.families.labels import ClassLabels
+from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.lora import Lora, check_parts, fitting, read_lora
 from lcm_core.files.lora_keys import flat_names
@@ -86,8 +87,9 @@ class Teacher:
     @property
     def resolution(self) -> int:
         """Pixels, along each side, that it was trained at."""
-        family, config = self.source.family, self._unet.config
-        side = config["sample_size"] if family is None else config.get("sample_size") or family.sample_size
+        family, side = self.source.family, self._unet.config.get("sample_size")
+        usual = SAMPLE_SIZES[self.source.info.family] if family is None else family.sample_size
+        side = max(side) if isinstance(side, list) and side else side or usual
         return self.source.recommended.resolution or int(side) * self.scale
 
     @property
