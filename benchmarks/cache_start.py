@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from trainer.data.cache import CachePlan, plan_cache
-from trainer.data.encode import CHECKSUMS, LATENTS, NUMBERS, SKIPPED, TEXT_CHECKSUMS, TIME_IDS
 from trainer.data.index import index_path, write_index
+from trainer.data.rows import CHECKSUMS, LATENTS, NUMBERS, SKIPPED, TEXT_CHECKSUMS, TIME_IDS
 from trainer.data.settings import DataConfig
 from trainer.data.shards import Shards, remember_whole
 from trainer.data.teacher import Teacher

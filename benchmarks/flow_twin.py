@@ -30,11 +30,12 @@ from torch import Tensor  # noqa: E402
 from lcm_core.files.atomic import atomic_write  # noqa: E402
 from trainer.evaluate.metrics import frechet_distance  # noqa: E402
 from trainer.recipes.emoji.benchmark import load_benchmark  # noqa: E402
+from trainer.recipes.emoji.data import load_shipped  # noqa: E402
 from trainer.recipes.emoji.features import extract  # noqa: E402
 
 MODELS = {"v": "emoji teacher", "flow": "emoji teacher as a flow model"}
 TRAINED, PAINTED, AT_ONCE = 128, 512, 32  # latents to learn from, pictures to measure
-SHAPE = (4, 8, 8)
+SHAPE = load_shipped()[0].shape[1:]
 RUN = {"steps": 48, "batch_size": 8, "rank": 16, "learning_rate": 1e-3, "w": 1.0, "method": "lcd", "seed": 1}
 SHOWN = " (shipped with LCM Suite)"
 

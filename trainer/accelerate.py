@@ -6,8 +6,9 @@ from pathlib import Path
 
 from lcm_core.cli.common import parse_lora
 from lcm_core.errors import InputError
+from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.sources import ModelSource
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, StudentConfig
 from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts
 from trainer.data.teacher import find_teacher
@@ -18,13 +19,15 @@ GUIDANCE = 7.5
 PICTURES, MOST_VARIANTS = 256, 16
 """Pictures that the teacher paints at least, in several from each prompt where there are few prompts."""
 SAMPLES = 256
+LCM_LORA = "lcm_lora"
+"""Name of the LCM-LoRA that a model may come with."""
 
 
 def usual_settings(config: DistillConfig) -> Values:
     """What `accelerate` sets where nothing is said.
 
     The guidance that the teacher is used with goes into the student. How long and with which learning rate, the preset
-    for LoRAs of the teacher's family says.
+    for LoRAs of the teacher's family says. Where the model comes with an LCM-LoRA, the student starts from that.
 
     Args:
         config: what was given.
@@ -43,10 +46,20 @@ def usual_settings(config: DistillConfig) -> Values:
         "output": f"runs/{Path(parse_lora(config.lora[0])[0]).stem}-fast",
         "data": {"variants": _variants(config.data)},
         "method": {"w_min": w, "w_max": w},
-        "student": preset["student"],
+        "student": preset["student"] | start_of(source, config.student),
         "training": preset["training"],
         "report": {**preset.get("report", {}), "samples": SAMPLES},
     }
+
+
+def start_of(source: ModelSource, student: StudentConfig) -> Values:
+    """A model's own LCM-LoRA as the start of a student: the speed is there already, what is missing is the style."""
+    own = source.root / "lora" / f"{LCM_LORA}.safetensors"
+    if student.start or student.rank != StudentConfig.rank or not own.is_file():
+        return {}
+    tensors, _ = read_safetensors(own)
+    rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_down.weight"))
+    return {"rank": rank, "start": str(own)}
 
 
 def preset_of(source: ModelSource) -> str:

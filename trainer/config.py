@@ -123,6 +123,9 @@ class DistillConfig:
     """Folder with vocab.json and merges.txt, for a single file with other words than CLIP's and none beside it."""
     lora: tuple[str, ...] = ()
     """LoRAs that are in the teacher, as PATH or PATH:STRENGTH; the student learns to paint as it does with them."""
+    control: str = ""
+    """A ControlNet or T2I-Adapter, which need --control-pictures, or an IP-Adapter, as PATH or PATH:STRENGTH: teacher
+    and student are asked with it alike, so that the student goes with it."""
     vae: str = ""
     """Another VAE than the teacher's: a .safetensors file or a diffusers folder."""
     clip_skip: int = 0

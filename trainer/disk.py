@@ -12,10 +12,11 @@ TOKENS = 77
 """Tokens of a prompt."""
 
 
-def cache_size(teacher: Teacher, pictures: int, captions: int, side: int) -> int:
-    """Latents and text embeddings in float16, with one of these for the empty prompt."""
+def cache_size(teacher: Teacher, pictures: int, captions: int, side: int, has_hints: bool = False) -> int:
+    """Latents and text embeddings in float16, with one of these for the empty prompt, and control pictures."""
     width = teacher_width = 0
     latents = pictures * teacher.latent_channels * side**2 * 2
+    latents += pictures * 3 * (side * teacher.scale) ** 2 if has_hints else 0
     if teacher.source.family is not None:  # how long texts are is known to their encoders alone
         return latents
     for name in encoders(teacher.source):

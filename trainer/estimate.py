@@ -23,6 +23,7 @@ from lcm_core.files.safetensors import read_json
 from lcm_core.networks.device import choose_device, explained
 from lcm_core.pipeline.sources import ModelSource
 from trainer.config import DistillConfig
+from trainer.control import control_size
 from trainer.data.cache import LatentCache, open_data, plan_cache
 from trainer.data.hashing import FileHashes
 from trainer.data.index import find_index
@@ -94,8 +95,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     pictures, captions = _count_data(config, teacher)
     is_flow = teacher.source.family is not None
     if is_flow:
-        memory, trained = flow_memory(config, processes, teacher, trained_networks(config))
-        guess = None
+        (memory, trained), guess = flow_memory(config, processes, teacher, trained_networks(config)), None
     else:
         memory, trained, guess = _rehearse(config, processes, unet, side)
     measured = training_left(config)
@@ -112,7 +112,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
         if is_flow
         else _caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
         disk={
-            "cache": cache_size(teacher, pictures, captions, side),
+            "cache": cache_size(teacher, pictures, captions, side, bool(config.data.control_pictures)),
             "state": state_size(config, trained),
             "result": result_size(config, teacher.source, unet, trained),
         },
@@ -173,10 +173,10 @@ def _rehearse(
         "their moving average": 4 * trained if training.ema_decay > 0 else 0,
         "optimiser": per_weight * trainable,
         "activations and gradients": transient,
+        "control": control_size(config, Teacher(config.teacher).source) * precision.itemsize,
         "libraries": LIBRARIES if device.type == "cpu" else 0,
     }
-    steps = training.steps * training.accumulation
-    seconds = rough_seconds(steps * operations, device, precision)
+    seconds = rough_seconds(training.steps * training.accumulation * operations, device, precision)
     return {name: value for name, value in table.items() if value}, trained, seconds
 
 

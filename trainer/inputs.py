@@ -7,6 +7,7 @@ from pathlib import Path
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_json, read_safetensors, write_json
 from trainer.config import DistillConfig
+from trainer.control import hash_control
 from trainer.data.cache import CachePlan, FinishedCache
 from trainer.data.hashing import hash_tensors
 from trainer.setup import Setup, say
@@ -20,6 +21,8 @@ def hash_inputs(setup: Setup, plan: CachePlan | FinishedCache) -> dict[str, str]
         f"data {_data(setup.config)}": plan.hash_pictures(),
         "captions, or the teacher's text encoders": plan.hash_captions(),
     }
+    if setup.config.control:
+        inputs[f"control {setup.config.control}"] = hash_control(setup.config, setup.source)
     start = Path(setup.config.student.start)
     if start.is_file():
         inputs[f"start {start}"] = hash_tensors(read_safetensors(start)[0])

@@ -23,6 +23,7 @@ from lcm_core.pipeline.sources import find_source
 from trainer.card import write_card
 from trainer.checkpoints import check_back_to, go_back, save_checkpoint
 from trainer.config import DistillConfig, StudentConfig
+from trainer.control import check_guide, open_control
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
 from trainer.distill import distill
 from trainer.evaluate.style import kept, paint_references
@@ -78,6 +79,7 @@ def train(setup: Setup) -> tuple[Student, list[PictureOptions]]:
     if processes.is_main:
         check_inputs(setup, plan)
     cache = plan.fill(processes.device, processes)
+    check_guide(config, setup.teacher, cache)
     if processes.is_main:
         write_skipped(folder / "skipped.json", cache.skipped)
         for line in cache.notes:
@@ -127,7 +129,7 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
 def _build_student(setup: Setup, component: Component, precision: torch.dtype, size: tuple[int, int]) -> Student:
     config, device = setup.config, setup.processes.device
     torch.manual_seed(config.training.seed)  # the first weights of what is added
-    method, family = get_method(config.method), setup.source.family
+    method, family, put_on = get_method(config.method), setup.source.family, open_control(config, setup.source)
     options: dict[str, Any] = {"with_average": config.training.ema_decay > 0, "with_critic": method.needs_critic}
 
     def load_teacher() -> UNet | FamilyNetwork:
@@ -155,10 +157,10 @@ def _build_student(setup: Setup, component: Component, precision: torch.dtype, s
         options["start"] = read_safetensors(config.student.start)[0] if config.student.start else None
         options["targets"] = TARGET_MODULES if family is None else family.lora_targets
         options["reads_guidance"] = call.reads_guidance
-        return lora_student(call.model, to_network(call, precision), config.student, **options)
+        return lora_student(call.model, to_network(put_on(call), precision), config.student, **options)
     teacher = load_teacher() if method.needs_teacher else None
-    asked = None if teacher is None else to_network(teacher, precision)
-    options |= {"start": read_start(config), "source": setup.source, "with_end": method.needs_end}
+    asked = None if teacher is None else to_network(put_on(teacher), precision)
+    options |= {"start": read_start(config), "source": setup.source, "with_end": method.needs_end, "put_on": put_on}
     student = full_student(component, asked, config.student, precision, device, **options)
     for network in {student.trained, student.average, student.critic} - {None}:
         prepare(network)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcm_core.cli.common import check_output
+from lcm_core.cli.common import check_output, parse_lora
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
 from lcm_core.files.atomic import atomic_write
@@ -19,6 +19,7 @@ from lcm_core.networks.frozen import check_format
 from lcm_core.pipeline.model import diffusion_of
 from lcm_core.pipeline.sources import ModelSource, find_source
 from trainer.config import DistillConfig, StudentConfig
+from trainer.control import check_control
 from trainer.data.teacher import Teacher, find_teacher
 from trainer.distill import for_method
 from trainer.distributed import Processes, join_processes
@@ -84,7 +85,8 @@ class Setup:
 
 def teacher_of(config: DistillConfig) -> Teacher:
     """What a run's settings say of its teacher."""
-    return Teacher(config.teacher, config.tokenizer or None, config.vae or None, config.clip_skip, config.lora)
+    vae, control = config.vae or None, parse_lora(config.control)[0]
+    return Teacher(config.teacher, config.tokenizer or None, vae, config.clip_skip, control, config.lora)
 
 
 def examine(config: DistillConfig) -> Setup:
@@ -107,6 +109,7 @@ def examine(config: DistillConfig) -> Setup:
             "a full student does not go with lora; merge that first, with python -m lcm_core export --to diffusers "
             "--lora PATH, and give the merged model as the teacher"
         )
+    check_control(config, setup.teacher)
     check_flow_map(config, source)
     check_start(config, source)
     check_optimizer(config.training)
@@ -229,13 +232,15 @@ def check(config: DistillConfig) -> None:
 
 def notes(config: DistillConfig) -> list[str]:
     """What the user should know about settings that are allowed but seldom meant, one line each."""
-    method = config.method
+    method, lines = config.method, list[str]()
     if config.student.kind == "lora" and method.w_min != method.w_max:
-        return [
+        lines.append(
             f"a LoRA cannot read the guidance w, so this one learns a mixture of w {method.w_min:g} to "
             f"{method.w_max:g}; give one value to --w-min and --w-max, as the presets for LoRAs do"
-        ]
-    return []
+        )
+    if config.control and (config.report.samples or config.report.preview_every):
+        lines.append("previews and scores are painted without the control")
+    return lines
 
 
 def _changes(setup: Setup) -> list[str]:

@@ -7,7 +7,7 @@ loaded U-Net or transformer, and a host can give its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,7 @@ def full_student(
     start: Component | None = None,
     source: ModelSource | None = None,
     with_end: bool = False,
+    put_on: Callable[[Any], Any] = lambda call: call,
 ) -> Student:
     """A whole network that starts as the teacher, with a guidance input that at first changes nothing.
 
@@ -180,6 +181,7 @@ def full_student(
         start: the network to start from; None for the teacher.
         source: the teacher's, where it may be of another kind than Stable Diffusion's U-Nets.
         with_end: whether it is also told where a jump ends.
+        put_on: puts something around each network that is called.
 
     Raises:
         InputError: `start` is of another architecture.
@@ -194,7 +196,7 @@ def full_student(
     average = copy.deepcopy(online).requires_grad_(False) if with_average else None
 
     def ready(network: Any) -> Network:
-        return to_network(UNet(network) if source is None else as_network(source, network), precision)
+        return to_network(put_on(UNet(network) if source is None else as_network(source, network)), precision)
 
     call = ready(online)
     target = call if average is None else ready(average)

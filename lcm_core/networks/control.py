@@ -47,7 +47,7 @@ class Control:
         self.channels: int = model.config["in_channels" if self.is_adapter else "conditioning_channels"]
 
     def guide(self, picture: Tensor, strength: float) -> Guide:
-        """What a picture (1, channels, H, W) in [0, 1] adds, times `strength`."""
+        """What a picture (1, channels, H, W) in [0, 1] adds, times `strength`; or one for each sample (B, ...)."""
         hint = picture.to(self.device, self.dtype)
         if self.is_adapter:
             features = [feature * strength for feature in self.model(hint)]

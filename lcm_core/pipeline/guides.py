@@ -108,9 +108,9 @@ def _hint_pixels(hint: Hint, size: tuple[int, int]) -> Tensor:
     return load_mask(hint.picture, size) if hint.network.channels == 1 else load_image(hint.picture, size) / 2 + 0.5
 
 
-def _sight_pixels(sight: Sight) -> Tensor:
-    """(1, 3, side, side) in [0, 1]."""
-    return load_image(sight.picture, (sight.network.side,) * 2, _as_clip_does) / 2 + 0.5
+def seen_tokens(network: IPAdapter, picture: Any) -> tuple[Tensor, Tensor]:
+    """What an IP-Adapter makes of a picture (`image.open_image`), and of none; see `IPAdapter.tokens`."""
+    return network.tokens(load_image(picture, (network.side,) * 2, _as_clip_does) / 2 + 0.5)
 
 
 def _as_clip_does(image: Image, size: tuple[int, int] | None) -> Image:
@@ -139,7 +139,7 @@ def attend_in_steps(guides: Guides, passes: Passes, avoided: Sequence[Step] | No
         passes: the prompts' conditioning.
         avoided: each step's negative prompt, for `Nag`; None where that is off.
     """
-    tokens = [sight.network.tokens(_sight_pixels(sight)) for sight in guides.sights]
+    tokens = [seen_tokens(sight.network, sight.picture) for sight in guides.sights]
     positive, negative = ({str(number): pair[half] for number, pair in enumerate(tokens)} for half in (0, 1))
     made: dict[tuple[Step, Step | None], Step] = {}  # equal steps stay equal, so that they are guided by one function
     attended = []

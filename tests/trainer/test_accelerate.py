@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import read_metadata, read_safetensors
 from lcm_core.networks.lora_layers import add_lora, lora_state_dict
 from lcm_core.pipeline import Pipeline
+from lcm_core.pipeline.sources import MODELS
 from tests.trainer.conftest import build_unet
 from trainer.accelerate import usual_settings
 from trainer.cli.main import main
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, StudentConfig
 from trainer.data.settings import DataConfig
-from trainer.data.teacher import Teacher
+from trainer.data.teacher import Teacher, find_teacher
 from trainer.evaluate.style import References, choose_captions, kept, style_evaluation
+from trainer.recipes.emoji.stages import LORA_RANK
+from trainer.starts import check_lora_start
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--rank", "2", "--variants", "1", "--samples", "8", "--device", "cpu"]
 QUICK += [
@@ -96,6 +101,17 @@ def test_nothing_but_teacher_lora_and_prompts_is_needed(prompts):
     assert usual["output"] == "runs/ink-fast"
     assert usual["method"] == {"w_min": 1.0, "w_max": 1.0}  # the embedded teacher is used at guidance 2
     assert usual["data"] == {"variants": 16}
+
+
+def test_the_speed_that_a_model_comes_with_is_where_its_student_starts(prompts):
+    """Rank and file of the embedded model's LCM-LoRA; not where another start, or another rank, was asked for."""
+    config = DistillConfig(teacher="emoji", lora=("ink.safetensors",), data=DataConfig(prompts=str(prompts)))
+    own = MODELS / "emoji" / "lora" / "lcm_lora.safetensors"
+    student = usual_settings(config)["student"]
+    assert (student["start"], student["rank"]) == (str(own), LORA_RANK)
+    check_lora_start(own, read_component(find_teacher("emoji").unet, "unet"), StudentConfig(rank=student["rank"]))
+    for asked in (StudentConfig(rank=4), StudentConfig(start="other.safetensors")):
+        assert "start" not in usual_settings(replace(config, student=asked))["student"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from trainer.data.labels import read_labelled
 from trainer.data.settings import DataConfig
 from trainer.data.teacher import Teacher
 from trainer.evaluate.metrics import class_alignment
+from trainer.recipes.classes import build_unet
+from trainer.recipes.emoji.data import load_shipped
 
 QUICK = ["--batch-size", "4", "--rank", "2", "--preview-every", "0", "--no-tensorboard", "--device", "cpu"]
 QUICK += ["--samples", "0", "--warmup-steps", "1", "--guidance-embedding-dim", "16"]
@@ -100,6 +102,10 @@ def test_a_picture_is_of_the_class_of_the_nearest_real_one():
     score = class_alignment(["a", "b", "b", "c"], real, ["a", "b", "c"])
     found = score(torch.tensor([[1.0, 0.1, 0.0], [0.0, 1.0, 0.2], [0.9, 0.1, 0.0], [0.0, 0.0, 2.0]]))
     assert found == {"alignment": 0.75}
+
+
+def test_the_recipes_teacher_paints_as_large_as_it_learns():
+    assert build_unet(16).config.sample_size == load_shipped()[0].shape[-1] == 16
 
 
 @pytest.mark.slow

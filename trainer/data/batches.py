@@ -16,10 +16,24 @@ from torch import Tensor
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.conditioning import nest, pad_alike, stack_rows
-from trainer.data.encode import CHECKSUMS, LATENTS, TEXT_CHECKSUMS, TIME_IDS, TIME_IDS_NAME, row_checksum
+from trainer.data.encode import TIME_IDS_NAME
 from trainer.data.index import HELD, ROWS, read_index
 from trainer.data.items import Skipped
+from trainer.data.rows import (
+    CHECKSUMS,
+    HINTS,
+    LATENTS,
+    NO_TOKENS,
+    TEXT_CHECKSUMS,
+    TIME_IDS,
+    TOKENS,
+    picture_names,
+    row_checksum,
+)
 
+HINT, PICTURE_TOKENS = "hint", "picture_tokens"
+"""Parts of the conditioning: control pictures (B, 3, H, W) in [0, 1]; and under the name "0" what an IP-Adapter sees,
+(B, T, D), in the null conditioning what it sees in no picture."""
 _OPEN_SHARDS = 64
 _FEW = 1 << 16  # of so many rows a whole permutation is drawn in half a millisecond
 
@@ -31,7 +45,8 @@ class Batch:
     Attributes:
         latents: (B, C, h, w), scaled as the U-Net wants.
         conditioning: as `Model.encode` gives it, of Stable Diffusion `encoder_hidden_states` (B, L, D); for SDXL also
-            `added_cond_kwargs` with `text_embeds` (B, P) and `time_ids` (B, 6) of each picture's size and crop.
+            `added_cond_kwargs` with `text_embeds` (B, P) and `time_ids` (B, 6) of each picture's size and crop; and
+            `hint` or `picture_tokens` where it was made for a control.
         null_conditioning: the same for the empty prompt; None where nobody asks for it.
     """
 
@@ -48,6 +63,19 @@ class Pick(NamedTuple):
     row: int
     dropped: bool
     version: int = 0
+
+
+class _Row(NamedTuple):
+    """What the cache holds of a picture."""
+
+    latents: Tensor
+    """(C, h, w)."""
+    text: int
+    """Number of the caption's first version."""
+    time_ids: Tensor
+    """(6,)."""
+    beside: dict[str, Tensor]
+    """What a control looks at, by the names in `trainer.data.rows`."""
 
 
 class LatentCache:
@@ -86,6 +114,14 @@ class LatentCache:
     def __len__(self) -> int:
         """Pictures, all variants and repeats counted."""
         return sum(self.buckets.values())
+
+    @property
+    def guide(self) -> str:
+        """What the pictures have for a control to look at, `HINT` or `PICTURE_TOKENS`; empty for nothing."""
+        shard = next(int(table[0][0]) for name, table in self._tables.items() if name.startswith(ROWS))
+        names = self._open(self._folder / f"{shard:06d}.safetensors")
+        kinds = {HINTS: HINT, TOKENS: PICTURE_TOKENS}
+        return next((kind for start, kind in kinds.items() if any(name.startswith(start) for name in names)), "")
 
     def batch(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> Batch:
         """Draw a batch, and read it."""
@@ -126,24 +162,26 @@ class LatentCache:
             InputError: a shard has gone since `prepare`, or is damaged.
         """
         found = [self._row(pick) for pick in picks]
-        time_ids = torch.stack([row[2] for row in found]).float()
-        texts = [0 if pick.dropped else row[1] + pick.version for pick, row in zip(picks, found, strict=True)]
+        time_ids = torch.stack([row.time_ids for row in found]).float()
+        texts = [0 if pick.dropped else row.text + pick.version for pick, row in zip(picks, found, strict=True)]
         cond, null = pad_alike(self._conditioning(texts, time_ids), self._conditioning([0] * len(picks), time_ids))
+        beside = [row.beside for row in found]
         return Batch(
-            latents=torch.stack([row[0] for row in found]).float(),
-            conditioning=cond,
-            null_conditioning=_zeros(null) if self._zero_null else null,
+            latents=torch.stack([row.latents for row in found]).float(),
+            conditioning={**cond, **_guides(beside, TOKENS)},
+            null_conditioning={**(_zeros(null) if self._zero_null else null), **_guides(beside, NO_TOKENS)},
         )
 
-    def _row(self, pick: Pick) -> tuple[Tensor, int, Tensor]:
-        """Latents (C, h, w), the number of the caption's first version, and time_ids (6,)."""
+    def _row(self, pick: Pick) -> _Row:
         table = pick.bucket if pick.bucket.startswith(HELD) else ROWS + pick.bucket
         shard, row, text = self._tables[table][pick.row].tolist()
         size = pick.bucket.removeprefix(HELD)
         path = self._folder / f"{shard:06d}.safetensors"
         tensors = self._open(path)
-        latents = _checked(path, tensors, CHECKSUMS + size, row, [LATENTS + size])[0]
-        return latents, text, tensors[TIME_IDS + size][row]
+        names = picture_names(tensors, size)
+        held = dict(zip(names, _checked(path, tensors, CHECKSUMS + size, row, names), strict=True))
+        beside = {name.removesuffix(size): value for name, value in held.items()}
+        return _Row(beside.pop(LATENTS), text, tensors[TIME_IDS + size][row], beside)
 
     def _conditioning(self, texts: Sequence[int], time_ids: Tensor) -> dict[str, Any]:
         rows = {text: self._text(text) for text in set(texts)}
@@ -184,6 +222,13 @@ def _checked(path: Path, tensors: Mapping[str, Tensor], sums: str, row: int, nam
     except (KeyError, IndexError):
         pass
     raise InputError(f"{path} is damaged; delete it, and the command that made the cache makes it again")
+
+
+def _guides(rows: Sequence[Mapping[str, Tensor]], tokens: str) -> dict[str, Any]:
+    """What a control looks at, as the networks are given it; `tokens` names those of the pictures, or of none."""
+    if HINTS in rows[0]:
+        return {HINT: torch.stack([row[HINTS] for row in rows]).float() / 255}
+    return {PICTURE_TOKENS: {"0": torch.stack([row[tokens] for row in rows]).float()}} if tokens in rows[0] else {}
 
 
 def _wide(value: Tensor) -> Tensor:

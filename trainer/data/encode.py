@@ -6,36 +6,35 @@ gives the same three things: its captions, what its latents depend on, and a fun
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.networks.conditioning import flatten
+from lcm_core.networks.ip_adapter import IPAdapter
+from lcm_core.pipeline.guides import seen_tokens
 from trainer.data.augment import load_kornia, make_variant
 from trainer.data.buckets import Window, make_buckets
 from trainer.data.hashing import FileHashes, hash_json
-from trainer.data.items import Skipped
+from trainer.data.hints import read_hints
+from trainer.data.items import Item, Skipped
 from trainer.data.labels import read_labelled
+from trainer.data.rows import HINTS, NO_TOKENS, TEXT_CHECKSUMS, TOKENS, Beside, Rows, row_checksum, small
 from trainer.data.settings import DataConfig
 from trainer.data.shards import FORMAT, Contents, Maker
 from trainer.data.teacher import Teacher
 
-LATENTS, NUMBERS, TIME_IDS = "latents ", "numbers ", "time_ids "
-"""A shard's tensors of each bucket, whose name (`64x48`, latent height and width) follows."""
-CHECKSUMS, TEXT_CHECKSUMS = "checksums ", "checksums"
-"""The checksums of each row of a bucket's latents, and of each row of a shard of text: what `row_checksum` gave."""
-SKIPPED = "skipped"
-"""Tensor of a shard with the JSON list of [name, reason] of what could not be used; metadata has no fixed order."""
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 TIME_IDS_NAME = "added_cond_kwargs.time_ids"
 """Part of SDXL's conditioning that is a picture's, not its caption's."""
 _THREADS = 8
@@ -64,6 +63,14 @@ class Data(Protocol):
         """Load the networks that make latents."""
 
 
+class Variant(NamedTuple):
+    """What `make_variant` gave, and what goes with it."""
+
+    image: Tensor
+    window: Window
+    beside: Beside
+
+
 class Images:
     """Pictures that go through augmentation and the VAE.
 
@@ -82,17 +89,22 @@ class Images:
         if config.colour:
             load_kornia()
         self.source = read_labelled(Path(config.path), config.labels, teacher.labels, config.folder_names)
+        self.hints = read_hints(config.control_pictures)
+        self._sight: IPAdapter | None = None
         self.captions = [item.caption for item in self.source.items]
         self.repeats: Sequence[int] = [item.repeats for item in self.source.items]
         self.skipped = self.source.skipped
 
     def identity(self) -> dict[str, Any]:
         """Pictures, their names (which seed the augmentation), VAE, buckets and augmentation."""
-        return {
+        pictures = {
             "pictures": self.hashes.digest(self.source.files),
             "names": hash_json([item.key for item in self.source.items]),
             **self._made_by(),
         }
+        if self.hints is not None:
+            pictures["hint_files"] = hash_json(self.hints.hashes(self.source.items, self.hashes))
+        return pictures | {name: value for name, value in self._kept_beside().items() if value is not None}
 
     def contents(self) -> Contents | None:
         """Of pictures in files of their own, or in tars: the file's contents, and the name, a seed."""
@@ -102,9 +114,18 @@ class Images:
 
         def keys() -> list[str]:
             known = dict(zip(self.source.files, self.hashes.each(self.source.files), strict=True))
-            return [f"{known[item.file]} {item.key}" for item in self.source.items if item.file is not None]
+            seeds = [f"{known[item.file]} {item.key}" for item in self.source.items if item.file is not None]
+            if self.hints is None:
+                return seeds
+            stated = self.hints.hashes(self.source.items, self.hashes)
+            return [f"{seed} {hint}" for seed, hint in zip(seeds, stated, strict=True)]
 
-        return Contents({"latents": self._made_by(), "format": FORMAT}, keys)
+        return Contents({"latents": self._made_by() | self._kept_beside(), "format": FORMAT}, keys)
+
+    def _kept_beside(self) -> dict[str, str | None]:
+        """What rows have beside their latents; None is not said, so that older caches are still found."""
+        sight = self.teacher.hash_ip_adapter()
+        return {"hints": "RGB" if self.hints is not None and not sight else None, "sight": sight or None}
 
     def _made_by(self) -> dict[str, Any]:
         config = self.config
@@ -116,79 +137,56 @@ class Images:
         }
 
     def load(self, device: torch.device) -> Maker:
-        """Load the VAE."""
+        """Load the VAE, and an IP-Adapter where there is one."""
+        self._sight = self.teacher.open_ip_adapter(device)
         vae = self.teacher.open_vae(device, torch.float32)
 
         def make(numbers: Sequence[int]) -> dict[str, Tensor]:
             rows, skipped = Rows(), list[tuple[str, str]]()
-            waiting: dict[tuple[int, int], list[tuple[int, Tensor, Window]]] = {}
+            waiting: dict[tuple[int, int], list[tuple[int, Variant]]] = {}
 
-            def encode(group: list[tuple[int, Tensor, Window]]) -> None:
-                pixels = torch.cat([image for _, image, _ in group]).to(vae.device)
-                windows = [window.time_ids for _, _, window in group]
-                rows.add(vae.encode(pixels).cpu(), [number for number, _, _ in group], windows)
+            def encode(group: list[tuple[int, Variant]]) -> None:
+                pixels = torch.cat([made.image for _, made in group]).to(vae.device)
+                windows = [made.window.time_ids for _, made in group]
+                beside = [made.beside for _, made in group if made.beside]
+                rows.add(vae.encode(pixels).cpu(), [number for number, _ in group], windows, beside)
 
             for number, made in zip(numbers, ahead(self._variants, numbers), strict=True):
                 if isinstance(made, InputError):
                     skipped.append((self.source.items[number].key, str(made)))
                     continue
-                for image, window in made:
-                    group = waiting.setdefault(window.target, [])
-                    group.append((number, image, window))
-                    if len(group) == min(self.config.cache_batch, max(1, _PIXELS // image[0, 0].numel())):
-                        encode(waiting.pop(window.target))
+                for variant in made:
+                    target = variant.window.target
+                    group = waiting.setdefault(target, [])
+                    group.append((number, variant))
+                    if len(group) == min(self.config.cache_batch, max(1, _PIXELS // variant.image[0, 0].numel())):
+                        encode(waiting.pop(target))
             for group in waiting.values():
                 encode(group)
             return rows.tensors(skipped)
 
         return make
 
-    def _variants(self, number: int) -> list[tuple[Tensor, Window]] | InputError:
-        item = self.source.items[number]
+    def _variants(self, number: int) -> list[Variant] | InputError:
+        item, found = self.source.items[number], list[Variant]()
         try:
             picture = item.open()
-            return [
-                make_variant(picture, item.key, variant, self.buckets, self.config)
-                for variant in range(self.config.variant_count)
-            ]
+            for variant in range(self.config.variant_count):
+                made = make_variant(picture, item.key, variant, self.buckets, self.config)
+                found.append(Variant(*made, self._beside(item, picture, variant)))
         except InputError as error:
             return error
+        return found
 
-
-class Rows:
-    """Latents of one shard, sorted by their size, in float16: what that rounds off is a thousandth of the noise that is
-    added in the least noisy step.
-
-    Args:
-        exact: keep them as they are.
-    """
-
-    def __init__(self, exact: bool = False) -> None:
-        self.exact = exact
-        self._found: dict[tuple[int, int], list[tuple[Tensor, Sequence[int], Sequence[Sequence[int]]]]] = {}
-
-    def add(self, latents: Tensor, numbers: Sequence[int], time_ids: Sequence[Sequence[int]]) -> None:
-        """Add (B, C, h, w) latents of pictures.
-
-        Raises:
-            InputError: they are not finite.
-        """
-        if not bool(torch.isfinite(latents).all()):
-            raise InputError("the teacher's networks gave NaN or infinity as latents; use another VAE or teacher")
-        height, width = latents.shape[-2:]
-        self._found.setdefault((height, width), []).append((latents, numbers, time_ids))
-
-    def tensors(self, skipped: Skipped) -> dict[str, Tensor]:
-        """All of them as the tensors of a shard: for each size the latents, their pictures' numbers and time_ids."""
-        result = {SKIPPED: torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)}
-        for (height, width), parts in self._found.items():
-            size = f"{height}x{width}"
-            rows = torch.cat([latents for latents, _, _ in parts])
-            result[LATENTS + size] = rows = rows if self.exact else _small(rows)
-            result[CHECKSUMS + size] = torch.tensor([row_checksum([row]) for row in rows])
-            result[NUMBERS + size] = torch.tensor([n for _, numbers, _ in parts for n in numbers])
-            result[TIME_IDS + size] = torch.tensor([row for _, _, rows in parts for row in rows], dtype=torch.int32)
-        return result
+    def _beside(self, item: Item, picture: Image, variant: int) -> Beside:
+        """What a control looks at: a control picture, or what an IP-Adapter sees in it or in the picture itself."""
+        if self._sight is not None:
+            seen = picture if self.hints is None else self.hints.open(item)
+            tokens, none = seen_tokens(self._sight, seen)
+            return {TOKENS: small(tokens).cpu(), NO_TOKENS: small(none).cpu()}
+        if self.hints is None:
+            return {}
+        return {HINTS: self.hints.variant(item, picture, variant, self.buckets, self.config)}
 
 
 def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) -> Maker:
@@ -209,27 +207,11 @@ def text_maker(captions: Sequence[str], teacher: Teacher, device: torch.device) 
         if cut and not told:  # once for all captions, not once for each
             warnings.warn(f"some captions are too long and lose their ends; the first: {cut[0].message}", stacklevel=2)
             told = True
-        tensors = {name: _small(value).cpu() for name, value in flatten(cond).items() if name != TIME_IDS_NAME}
+        tensors = {name: small(value).cpu() for name, value in flatten(cond).items() if name != TIME_IDS_NAME}
         rows = [[tensors[name][row] for name in sorted(tensors)] for row in range(len(numbers))]
         return {**tensors, TEXT_CHECKSUMS: torch.tensor([row_checksum(row) for row in rows])}
 
     return make
-
-
-def row_checksum(tensors: Iterable[Tensor]) -> int:
-    """CRC-32 of the bytes of some tensors, in their order."""
-    code = 0
-    for tensor in tensors:
-        data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        code = zlib.crc32(data, code)
-    return code
-
-
-def _small(value: Tensor) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    fits = float(value.abs().max()) < torch.finfo(torch.float16).max
-    return value.to(torch.float16 if fits else torch.bfloat16)
 
 
 def ahead(function: Callable[[In], Out], values: Iterable[In]) -> Iterator[Out]:

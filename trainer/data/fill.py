@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_json, read_safetensors, write_json, write_safetensors
-from trainer.data.encode import CHECKSUMS, LATENTS, NUMBERS, SKIPPED, TEXT_CHECKSUMS, row_checksum
+from trainer.data.rows import CHECKSUMS, LATENTS, NUMBERS, SKIPPED, TEXT_CHECKSUMS, row_checksum, row_checksums
 from trainer.data.shards import Contents, Maker, Shards, is_unchanged, known_whole
 from trainer.distributed import Processes
 
@@ -161,8 +161,7 @@ def _row(place: Place) -> Tensors | None:
         here = tensors[numbers] == place.number
         if bool(here.any()):
             found |= {name: value[here] for name, value in tensors.items() if name.endswith(f" {bucket}")}
-            sums = found[CHECKSUMS + bucket].tolist()
-            if [row_checksum([row]) for row in found[LATENTS + bucket]] != sums:
+            if row_checksums(found, bucket) != found[CHECKSUMS + bucket].tolist():
                 return None
     return found or None
 

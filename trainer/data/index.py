@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lcm_core.errors import InputError
 from lcm_core.files.safetensors import check_checksum, read_safetensors, write_safetensors
-from trainer.data.encode import LATENTS, NUMBERS, SKIPPED, TIME_IDS
 from trainer.data.hashing import hash_json
 from trainer.data.items import Skipped
+from trainer.data.rows import LATENTS, NUMBERS, SKIPPED, TIME_IDS
 from trainer.data.shards import Shards
 
 if TYPE_CHECKING:

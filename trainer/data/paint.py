@@ -16,9 +16,9 @@ from lcm_core.diffusion.samplers import initial_latents, initial_noise, sample_d
 from lcm_core.errors import InputError
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.settings import check_size
-from trainer.data.encode import Rows
 from trainer.data.hashing import hash_json, hash_tensors
 from trainer.data.items import Skipped
+from trainer.data.rows import Rows
 from trainer.data.settings import DataConfig
 from trainer.data.shards import FORMAT, Contents, Maker
 from trainer.data.sources import read_prompts

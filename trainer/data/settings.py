@@ -24,6 +24,10 @@ class DataConfig:
     """Where the classes of a class-conditional teacher's pictures are told: folder, where pictures lie in folders named
     like their classes; or the column of metadata.jsonl, of a table or of a tar's JSON that names them, or in tars the
     suffix of a file beside each picture, such as cls. Folder where empty."""
+    control_pictures: str = ""
+    """Folder of the pictures that --control looks at: one for each picture of the data, of the same path and name but
+    for its suffix. Those of a ControlNet are scaled to their pictures and lie in the cache, which becomes some twenty
+    times as large; an IP-Adapter looks at the pictures of the data where no folder is given."""
     cache: str = ""
     """Folder of latents and text embeddings, which several runs may share; OUTPUT/cache where empty."""
     resolution: int = 0
@@ -112,6 +116,8 @@ class DataConfig:
         }
         check_ranges(self, ranges)
         check_choices(self, {"null_prompt": NULL_PROMPTS})
+        if self.prompts and self.control_pictures:
+            raise InputError("control_pictures are for images; give these as data instead of prompts")
         if self.prompts and self.is_augmented:
             raise InputError("flip, crop and colour are for images; leave them out with prompts")
         if self.path and self.variants > 1 and not self.is_augmented:

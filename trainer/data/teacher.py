@@ -18,11 +18,12 @@ from lcm_core.files.checkpoint import Component, list_components, read_component
 from lcm_core.files.lora import Lora, check_parts, fitting, read_lora
 from lcm_core.files.lora_keys import flat_names
 from lcm_core.files.safetensors import PathLike, read_safetensors
+from lcm_core.networks.ip_adapter import IPAdapter, find_image_encoder, is_ip_adapter, load_ip_adapter
 from lcm_core.networks.tokenizer import find_tokenizer
 from lcm_core.networks.vae import VAE
 from lcm_core.pipeline.model import merge_into_text
 from lcm_core.pipeline.parts import Text, check_clip_skip, check_has_vae, open_labels, open_text, open_vae
-from lcm_core.pipeline.sources import CARD, ModelSource, find_lora, find_model, find_source
+from lcm_core.pipeline.sources import CARD, ModelSource, find_control, find_lora, find_model, find_source
 from trainer.data.hashing import hash_folder, hash_json, hash_tensors
 
 _FEW_STEPS = 4
@@ -53,6 +54,8 @@ class Teacher:
     """Another VAE than its own."""
     clip_skip: int = 0
     """Last layers of its CLIP text encoder that are left out."""
+    control: str = ""
+    """A ControlNet, T2I-Adapter or IP-Adapter that it is asked with, by path or name."""
     lora: tuple[str, ...] = ()
     """LoRAs that are merged into it, as `PATH` or `PATH:STRENGTH`."""
 
@@ -139,6 +142,32 @@ class Teacher:
     def open_vae(self, device: torch.device, dtype: torch.dtype | None = None) -> VAE:
         """Its VAE, or the other one."""
         return open_vae(self.source, device, dtype, path=self.vae)
+
+    @cached_property
+    def ip_adapter(self) -> Path | None:
+        """The file of its control, if that is an IP-Adapter.
+
+        Raises:
+            InputError: the control is not there.
+        """
+        file = find_control(self.control, self.source.root) if self.control else None
+        if file is None or not file.is_file():
+            return None
+        return file if is_ip_adapter(read_safetensors(file)[0]) else None
+
+    def open_ip_adapter(self, device: torch.device) -> IPAdapter | None:
+        """Its IP-Adapter with the image encoder, in float32, which pictures are seen with once."""
+        if (file := self.ip_adapter) is None:
+            return None
+        encoder = find_image_encoder(file, self.source.root)
+        return load_ip_adapter(read_safetensors(file)[0], file, encoder, device, torch.float32)
+
+    def hash_ip_adapter(self) -> str:
+        """The hash of its IP-Adapter with the image encoder, which see pictures in their own way; empty without."""
+        if (file := self.ip_adapter) is None:
+            return ""
+        encoder = find_image_encoder(file, self.source.root)
+        return hash_json([hash_tensors(read_safetensors(file)[0]), hash_folder(encoder)])
 
     def open_text(self, device: torch.device, dtype: torch.dtype | None = None) -> Text:
         """Its text encoders, with its LoRAs."""

@@ -59,12 +59,12 @@ def run(options: Options) -> None:
     print(f"python -m trainer distill --teacher {options.output} --data emoji --student full")
 
 
-def build_unet() -> Any:
-    """An untrained U-Net for latents of 8 x 8 whose label is added to its timestep."""
+def build_unet(side: int) -> Any:
+    """An untrained U-Net for latents of this side whose label is added to its timestep."""
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=8,
+        sample_size=side,
         in_channels=4,
         out_channels=4,
         block_out_channels=(32, 64),
@@ -79,7 +79,7 @@ def train_teacher(config: LoopConfig, folder: Path, device: torch.device) -> Any
     """Train the U-Net to predict v, a share of the labels dropped. Returns its moving average."""
     latents, _ = load_shipped()
     labels = torch.tensor([CLASSES.index(entry.group) for entry in load_entries()])
-    unet = place(build_unet(), device)
+    unet = place(build_unet(latents.shape[-1]), device)
     average = copy.deepcopy(unet).requires_grad_(False)
 
     def draw(step: int) -> NoisedBatch:

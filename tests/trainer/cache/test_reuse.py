@@ -11,7 +11,7 @@ from lcm_core.files.safetensors import read_safetensors
 from trainer.data import cache as caches
 from trainer.data import encode
 from trainer.data.cache import prepare
-from trainer.data.encode import CHECKSUMS
+from trainer.data.rows import CHECKSUMS
 from trainer.data.settings import DataConfig
 
 
