@@ -167,8 +167,8 @@ def affordable(run: Run, seconds: float, cache: LatentCache, args: argparse.Name
     file = folder / "steps.json"
     if not file.exists():
         took = train(run, student, diffusion, cache, REHEARSED, args.batch_size, folder)
-        write_json(file, max(1, round(seconds / statistics.mean(took[FIRST:]))))
-    return int(json.loads(file.read_text()))
+        write_json(file, {"steps": max(1, round(seconds / statistics.mean(took[FIRST:])))})
+    return int(json.loads(file.read_text())["steps"])
 
 
 if __name__ == "__main__":
