@@ -61,9 +61,6 @@ def split_chunks(
             else:
                 writer.add_vectors(inversions[name], weight)
             place += len(name or "1")
-            if len(writer.chunks) > MOST_CHUNKS:
-                most = MOST_CHUNKS * writer.room
-                raise InputError(f"the prompt has more than {most} tokens (words or parts of them); shorten it")
     if len(writer.chunks) > 1 and not writer.chunk.ids:
         writer.chunks.pop()
     return writer.chunks
@@ -84,6 +81,9 @@ class _Writer:
         self.begin()
 
     def begin(self) -> None:
+        if len(self.chunks) == MOST_CHUNKS:
+            most = MOST_CHUNKS * self.room
+            raise InputError(f"the prompt has more than {most} tokens (words, parts of them, or BREAK); shorten it")
         self.chunk = Chunk()
         self.chunks.append(self.chunk)
         self.last_comma: int | None = None

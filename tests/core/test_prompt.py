@@ -177,8 +177,9 @@ def test_words_beyond_75_are_left_out() -> None:
     assert long.shape[1] % 77 == 0
     assert long.shape[1] >= 3 * 77
     assert torch.equal(long[1, :77], alone[0][0])
-    with pytest.raises(InputError, match="more than 2400 tokens"):
-        text.encode(["apple " * 100_000], weighted=True)
+    for prompt in ("apple " * 100_000, "BREAK " * 100):
+        with pytest.raises(InputError, match="more than 2400 tokens"):
+            text.encode([prompt], weighted=True)
 
 
 def test_a_prompt_takes_long_to_read() -> None:
