@@ -42,6 +42,7 @@ from .training_data import TrainingData
 _FAMILIES = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl"}
 _TELL_SECONDS = 2.0
 _CAPTION_DROPOUT = 0.1
+_NO_GRADIENT = "no autograd formula"  # what torch says of an operation of a host's own that has no backward pass
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Run:
         """Train to the last step; returns the LoRA in kohya's layout.
 
         Raises:
-            InputError: the run of this name was another one, or memory runs out.
+            InputError: the run of this name was another one, memory runs out, or the host cannot train such a MODEL.
         """
         self.steps = loop.steps
         student, names = self._student(method, loop)
@@ -135,6 +136,13 @@ class Run:
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 raise InputError(_out_of_memory(loop, self.rank)) from error
             raise
+        except RuntimeError as error:
+            if _NO_GRADIENT not in str(error):
+                raise
+            raise InputError(
+                f"this ComfyUI cannot train {self.facts.family}: a part of it has no gradient here ({error}); try "
+                "another version of ComfyUI, or another model"
+            ) from error
         else:
             return save()
         finally:

@@ -1,17 +1,21 @@
-"""What makes a run of LCM Distiller the same one, and what is said where it is another."""
+"""What makes a run of LCM Distiller the same one, and what is said where it is another, or cannot be."""
 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig, MethodConfig
 from trainer.distill import Latents
+from trainer.methods.config import LcdConfig
 
 
 class Identified:
@@ -84,3 +88,28 @@ def test_a_run_with_all_steps_done_says_so(runtime: Any, tmp_path: Path) -> None
 
     done = Run(None, None, None, None, tmp_path, tmp_path, 4, 1, "ask", print, steps=12, losses=[0.5] * 12)
     assert done.summary().startswith("nothing to do: 12 of 12 steps were done before")
+
+
+@torch.library.custom_op("lcm_suite_tests::fused", mutates_args=())
+def fused(x: torch.Tensor) -> torch.Tensor:
+    """An operation as some hosts have them, which cannot be differentiated."""
+    return 2 * x
+
+
+def test_a_model_that_the_host_cannot_train_is_named(
+    runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer hosts run Anima's attention by an operation without a backward pass."""
+    from lcm_suite_nodes import training_run
+
+    facts, data = SimpleNamespace(family="Anima", diffusion=None), SimpleNamespace(latents=None)
+    run = training_run.Run(None, facts, data, None, tmp_path, tmp_path / "x", 4, 1, "ask", print)
+    monkeypatch.setattr(run, "_student", lambda *_: (None, {}))
+    monkeypatch.setattr(run, "_paint", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(training_run, "_own_arithmetic", lambda model: nullcontext())
+    host = training_run.comfy.model_management  # the copy lacks its word for full memory
+    monkeypatch.setattr(host, "OOM_EXCEPTION", torch.OutOfMemoryError, raising=False)
+    x = torch.ones(1, requires_grad=True)
+    monkeypatch.setattr(training_run, "distill", lambda *_: fused(x).sum().backward())
+    with pytest.raises(InputError, match=r"cannot train Anima: .*lcm_suite_tests.fused"):
+        run.train(LcdConfig(), LOOP)
