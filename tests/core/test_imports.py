@@ -30,6 +30,19 @@ finally:
     assert picture.exists()
 
 
+def test_the_trainer_starts_as_quickly():
+    code = """
+import sys
+from trainer.cli.main import start
+try:
+    start()
+finally:
+    from diffusers import UNet2DConditionModel
+    print([name for name in sys.modules if name.endswith(("peft.auto", "scipy.stats._stats_py", "transformer_flux"))])
+"""
+    assert run(code, "presets").endswith("[]\n")
+
+
 def test_a_network_that_is_asked_for_later_is_there():
     code = """
 from lcm_core.cli.imports import leave_out_unused

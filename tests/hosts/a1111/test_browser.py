@@ -172,7 +172,7 @@ def test_only_what_the_sampler_reads_is_shown(webui: WebUI, page: Any) -> None:
 
 NAMES = re.compile(
     r"LCM|LoRA|TCD|CFG|MP4|GB|Web|UI|Suite|Python|python|trainer|distill|emoji|noto|auto|txt|lora|Extra|pip|install|av|"
-    r"DPM|SDE|sd|sdxl|gif|webp|mp4|linear|slerp|lerp|smooth|circles|safetensors|lcm|outputs"
+    r"DPM|SDE|sd|sdxl|gif|webp|mp4|linear|slerp|lerp|smooth|circles|safetensors|lcm|outputs|venv|distil"
 )
 """What is the same in every language: names, and what is typed as it is."""
 
@@ -181,8 +181,8 @@ NAMES = re.compile(
     ("language", "tab"), [("ko_KR", "LCM 증류"), ("ja_JP", "LCM 蒸留"), ("zh_CN", "LCM 蒸馏")], ids=["ko", "ja", "zh"]
 )
 def test_no_english_is_left_on_a_translated_page(webui: WebUI, page: Any, language: str, tab: str) -> None:
-    """Screenshots of both pages are kept to be looked at."""
-    webui.call("/sdapi/v1/options", {"localization": language})
+    """Nor in what the tab says of a mistake. Screenshots of both pages are kept to be looked at."""
+    webui.call("/sdapi/v1/options", {"localization": language, "lcm_suite_distil_python": ""})
     webui.reload_ui()  # the texts of help are chosen when the page is built
     open_page(page, webui)
     accordion = page.locator("[id$=txt2img_lcm_suite_lcm_suite]").first
@@ -194,6 +194,8 @@ def test_no_english_is_left_on_a_translated_page(webui: WebUI, page: Any, langua
     page.locator("#tabs > div button").filter(has_text=tab).first.click()
     page.wait_for_selector("#lcm_distil_start:visible")
     page.wait_for_timeout(5 * SECOND)
+    page.click("#lcm_distil_start")
+    page.wait_for_selector("#lcm_distil_said [role=alert]")
     shoot(page, webui, f"distil-{language}")
     words += page.locator("#tab_lcm_distil").inner_text()
     found = set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\S*/\S*", "", words)))  # paths are names too
