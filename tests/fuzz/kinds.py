@@ -48,10 +48,10 @@ def start_worker(root: Path, tiny_models: Path) -> Worker:
     started.warm("lcm_core.cli.main", ["info", str(tiny_models / "plain.safetensors")])
     # not as far as a gradient, whose threads a fork would miss
     started.warm(
-        "trainer.__main__", ["distill", "--teacher", model, "--data", "nowhere", "--output", "out", "--dry-run"]
+        "trainer.cli.main", ["distill", "--teacher", model, "--data", "nowhere", "--output", "out", "--dry-run"]
     )
     (root / "data").mkdir()
     (root / "data" / "0.png").write_bytes(training.picture())
     options = ["--teacher", model, "--data", str(root / "data"), "--output", "out", "--resolution", "64"]
-    started.warm("trainer.__main__", ["cache", *options])
+    started.warm("trainer.cli.main", ["cache", *options])
     return started

@@ -189,5 +189,5 @@ def teacher_case(draw: st.DrawFn, models: Path) -> Case:
     plan = ("distill", *data, "--steps", "1", "--dry-run")
     paint = ("generate", "a cat", "--model", "INPUTS/m", *QUICK)
     argv = draw(st.sampled_from([plan, plan, ("cache", *data), paint]))
-    program = "lcm_core.cli.main" if argv is paint else "trainer.__main__"
+    program = "lcm_core.cli.main" if argv is paint else "trainer.cli.main"
     return Case(argv, files, about, program)

@@ -162,7 +162,7 @@ def test_lora(worker: Worker, tiny_models: Path, name: str, command: str) -> Non
 def test_pipe_among_training_data(worker: Worker, tiny_models: Path, name: str) -> None:
     argv = ("cache", "--teacher", str(tiny_models / "plain"), "--data", "INPUTS/d", "--output", "out")
     files: dict[str, Content] = {"d/0.png": png(b"{}"), name: FIFO}
-    assert worker.faults(Case(argv, files, program="trainer.__main__")) == []
+    assert worker.faults(Case(argv, files, program="trainer.cli.main")) == []
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -186,7 +186,7 @@ def test_terminal_without_the_captions_letters(worker: Worker, tiny_models: Path
     argv = {"cache": ("cache",), "plan": ("distill", *training, "--dry-run"), "run": ("distill", *training)}[how]
     caption = "漢字 🍕".encode()
     files: dict[str, Content] = {"漢字/0.png": picture(), "漢字/0.txt": caption, "漢字/🍕.png": b"no picture"}
-    assert worker.faults(Case((*argv, *options), files, program="trainer.__main__", encoding=encoding)) == []
+    assert worker.faults(Case((*argv, *options), files, program="trainer.cli.main", encoding=encoding)) == []
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

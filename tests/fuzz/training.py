@@ -14,7 +14,7 @@ from tests.fuzz.guards import FIFO, Case, Content
 from tests.fuzz.mutations import TEXTS, damaged, odd, odd_json
 from tests.fuzz.pictures import png, with_exif
 
-_TRAINER = "trainer.__main__"
+_TRAINER = "trainer.cli.main"
 
 
 def picture() -> bytes:
