@@ -53,6 +53,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("class_embed_type", "encoder_hid_dim_type"), (None,)),
     "addition_embed_type": (None, "text_time"),
     "freq_shift": (0, 1),
+    "upsampling_scaling_factor": (2,),
     "upsample_fn": ("nearest", "nearest-exact", "area", "bilinear", "bicubic"),
     "downsample_padding": (0, 1),
     "conv_in_kernel": (3,),

@@ -111,11 +111,12 @@ def test_a_half_of_a_tiny_vae_is_something_else(name: str, tmp_path: Path) -> No
                 load_vae(tmp_path / f"taesd_{given}.safetensors", "cpu")
 
 
-def test_an_unknown_way_to_enlarge_is_found_while_painting(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"upsample_fn": "magic"}, {"upsampling_scaling_factor": {}}], ids=str)
+def test_an_unknown_way_to_enlarge_is_found_while_painting(change: dict[str, Any], tmp_path: Path) -> None:
     tiny(4).save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"upsample_fn": "magic"}))
-    with pytest.raises(InputError, match=r"says upsample_fn = 'magic'; use \"nearest\""):
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=rf"says {next(iter(change))} = "):
         load_vae(tmp_path, "cpu")
 
 
