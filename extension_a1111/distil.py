@@ -172,8 +172,8 @@ def plan(order: Order, places: Places) -> Plan:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        words = "The trainer has made no plan in {seconds} s; start the run without one."
-        raise Mistake(words, seconds=f"{_PLAN_SECONDS:.0f}") from error
+        late = "The trainer has made no plan in {seconds} s; start the run without one."
+        raise Mistake(late, seconds=f"{_PLAN_SECONDS:.0f}") from error
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise Mistake("The trainer says: {words}", words=said)

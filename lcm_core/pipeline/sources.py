@@ -109,9 +109,9 @@ def _family_source(root: Path, family: Family) -> ModelSource:
     file = root / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.is_file() else {}
     if family.is_flow:
-        steps = {"num_train_timesteps": scheduler.get("num_train_timesteps") or ModelInfo.num_train_timesteps}
-        check_scheduler(steps, file)
-        info = ModelInfo(family.name, "flow", **steps)
+        steps = scheduler.get("num_train_timesteps") or ModelInfo.num_train_timesteps
+        check_scheduler({"num_train_timesteps": steps}, file)
+        info = ModelInfo(family.name, "flow", num_train_timesteps=steps)
     else:
         info = replace(info_from_configs({}, scheduler, file), family=family.name)
     said = Recommended("euler", teacher_steps=family.steps, teacher_guidance_scale=family.guidance_scale)
