@@ -13,7 +13,8 @@ from pathlib import Path
 
 from host_start import load_suite, start
 
-HOST = ("execution", "server", "nodes", "comfy.sd", "comfy_api.latest")
+HOST = ("utils.extra_config", "execution", "server", "nodes", "comfy.sd", "comfy_api.latest")
+"""In the order of main.py: later `utils` would be comfy/utils.py."""
 
 if __name__ == "__main__":
     start(Path(sys.argv[1]), Path(sys.argv[2]))
