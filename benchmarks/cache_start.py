@@ -49,8 +49,8 @@ class Captions:
         return {"synthetic": len(self.captions)}
 
     def load(self, device: torch.device) -> Any:
-        """Nothing to load."""
-        raise NotImplementedError
+        """Never asked: the cache is whole."""
+        raise AssertionError("pictures were asked for, though the cache is whole")
 
 
 def write_sparse(path: Path, zeros: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]) -> None:

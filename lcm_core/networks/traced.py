@@ -1,7 +1,7 @@
 """A small network's calls without Python in between: recorded once for inputs of the same shapes, then replayed.
 
-Of the embedded U-Net's 41 ms on one core, 23 are spent between its layers. The same kernels run in the same order, so
-that the output is the same, bit for bit.
+Of the embedded U-Net's 71 ms on one core, at 128 pixels, 25 are spent between its layers. The same kernels run in the
+same order, so that the output is the same, bit for bit.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def load_model(
     network = open_network(source, place, dtype, memory_format)
     _check_channels(source.root, network, loaded_vae)
     merge_loras(network, text, loras)
-    # packing gains nothing in small networks, which run in float32
+    # packing gains nothing in small U-Nets, which run in float32
     if isinstance(network, UNet) and (network.dtype == torch.bfloat16 or is_large(network.model)):
         optimise_unet(network.model)
         optimise_vae(loaded_vae.model)

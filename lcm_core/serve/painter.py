@@ -38,7 +38,7 @@ class PictureRequest:
     image: Image | None = None
     mask: Image | None = None
     draft: bool = False
-    """With the model's tiny VAE where it has one: in about half the time, with softer edges."""
+    """With the model's tiny VAE where it has one: in about two thirds of the time, with softer edges."""
     frames: int = 0
     """Where not 0: of a loop to the second prompt, or to the next seed, and back, instead of pictures."""
 

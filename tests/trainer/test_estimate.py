@@ -15,7 +15,7 @@ from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import write_json
 from lcm_core.networks.lora_layers import lora_state_dict
-from trainer import estimate
+from trainer import estimate_unet
 from trainer.cli.main import main
 from trainer.config import DistillConfig, LoopConfig, StudentConfig
 from trainer.data.cache import prepare
@@ -24,7 +24,6 @@ from trainer.distill import Latents, distill
 from trainer.distributed import Processes
 from trainer.estimate import (
     GUESSED,
-    LIBRARIES,
     caching_left,
     make_plan,
     print_plan,
@@ -32,6 +31,7 @@ from trainer.estimate import (
     to_text,
     training_left,
 )
+from trainer.estimate_unet import LIBRARIES
 from trainer.memory import rehearsal
 from trainer.methods.config import LcdConfig, method_config
 from trainer.students import full_student, lora_student, prepare_unet, unet_network
@@ -135,7 +135,7 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one(config, checkpointing):
 def test_a_plans_operations_are_about_those_of_a_real_step(config, monkeypatch, kind, checkpointing):
     """Not all of whose calls are rehearsed."""
     told = []
-    monkeypatch.setattr(estimate, "rough_seconds", lambda operations, *_: told.append(operations) or 1.0)
+    monkeypatch.setattr(estimate_unet, "rough_seconds", lambda operations, *_: told.append(operations) or 1.0)
     config = replace(config, student=replace(config.student, kind=kind, gradient_checkpointing=checkpointing))
     make_plan(config)
     student = real_student(config)
