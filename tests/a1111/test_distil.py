@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from extension_a1111 import distil, distil_jobs, distil_python, distil_runner
 from extension_a1111.distil import Order, Places, preset_for
 from extension_a1111.distil_page import render
-from extension_a1111.distil_status import Status, look, read_losses
+from extension_a1111.distil_status import look
 from extension_a1111.translation import speaker
 from lcm_core.errors import InputError
 from lcm_core.files.reading import read_json
@@ -297,29 +297,3 @@ def test_python_without_packages_or_not_there_says_what_to_install(places: Place
 def test_wrong_orders_are_refused(places: Places, order: Order, message: str) -> None:
     with pytest.raises(InputError, match=message):
         distil.command(order, places)
-
-
-def test_the_page_escapes_what_it_did_not_write(tmp_path: Path) -> None:
-    page = render(Status("failed", "<i>", message="<script>alert(1)</script>"))
-    assert "<script" not in page
-    assert "<i>" not in page
-    assert "&lt;script&gt;" in page
-
-
-def test_the_curve_runs_from_the_first_to_the_last_step_within_its_frame() -> None:
-    page = render(Status("running", "red", losses=[(10, 4.0), (20, 1.0), (30, 2.0)]))
-    points = re.search(r'points="([^"]*)"', page)
-    assert points is not None
-    assert points[1] == "0.0,0.0 320.0,160.0 640.0,106.7"
-    assert "steps 10 to 30" in page
-
-
-def test_a_long_log_is_thinned_by_means_and_half_a_line_is_left_out(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    lines = [json.dumps({"step": step, "loss": step % 2}) for step in range(1, 1001)]
-    log.write_text("\n".join(lines) + '\n{"step": 1001, "lo')
-    losses = read_losses(log)
-    assert len(losses) == 334
-    assert losses[0] == (3, pytest.approx(2 / 3))
-    assert losses[-1][0] == 1000
-    assert read_losses(tmp_path / "none") == []
