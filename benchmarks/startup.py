@@ -3,7 +3,7 @@
     python benchmarks/startup.py
 
 starts `generate` and `serve` on the embedded model in processes of their own, by turns, and prints medians: seconds
-from the start to the picture, or to the address, which is printed when the model has painted once; and seconds of CPU.
+from the start to the picture, or to the address, which is printed when the model is loaded; and seconds of CPU.
 What `import torch` takes alone stands beside them.
 """
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class TextEncoder:
         self._encode = lru_cache(CACHED_PROMPTS)(partial(_encode, self.encoders, clip_skip))
         words = [_words_of(encoder, inversions, number) for number, encoder in enumerate(self.encoders)]
         self._encode_weighted = lru_cache(CACHED_PROMPTS)(partial(_encode_weighted, self.encoders, clip_skip, words))
+        self._lock = Lock()  # while textual inversions are in their places, no other thread may encode
 
     @property
     def is_sdxl(self) -> bool:
@@ -88,10 +90,11 @@ class TextEncoder:
         Raises:
             InputError: a prompt that cannot be encoded.
         """
-        if weighted:
-            rows = [self._encode_weighted(named(prompt, self.inversions)) for prompt in prompts]
-        else:
-            rows = [self._encode(prompt) for prompt in prompts]
+        with self._lock:
+            if weighted:
+                rows = [self._encode_weighted(named(prompt, self.inversions)) for prompt in prompts]
+            else:
+                rows = [self._encode(prompt) for prompt in prompts]
         states = repeat_alike(*({"states": row[0]} for row in rows))
         hidden = torch.cat([state["states"] for state in states])
         cond: dict[str, Any] = {"encoder_hidden_states": hidden}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class _Traced:
         self._model = model
         self._calls: Counter[Shapes] = Counter()
         self._graphs: dict[Shapes, Callable[..., Tensor]] = {}
+        self._recording = Lock()  # torch can record in one thread at a time
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor | None, **more: Any) -> Any:
         guidance = more.get("timestep_cond")
@@ -63,8 +65,12 @@ class _Traced:
         if (graph := self._graphs.get(shapes)) is not None:
             return (graph(*inputs),)
         self._calls[shapes] += 1
-        if self._calls[shapes] > _TRACED_AFTER and len(self._graphs) < _MOST_GRAPHS:
-            self._graphs[shapes] = self._record(inputs)
+        is_due = self._calls[shapes] > _TRACED_AFTER and len(self._graphs) < _MOST_GRAPHS
+        if is_due and self._recording.acquire(blocking=False):
+            try:
+                self._graphs[shapes] = self._record(inputs)
+            finally:
+                self._recording.release()
         return self._model(x, t, text, **more)
 
     def _record(self, inputs: list[Tensor]) -> Callable[..., Tensor]:

@@ -149,7 +149,10 @@ def load_vae(
     if dtype is None and number == torch.float16:
         number = torch.float32
     layout = choose_memory_format(place, memory_format)
-    model = assemble(lambda: kinds[kind].from_config(component.config), component, place, number, layout)
+    config = dict(component.config)
+    if kind == "AutoencoderTiny":  # it saves what it does not take, and would warn of it
+        config.pop("block_out_channels", None)
+    model = assemble(lambda: kinds[kind].from_config(config), component, place, number, layout)
     return VAE(model, scaling_factor)
 
 

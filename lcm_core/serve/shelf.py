@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_core.errors import InputError
+from lcm_core.networks.device import is_large
 from lcm_core.networks.traced import trace_calls
 from lcm_core.networks.unet import UNet
 from lcm_core.serve.fields import RequestError
@@ -31,12 +33,15 @@ class Choice:
     """LoRAs in the model's folder, by their names."""
 
 
+Key = tuple[Choice, tuple[tuple[str, float], ...]]
+"""A model, and the LoRAs in it with their strengths."""
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """The model in memory."""
 
-    key: tuple[Choice, tuple[tuple[str, float], ...]]
-    """Which one, with which LoRAs."""
+    key: Key
     full: Pipeline
     draft: Pipeline
     """The same networks with the tiny VAE; `full` where there is none."""
@@ -52,6 +57,7 @@ class Shelf:
         """The model of a request that names none."""
         self._load = load
         self._loaded: _Loaded | None = None
+        self._lock = threading.Lock()
 
     def check(self, model: str, loras: Loras) -> None:
         """Refuse names that are not on the shelf.
@@ -69,6 +75,14 @@ class Shelf:
         """LoRAs that may be added to a model."""
         return sorted({*self.models[model].own_loras, *self.loras})
 
+    def has_small(self, model: str, loras: Loras = ()) -> bool:
+        """Whether that model is in memory, on the CPU, and so small that one picture does not use all cores well."""
+        loaded = self._loaded
+        if loaded is None or loaded.key != (self.models[model], tuple(loras)):
+            return False
+        parts = loaded.full.model
+        return parts.device.type == "cpu" and isinstance(parts.unet, UNet) and not is_large(parts.unet.model)
+
     def pipeline(self, model: str, loras: Loras = (), draft: bool = False) -> Pipeline:
         """The loaded model, for a draft with its tiny VAE where it has one. Another model is let go first, so that two
         are never in memory together.
@@ -78,14 +92,19 @@ class Shelf:
         """
         choice = self.models[model]
         key = (choice, tuple(loras))
-        if self._loaded is None or self._loaded.key != key:
-            self._loaded = None
-            paths = [(str(self.loras.get(name, name)), strength) for name, strength in loras]
-            loaded = self._load(choice.path, unet=choice.unet, lora=paths)
-            if isinstance(loaded.model.unet, UNet):
-                trace_calls(loaded.model.unet)
-            self._loaded = _Loaded(key, loaded, _with_tiny_vae(loaded, choice))
-        return self._loaded.draft if draft else self._loaded.full
+        with self._lock:
+            if self._loaded is None or self._loaded.key != key:
+                self._loaded = None
+                self._loaded = self._open(key)
+            return self._loaded.draft if draft else self._loaded.full
+
+    def _open(self, key: Key) -> _Loaded:
+        choice, loras = key
+        paths = [(str(self.loras.get(name, name)), strength) for name, strength in loras]
+        loaded = self._load(choice.path, unet=choice.unet, lora=paths)
+        if isinstance(loaded.model.unet, UNet):
+            trace_calls(loaded.model.unet)
+        return _Loaded(key, loaded, _with_tiny_vae(loaded, choice))
 
 
 def find_models(first: str, folder: Path | None) -> dict[str, Choice]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.testing import assert_close
 from lcm_core.errors import InputError
 from lcm_core.families.known import find_family
 from lcm_core.families.network import TransformerText
+from lcm_core.networks import text_encoder
 from lcm_core.networks.conditioning import repeat_alike
 from lcm_core.pipeline import Keyframe, PictureOptions, Pipeline
 from lcm_core.pipeline.image import read_settings, save_image
@@ -111,6 +114,30 @@ def test_a_textual_inversion_is_not_its_vectors(tmp_path: Path) -> None:
     assert result.settings[0]["embedding"] == [str(path) for path in paths]
     save_image(result.images[0], tmp_path / "picture.png", result.settings[0])
     assert read_settings(tmp_path / "picture.png")["embedding"] == [str(path) for path in paths]
+
+
+def test_a_textual_inversion_changes_another_thread_s_prompt(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vectors stand in the encoder while its own prompt is encoded, when no other may be."""
+    save_file({"emb_params": torch.ones(1, 128)}, tmp_path / "mark.safetensors")
+    text = Pipeline.load(models / "lcm", device="cpu", embedding=[tmp_path / "mark.safetensors"]).model.text
+    assert text is not None
+    running = most = 0
+    run = text_encoder._run
+
+    def slowly(*args: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+        return run(*args)
+
+    monkeypatch.setattr(text_encoder, "_run", slowly)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda prompt: text.encode([prompt], weighted=True), ("mark", "cat", "dog")))
+    assert most == 1
 
 
 @pytest.mark.parametrize(

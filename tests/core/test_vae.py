@@ -67,11 +67,12 @@ def test_sampling_follows_the_encoder_s_distribution(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_tiny_vae_equals_diffusers(tmp_path: Path) -> None:
-    """AutoencoderTiny has no distribution, and its own ranges."""
+def test_tiny_vae_equals_diffusers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """AutoencoderTiny has no distribution, and its own ranges. It is loaded without a warning."""
     reference = tiny()
     reference.save_pretrained(tmp_path)
     vae = load_vae(tmp_path, "cpu", "float32")
+    assert capfd.readouterr().err == ""
     image = torch.rand(1, 3, 16, 16) * 2 - 1
     torch.testing.assert_close(vae.encode(image), reference.encode(image).latents, rtol=1e-5, atol=1e-5)
     latents = torch.randn(1, 4, 8, 8)

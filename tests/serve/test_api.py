@@ -8,19 +8,13 @@ import json
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from serving import JSON, LIMITS, decoded, picture
 
-from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import SETTINGS_KEY
 from lcm_core.serve.app import build_app
-from lcm_core.serve.fields import RequestError
-from lcm_core.serve.painter import Painter, PictureRequest
 from lcm_core.serve.service import Service
 from lcm_core.serve.shelf import Shelf
 
@@ -237,61 +231,3 @@ def test_small_answers_wait_for_each_other() -> None:
                     return int(await asyncio.wait_for(found, 10))
 
     assert asyncio.run(no_delay()) != 0
-
-
-class _Slow:
-    """A pipeline whose steps wait until they are let go."""
-
-    def __init__(self, pipe: Pipeline) -> None:
-        self._pipe = pipe
-        self.go = threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipe, name)
-
-    def paint(self, *args: Any, callback: Any, **options: Any) -> Any:
-        def step(info: Any) -> Any:
-            self.go.wait(60)
-            return callback(info)
-
-        return self._pipe.paint(*args, callback=step, **options)
-
-
-@pytest.fixture
-def slow(shelf: Shelf) -> Iterator[tuple[_Slow, Painter]]:
-    pipe = _Slow(shelf.pipeline("emoji"))
-    painter = Painter(Shelf(shelf.models, {}, lambda *_, **__: pipe), waiting=2)
-    yield pipe, painter
-    pipe.go.set()  # a thread that waits would keep Python from ending
-    painter.close()
-
-
-def _wait(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came true")
-
-
-def test_the_queue_grows_without_end(slow: tuple[_Slow, Painter]) -> None:
-    pipe, painter = slow
-    request = PictureRequest("emoji", "a", 1, options={"num_inference_steps": 1})
-    jobs = [painter.submit(request) for _ in range(3)]
-    with pytest.raises(RequestError, match="waiting already") as refused:
-        painter.submit(request)
-    assert refused.value.status == 429
-    pipe.go.set()
-    assert [len(job.future.result(60)) for job in jobs] == [1, 1, 1]
-    _wait(lambda: painter.count == 0)
-    painter.submit(request).future.result(60)
-
-
-def test_interrupt_loses_finished_pictures_or_stops_nothing(slow: tuple[_Slow, Painter]) -> None:
-    pipe, painter = slow
-    job = painter.submit(PictureRequest("emoji", "a", 1, count=4, options={"num_inference_steps": 4}))
-    _wait(lambda: painter.running is job)
-    painter.interrupt()
-    pipe.go.set()
-    assert job.future.result(60) == []
-    assert job.steps_done == 1

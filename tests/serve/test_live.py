@@ -15,6 +15,7 @@ from serving import LIMITS, picture
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.image import SETTINGS_KEY
 from lcm_core.serve import live
+from lcm_core.serve.painter import Painted
 from lcm_core.serve.service import Service
 
 LIVE = "ws://127.0.0.1:7000/live"
@@ -32,7 +33,7 @@ def test_a_stroke_changes_nothing(client: Any) -> None:
             socket.send_json({**MESSAGE, "id": number, "image": picture(colour), "strength": 0.6})
             header, image = receive(socket)
             assert header["id"] == number
-            assert header["seconds"] > 0
+            assert header["seconds"] >= header["every"] > 0
             images.append(image.convert("RGB").tobytes())
             assert json.loads(image.info[SETTINGS_KEY])["strength"] == 0.6
     assert images[0] != images[1]
@@ -78,9 +79,31 @@ def test_a_fault_of_ours_leaves_the_page_waiting(
         raise ZeroDivisionError
 
     monkeypatch.setattr(live, "read_live", fail)
-    asyncio.run(live._answer(cast("Any", Socket()), service, '{"id": 1}'))
+    asyncio.run(live._read(live._Page(cast("Any", Socket())), service, '{"id": 1}'))
     assert sent == [{"id": 1, "error": "the server failed; its terminal says why"}]
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_draft_that_was_overtaken_is_shown(service: Service) -> None:
+    """Of two drafts that were painted side by side, the older one ends last."""
+    sent = []
+
+    class Socket:
+        async def send_json(self, values: dict[str, Any]) -> None:
+            sent.append(values["id"])
+
+        async def send_bytes(self, png: bytes) -> None:
+            sent.append(png)
+
+    async def show() -> None:
+        page = live._Page(cast("Any", Socket()))
+        asked = [await live._read(page, service, json.dumps({**MESSAGE, "id": number})) for number in range(3)]
+        for number in (1, 0, 2):
+            painted = Painted(str(number).encode(), {"seed": 1, "width": 8, "height": 8})
+            await page.show(cast("live._Asked", asked[number]), [painted])
+
+    asyncio.run(show())
+    assert sent == [1, b"1", 2, b"2"]
 
 
 @pytest.mark.parametrize(

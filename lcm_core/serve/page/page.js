@@ -6,7 +6,7 @@ const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const SMALL = 256;
 const LEAST_PAUSE = 50; // milliseconds between messages: more of them than pictures would only take from the painting
 const MOST_PAUSE = 150; // a slow model must not wait for the last stroke
-const SHARE = 0.8; // of the time that a picture takes, between messages
+const SHARE = 0.8; // of the time in which the server paints another picture, between messages
 const FRESH = 3000; // milliseconds over which pictures per second are counted
 const COLOURS = ["#d92b2b", "#f08c1a", "#f7d23e", "#3f9b43", "#2d6cdf", "#7a3fb0", "#6b4423", "#1d1d1f", "#ffffff"];
 const STRIP = 6; // other seeds
@@ -125,9 +125,9 @@ function answered(answer) {
 }
 
 async function show(blob) {
-  const { id, seed, side, seconds } = header;
+  const { id, seed, side, every } = header;
   wanted = Math.min(side, SMALL); // a small model's picture is drawn, sent and read in less time
-  pause = Math.min(Math.max(LEAST_PAUSE, SHARE * 1000 * seconds), MOST_PAUSE);
+  pause = Math.min(Math.max(LEAST_PAUSE, SHARE * 1000 * every), MOST_PAUSE);
   const address = URL.createObjectURL(blob);
   const picture = $("picture");
   const old = picture.src;
