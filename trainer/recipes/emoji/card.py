@@ -12,7 +12,9 @@ from trainer.report.tables import to_markdown
 KNOWN_FAULTS = (
     "- Faces, hearts, fruit, animals' heads and simple things are clear; what has many small parts (sailboats,",
     "  buildings, people, some food) is not, and of several things one may be missing.",
-    "- The drawings themselves have an FD of 1.8, and 2.0 after the VAE: much room is left.",
+    "- The drawings themselves have an FD of 1.8, and 2.0 after the VAE: much room is left for longer training. The",
+    "  teacher's loss was 0.339 at step 1,000, 0.292 at 2,000, 0.235 at 4,000, 0.198 at 6,000, 0.179 at 8,000 and 0.160",
+    "  at its end.",
     "- The students are ahead of the teacher with one step alone, and get worse with more: the full LCM more than the",
     "  LCM-LoRA, which was trained for one guidance.",
     "- Held-out pairs are found half as often as seen ones, by the teacher as well: it knows many drawings by heart.",
