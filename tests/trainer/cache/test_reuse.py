@@ -71,6 +71,49 @@ def test_only_what_is_new_is_encoded_and_the_cache_is_as_if_made_anew(
     assert cache.skipped == anew.skipped
 
 
+@pytest.fixture
+def longer(photos, tmp_path):
+    """The pictures, and one more behind them: only the shard that it comes into differs."""
+    data = tmp_path / "longer"
+    shutil.copytree(photos, data)
+    Image.new("RGB", (96, 96), (40, 120, 200)).save(data / "z.png")
+    (data / "z.txt").write_text("a new picture")
+    return data
+
+
+def test_shards_in_front_of_what_is_added_are_the_same_files(config, copied, longer, tmp_path):
+    """Nothing of them is written again; those with what could not be used, or with the new, are made."""
+    before = {file.stat().st_ino for file in copied.rglob("0*.safetensors")}
+    cache = prepare(replace(config, path=str(longer)), "emoji", copied, "cpu")
+    shared = [file.name for file in sorted(cache._folder.glob("0*.safetensors")) if file.stat().st_ino in before]
+    assert shared == ["000000.safetensors", "000001.safetensors"]
+    texts = [file for file in (copied / cache.about["texts"]).glob("0*.safetensors") if file.stat().st_ino in before]
+    assert [file.name for file in texts] == ["000000.safetensors"]
+    anew = prepare(replace(config, path=str(longer)), "emoji", tmp_path / "anew", "cpu")
+    torch.testing.assert_close(_shards(copied, cache), _shards(tmp_path / "anew", anew), rtol=0, atol=2e-3)
+
+
+def test_a_damaged_shard_is_not_taken_over(config, copied, longer, encoded):
+    (latents,) = copied.glob("latents-*")
+    first = latents / "000000.safetensors"
+    first.write_bytes(first.read_bytes()[:-1] + b"\x99")
+    with pytest.warns(UserWarning, match="made again"):
+        cache = prepare(replace(config, path=str(longer)), "emoji", copied, "cpu")
+    assert len(set(encoded[0])) > 1
+    for picks in [cache.draw(4, torch.Generator().manual_seed(seed)) for seed in range(8)]:
+        cache.read(picks)  # which compares every row with its checksum
+
+
+def test_without_hard_links_the_rows_are_copied(config, copied, longer, encoded, monkeypatch):
+    def refuse(*_):
+        raise OSError("this file system has none")
+
+    monkeypatch.setattr("os.link", refuse)
+    cache = prepare(replace(config, path=str(longer)), "emoji", copied, "cpu")
+    assert encoded[1] == ["a new picture"]
+    assert len(cache) == 7
+
+
 def test_a_row_that_is_damaged_is_made_again(config, copied, grown, encoded):
     (latents,) = copied.glob("latents-*")
     file = sorted(latents.glob("0*.safetensors"))[0]
