@@ -67,7 +67,7 @@ class Browser:
         visited.add_header("Content-Type", "application/json")
         urllib.request.urlopen(visited, timeout=60).close()
         self._playwright = sync_playwright().start()
-        chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")
+        chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
         self._browser = self._playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         self.page: Page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
         self.page.set_default_timeout(300_000)

@@ -52,7 +52,7 @@ def page(server: Server) -> Iterator[object]:
     pytest.importorskip("playwright", reason="playwright is not installed; it drives the browser")
     from browser import Browser
 
-    if not (os.environ.get("CHROMIUM_PATH") or shutil.which("chromium")):
-        pytest.skip("no chromium here; install one or set CHROMIUM_PATH")
+    if not (os.environ.get("CHROMIUM") or shutil.which("chromium")):
+        pytest.skip("no chromium here; install one or set CHROMIUM")
     with Browser(server.url) as opened:
         yield opened
