@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from extension_a1111.translation import Mistake
 from lcm_core.errors import InputError
 from lcm_core.files.lora_keys import parse_key
 from lcm_core.files.safetensors import check_file
@@ -33,9 +34,10 @@ def check_network(name: str, network: nn.Module, prediction_type: str) -> None:
             them in hosts that cannot mix their noise.
     """
     if prediction_type not in ("epsilon", "v_prediction") or not hasattr(network, "time_embed"):
-        raise InputError(
-            f"{name} is no model for LCM or TCD, which skip the timesteps of SD 1.x, SD 2.x and SDXL; "
-            "for SD3, Flux and others of their kind choose a sampler such as Euler, or use Forge"
+        raise Mistake(
+            "{name} is no model for LCM or TCD, which skip the timesteps of SD 1.x, SD 2.x and SDXL; "
+            "for SD3, Flux and others of their kind choose a sampler such as Euler, or use Forge",
+            name=name,
         )
 
 
@@ -97,15 +99,20 @@ def check_loras(found: Mapping[str, Path | None], width: int | None) -> None:
     """
     for name, file in found.items():
         if file is not None and width is not None and is_for_transformer(file):
-            raise InputError(
-                f"LoRA '{name}' was made for a transformer such as Flux or SD3, but the loaded checkpoint is "
-                f"{_name(width)}, where it does nothing; take it out of the prompt"
+            raise Mistake(
+                "LoRA '{name}' was made for a transformer such as Flux or SD3, but the loaded checkpoint is "
+                "{loaded}, where it does nothing; take it out of the prompt",
+                name=name,
+                loaded=_name(width),
             )
         made_for = context_width(file) if file is not None else None
         if None not in (made_for, width) and made_for != width:
-            raise InputError(
-                f"LoRA '{name}' was made for {_name(made_for)}, but the loaded checkpoint is {_name(width)}; "
-                "take it out of the prompt or load a checkpoint that it fits"
+            raise Mistake(
+                "LoRA '{name}' was made for {made_for}, but the loaded checkpoint is {loaded}; "
+                "take it out of the prompt or load a checkpoint that it fits",
+                name=name,
+                made_for=_name(made_for),
+                loaded=_name(width),
             )
 
 
@@ -119,4 +126,4 @@ def _is_unet_down(key: str) -> bool:
 
 def _name(width: int | None) -> str:
     known = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-    return known.get(width or 0, f"a network with text of width {width}")
+    return known.get(width or 0, f"U-Net ({width})")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from extension_a1111.translation import Mistake
 from lcm_core.diffusion.guidance import Model, guide
-from lcm_core.errors import InputError
 from lcm_core.files.safetensors import check_file
 
 COND_PROJ = "time_embed.cond_proj.weight"
@@ -92,9 +92,10 @@ class GuidanceHook:
         return ((times.float() + added).to(times.dtype), *inputs[1:])
 
 
-def no_embedding(checkpoint: Path) -> InputError:
+def no_embedding(checkpoint: Path) -> Mistake:
     """What to say when guidance as w-embedding is asked of a model that has none."""
-    return InputError(f"{checkpoint.stem} is no full LCM and reads no guidance embedding; use the CFG scale")
+    words = "{model} is no full LCM and reads no guidance embedding; use the CFG scale"
+    return Mistake(words, model=checkpoint.stem)
 
 
 def _nothing() -> None:

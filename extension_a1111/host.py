@@ -23,7 +23,7 @@ from torch import nn
 from extension_a1111.architecture import FLOW, check_network, prediction_of
 from extension_a1111.denoising import PositiveRows
 from extension_a1111.schedules import flow_of_levels, get_sigmas_host
-from extension_a1111.translation import Say, speaker
+from extension_a1111.translation import Mistake, Say, explain, speaker
 from lcm_core.diffusion.process import Process, VariancePreserving, abar_from_sigma
 
 try:  # 1.9 split schedules from samplers
@@ -119,9 +119,8 @@ def chosen_checkpoint(p: Any = None) -> Path | None:
     It may not be loaded yet: Forge loads late, and a request can name its own.
     """
     named = (getattr(p, "override_settings", None) or {}).get("sd_model_checkpoint")
-    info = sd_models.get_closet_checkpoint_match(named) if named else None
     try:
-        return Path((info or sd_models.select_checkpoint()).filename)
+        return checkpoint_named(named) or Path(sd_models.select_checkpoint().filename)
     except FileNotFoundError:
         return None
 
@@ -177,6 +176,16 @@ def file_link(file: Path) -> str:
 def say() -> Say:
     """Speaks the page's language."""
     return speaker(getattr(shared.opts, "localization", None))
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Around what the host calls, which shows a mistake's text below the picture: it is in the page's language."""
+    try:
+        yield
+    except Mistake as mistake:
+        mistake.args = (explain(mistake, say()),)
+        raise
 
 
 def apply_noise_multiplier(p: Any) -> None:
@@ -273,6 +282,7 @@ def register_schedule(name: str, label: str) -> None:
     _forget_pairs()
 
 
+@told()
 def _schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> Any:
     check_supported()
     # From the model: the denoiser of the built-in LCM knows every twentieth noise level only.

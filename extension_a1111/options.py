@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from extension_a1111.translation import Mistake
 from lcm_core.errors import InputError
 
 LCM_SAMPLER = "LCM Suite"
@@ -114,4 +115,5 @@ def read_options(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> 
 
 def _check(name: str, value: float, lowest: float, highest: float) -> None:
     if not lowest <= value <= highest:  # which is also false for NaN
-        raise InputError(f"{name} {value} is out of range; use {lowest:g} to {highest:g}")
+        words = "{name} {value} is out of range; use {lowest} to {highest}"
+        raise Mistake(words, name=name, value=value, lowest=f"{lowest:g}", highest=f"{highest:g}")

@@ -58,6 +58,7 @@ class SuiteSampler(KDiffusionSampler):
         InputError: the loaded model is none that LCM or TCD can sample from.
     """
 
+    @host.told()
     def __init__(self, name: str, sd_model: Any) -> None:
         host.check_supported()
         super().__init__(self.run, sd_model)
@@ -73,6 +74,7 @@ class SuiteSampler(KDiffusionSampler):
         process = host.noise_process(self.model_wrap)
         return get_sigmas_padded(process, self.count or steps, steps, self.suite.original_steps, self.strength)
 
+    @host.told()
     def sample(self, p: Any, x: Tensor, *args: Any, steps: int | None = None, **kwargs: Any) -> Tensor:
         """A new picture from noise `x`."""
         self._begin(p, steps, 1.0)
@@ -82,6 +84,7 @@ class SuiteSampler(KDiffusionSampler):
             x = x * (host.noise_process(self.model_wrap).initial_scale(sigma) / sigma).item()
         return super().sample(p, x, *args, steps=self.count, **kwargs)
 
+    @host.told()
     def sample_img2img(
         self, p: Any, x: Tensor, noise: Tensor, *args: Any, steps: int | None = None, **kwargs: Any
     ) -> Tensor:

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from extension_a1111.translation import Say, english
+from extension_a1111.translation import Mistake, Say, english
 from lcm_core.diffusion.grids import get_sigmas_lcm
 from lcm_core.diffusion.process import Process, RectifiedFlow
-from lcm_core.errors import InputError
 
 ORIGINAL_STEPS = 50
 """Timesteps of the usual grid (arXiv 2310.04378 Sec. 4.3)."""
@@ -48,7 +47,7 @@ def flow_of_levels(name: str, levels: Tensor) -> RectifiedFlow:
         even = torch.arange(1, len(table) + 1, dtype=torch.float64) / len(table)
         if torch.allclose(table, process.shifted(even), rtol=0, atol=1e-4):
             return process
-    raise InputError(f"{name} has noise levels that LCM and TCD do not know; choose a sampler such as Euler")
+    raise Mistake("{name} has noise levels that LCM and TCD do not know; choose a sampler such as Euler", name=name)
 
 
 def fit_steps(num_inference_steps: int, original_steps: int = ORIGINAL_STEPS, strength: float = 1.0) -> int:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from extension_a1111.translation import Mistake
 from lcm_core.diffusion.interpolation import interpolate
-from lcm_core.errors import InputError
 
 Schedule = list[tuple[int, Any]]
 """A prompt over the steps of a picture: (last step, conditioning), in order; a conditioning is (L, D) or a dict."""
@@ -52,12 +52,13 @@ def read_points(text: str, prompt: str, seed: int, start_above: bool = True) -> 
     points = [Point(prompt, seed)] if start_above else []
     for line in filter(None, map(str.strip, text.splitlines())):
         if found := _NETWORK.search(line):
-            raise InputError(f"the point {line!r} has {found[0]}; write it in the main prompt, for the whole travel")
+            words = "the point '{point}' has {network}; write it in the main prompt, for the whole travel"
+            raise Mistake(words, point=line, network=found[0])
         match = _SEED_AT_END.fullmatch(line)
         words, number = (match[1].strip(), _read_seed(match[2], line)) if match else (line, seed)
         points.append(Point(words + networks if words else prompt, number))
     if len(points) < 2:
-        raise InputError("travel needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
+        raise Mistake("travel needs two points; write one on each line: a prompt, @ seed, or a prompt @ seed")
     return points
 
 
@@ -65,7 +66,8 @@ def _read_seed(digits: str, line: str) -> int:
     with suppress(ValueError):  # Python reads no more than 4300 digits
         if abs(number := int(digits)) <= MAX_SEED:
             return number
-    raise InputError(f"the point {line[:200]!r} has a seed that is too large; use at most {MAX_SEED}")
+    words = "the point '{point}' has a seed that is too large; use at most {largest}"
+    raise Mistake(words, point=line[:200], largest=MAX_SEED)
 
 
 class TravelNoise:

@@ -20,6 +20,7 @@ from extension_a1111.options import (
     read_options,
     reset_unnamed,
 )
+from extension_a1111.translation import explain
 from lcm_core.errors import InputError
 
 _WANTED = ("prompt", "neg_prompt", "sampling", "steps", "cfg_scale")
@@ -88,7 +89,7 @@ class LcmSuite(scripts.Script):
         try:
             advice.apply(p, args, axes)
         except InputError as error:
-            p.comment(str(error))
+            p.comment(explain(error, host.say()))
         if p.sampler_name in SAMPLERS:
             host.apply_noise_multiplier(p)
 
@@ -150,6 +151,7 @@ def _add_axes() -> None:
             )
 
 
+@host.told()
 def _check_axis(name: str, p: Any, values: list[float]) -> None:
     """Refuse bad values before the first cell; the plot only leaves cells empty whose picture failed."""
     for value in values:

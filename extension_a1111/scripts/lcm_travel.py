@@ -61,6 +61,7 @@ class LcmTravel(scripts.Script):
             formats = gr.CheckboxGroup(FORMATS, value=["gif"], label="Animation files")
         return [points, above, loop, keep, frames, fps, easing, mode, formats]
 
+    @host.told()
     def run(
         self,
         p: Any,

@@ -14,6 +14,7 @@ from torch import nn
 from extension_a1111.architecture import prediction_of
 from extension_a1111.folders import CHECKPOINT_OPTIONS, LORA_OPTIONS, option_folders
 from extension_a1111.forge_models import replace_ours
+from extension_a1111.options import Options
 from extension_a1111.schedules import get_sigmas_padded
 from lcm_core.diffusion.process import RectifiedFlow
 from lcm_core.diffusion.schedule import get_alphas_cumprod
@@ -213,6 +214,14 @@ def test_folders_of_every_form_of_option(tmp_path: Path) -> None:
     assert option_folders(SimpleNamespace(ckpt_dirs=[one, str(two)]), *CHECKPOINT_OPTIONS) == [one, two]
     neo = SimpleNamespace(lora_dir=str(tmp_path), lora_dirs=[str(two), str(tmp_path)])
     assert option_folders(neo, *LORA_OPTIONS) == [two, tmp_path]  # the user's own before the default
+
+
+def test_the_host_shows_a_mistake_in_the_language_of_its_page(fake_host: Any) -> None:
+    host = fake_host.load("extension_a1111.host")
+    for language, words in (("None", "TCD gamma 2 is out of range"), ("zh_CN", "TCD gamma 的值 2 超出范围")):
+        fake_host.shared.opts.localization = language
+        with pytest.raises(InputError, match=words), host.told():
+            Options(gamma=2)
 
 
 def test_a_reload_replaces_our_models_and_keeps_the_hosts() -> None:

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,32 @@ NAMES = re.compile(
 """What is the same in every language: names, and what is typed as it is."""
 
 
+@contextmanager
+def translated(webui: WebUI, language: str) -> Iterator[None]:
+    """The page in a language. Its texts of help are chosen when it is built, in some hosts its labels too."""
+    webui.call("/sdapi/v1/options", {"localization": language})
+    webui.reload_ui()
+    try:
+        yield
+    finally:
+        webui.call("/sdapi/v1/options", {"localization": "None"})
+        webui.reload_ui()
+
+
 @pytest.mark.parametrize(
     ("language", "tab"), [("ko_KR", "LCM 증류"), ("ja_JP", "LCM 蒸留"), ("zh_CN", "LCM 蒸馏")], ids=["ko", "ja", "zh"]
 )
 def test_no_english_is_left_on_a_translated_page(webui: WebUI, page: Any, language: str, tab: str) -> None:
     """Nor in what the tab says of a mistake. Screenshots of both pages are kept to be looked at."""
-    webui.call("/sdapi/v1/options", {"localization": language, "lcm_suite_distil_python": ""})
-    webui.reload_ui()  # the texts of help are chosen when the page is built
+    webui.call("/sdapi/v1/options", {"lcm_suite_distil_python": ""})
+    with translated(webui, language):
+        words = words_of(webui, page, language, tab)
+    found = set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\S*/\S*", "", words)))  # paths are names too
+    assert {word for word in found if not NAMES.fullmatch(word)} == set()
+
+
+def words_of(webui: WebUI, page: Any, language: str, tab: str) -> str:
+    """All words of the accordion and of the tab, where a run is started that cannot be."""
     open_page(page, webui)
     accordion = page.locator("[id$=txt2img_lcm_suite_lcm_suite]").first
     accordion.locator(".label-wrap").first.click()
@@ -197,7 +217,4 @@ def test_no_english_is_left_on_a_translated_page(webui: WebUI, page: Any, langua
     page.click("#lcm_distil_start")
     page.wait_for_selector("#lcm_distil_said [role=alert]")
     shoot(page, webui, f"distil-{language}")
-    words += page.locator("#tab_lcm_distil").inner_text()
-    found = set(re.findall(r"[A-Za-z]{2,}", re.sub(r"\S*/\S*", "", words)))  # paths are names too
-    webui.call("/sdapi/v1/options", {"localization": "None"})
-    assert {word for word in found if not NAMES.fullmatch(word)} == set()
+    return str(words + page.locator("#tab_lcm_distil").inner_text())

@@ -74,6 +74,16 @@ def test_bad_input_is_said_and_the_webui_goes_on(webui: WebUI) -> None:
     check(webui.paint(sampler_name="LCM Suite"), "LCM Suite", diffusers_timesteps(4), 1)
 
 
+def test_mistakes_below_a_picture_are_in_the_language_of_the_page(webui: WebUI) -> None:
+    webui.load("emoji_teacher")
+    webui.call("/sdapi/v1/options", {"localization": "zh_CN"})
+    try:
+        with pytest.raises(HttpError, match=r"TCD gamma 的值 2\.0 超出范围"):
+            webui.paint(sampler_name="LCM Suite", alwayson_scripts={"LCM Suite": {"args": [False, 2]}})
+    finally:
+        webui.call("/sdapi/v1/options", {"localization": "None"})
+
+
 def _guidance_plot(webui: WebUI) -> list[object]:
     return plot_args(webui, {"x": (axes_of(webui).index("[LCM Suite] guidance, w + 1"), "2, 9")})
 
