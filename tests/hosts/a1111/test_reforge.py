@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from round_trips import comes_back, paint_twice
 from sampling_references import check, diffusers_timesteps
 from webui_harness import ROOT, WebUI, difference, to_base64
 from webui_page import ask_for_plan, browser_page, generate, open_tab, set_up, shoot, value_of, wait_for_active
+from webui_tab import distil
 
 from lcm_core.files.checkpoint import Component, ModelInfo, save_single_file
 from lcm_core.files.lora import save_lora
@@ -30,6 +32,9 @@ from lcm_core.pipeline import Pipeline
 
 pytestmark = pytest.mark.host
 PROMPT = "a lighthouse"
+MODELS = (("random", ""), ("random", "<lora:lcm_few:0.8>"), ("random_full", ""))
+"""Plain, LoRA, full LCM: a checkpoint, and what the prompt ends with."""
+TRIPS = 9  # the network is large: these take minutes
 PROCESSES = """
 import json, sys
 sys.argv = sys.argv[:1] + ["--always-cpu"]
@@ -231,3 +236,17 @@ def test_in_the_browser(reforge: WebUI) -> None:
         assert "Preset: emoji" in planned
         assert "Memory at the peak" in planned
         shoot(page, reforge, "distil-plan")
+
+
+def test_the_tab_distils_from_start_to_end(reforge: WebUI, tmp_path: Path) -> None:
+    with browser_page(reforge) as page:
+        distil(reforge, page, tmp_path)
+
+
+@pytest.mark.parametrize(("checkpoint", "lora"), MODELS, ids=["plain", "lora", "full"])
+def test_a_picture_comes_back(reforge: WebUI, checkpoint: str, lora: str) -> None:
+    """See `round_trips.py`."""
+    reforge.load(checkpoint)
+    for number in range(MODELS.index((checkpoint, lora)), TRIPS, len(MODELS)):
+        first, again = paint_twice(reforge, number, lora)
+        assert comes_back(first, again), (number, first.infotext, again.infotext)
