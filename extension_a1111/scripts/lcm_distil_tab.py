@@ -92,7 +92,7 @@ def _inputs() -> list[Any]:
     )
     prompts = gr.Textbox(label="Or a text file with one prompt a line: the teacher paints what is learnt from")
     with gr.Row():
-        steps = gr.Number(0, label="Training steps (0: the preset's)", precision=0, elem_id="lcm_distil_steps")
+        steps = gr.Number(0, label="Training steps (0: preset)", precision=0, elem_id="lcm_distil_steps")
         batch = gr.Number(0, label="Pictures per training step", precision=0, elem_id="lcm_distil_batch")
         rate = gr.Number(0, label="Learning rate of the LoRA")
         rank = gr.Number(0, label="Rank of the LoRA", precision=0)
