@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from sampling_references import NEGATIVE, PROMPT, check, diffusers_timesteps, drawing, elem_id
-from webui_harness import WebUI, to_base64
+from webui_harness import EMOJI, WebUI, to_base64
 
 pytestmark = pytest.mark.host
 
@@ -95,7 +97,8 @@ def test_button_sets_what_suits_the_models(webui: WebUI) -> None:
     assert press(webui, call, "pizza <lora:phased:1>", "", *usual, 50)[2:7] == ["TCD Suite", 2, 1, 0, 25]
     assert press(webui, call, "pizza", NEGATIVE, *usual, 50)[:7] == ["pizza", NEGATIVE, *usual, 50]
     webui.load("emoji_lcm")
-    assert press(webui, call, "pizza", NEGATIVE, *usual, 25)[:7] == ["pizza", "", "LCM Suite", 4, 2, 0.3, 50]
+    stated = json.loads((EMOJI / "model.json").read_text(encoding="utf-8"))["guidance_scale"]
+    assert press(webui, call, "pizza", NEGATIVE, *usual, 25)[:7] == ["pizza", "", "LCM Suite", 4, stated, 0.3, 50]
 
 
 def test_button_puts_right_what_is_remarked_on(webui: WebUI) -> None:

@@ -33,7 +33,8 @@ def make_checkpoints(folder: Path) -> None:
     torch.manual_seed(0)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_act="gelu", **TEXT)).half()
     plain = read_component(EMOJI / "unet_teacher", "unet").config
-    small = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [1, 2, 4, 4]}
+    heads = [channels // 32 for channels in plain["block_out_channels"]]  # SD 2.x's are all of one width, which is 64
+    small = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": heads}
     unet = UNet2DConditionModel.from_config({**plain, **small}).half()
     components = {
         "unet": Component(unet.state_dict(), {**unet.config}),
