@@ -111,6 +111,17 @@ def test_only_what_the_sampler_reads_is_shown(webui: WebUI, page: Any) -> None:
         assert [slider.is_visible() for slider in sliders] == [gamma, grid], sampler
 
 
+TRAVEL = """() => {
+    let box = [...document.querySelectorAll("[id$=lcm_travel_points]")].find(found => found.offsetParent);
+    while (!box.parentElement.querySelector("#script_list")) box = box.parentElement;
+    return box.innerText;
+}"""
+"""The words of the script: all that lies beside the list of scripts."""
+SETTINGS_PAGE = """() => {
+    const ours = [...document.querySelectorAll("[id^=setting_lcm_suite]")].map(found => found.textContent);
+    if (ours.length < 6) throw new Error("the settings are not on the page");
+    return ours.join(" ");
+}"""
 NAMES = re.compile(
     r"LCM|LoRA|TCD|CFG|MP4|GB|Web|UI|Suite|Python|python|trainer|distill|emoji|noto|auto|txt|lora|Extra|pip|install|av|"
     r"DPM|SDE|sd|sdxl|gif|webp|mp4|linear|slerp|lerp|smooth|circles|safetensors|lcm|outputs|venv|distil"
@@ -143,14 +154,18 @@ def test_no_english_is_left_on_a_translated_page(webui: WebUI, page: Any, langua
 
 
 def words_of(webui: WebUI, page: Any, language: str, tab: str) -> str:
-    """All words of the accordion and of the tab, where a run is started that cannot be."""
+    """All words of the accordion, of travel, of the settings, and of the tab, where a run is started that cannot be."""
     open_page(page, webui)
     accordion = page.locator("[id$=txt2img_lcm_suite_lcm_suite]").first
     accordion.locator(".label-wrap").first.click()
     choose(page, "#txt2img_sampling", "TCD Suite")
     page.wait_for_timeout(2 * SECOND)
     shoot(page, webui, f"accordion-{language}")
-    words = accordion.inner_text()
+    choose(page, "#script_list", "LCM latent travel")
+    page.wait_for_selector("[id$=lcm_travel_points] textarea:visible")
+    page.wait_for_timeout(SECOND)
+    shoot(page, webui, f"travel-{language}")
+    words = accordion.inner_text() + page.evaluate(TRAVEL) + page.evaluate(SETTINGS_PAGE)
     page.locator("#tabs > div button").filter(has_text=tab).first.click()
     page.wait_for_selector("#lcm_distil_start:visible")
     page.wait_for_timeout(5 * SECOND)
