@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lcm_core.cli.common import check_output, parse_lora
 from lcm_core.diffusion.diffusion import Diffusion
@@ -19,6 +17,7 @@ from lcm_core.networks.frozen import check_format
 from lcm_core.pipeline.model import diffusion_of
 from lcm_core.pipeline.sources import ModelSource, find_source
 from trainer.config import DistillConfig, StudentConfig
+from trainer.continuing import SETTINGS, changes, check_same_run, earlier_settings
 from trainer.control import check_control
 from trainer.data.teacher import Teacher, find_teacher
 from trainer.distill import for_method
@@ -32,34 +31,7 @@ from trainer.ranges import check_ranges
 from trainer.report.prompts import read_prompts
 from trainer.sharded import check_sharded
 from trainer.starts import check_flow_map, check_lora_start
-from trainer.state import has_state
 from trainer.students import check_compile, check_same_layers, choose_precision
-from trainer.toml import read_settings
-
-MAY_CHANGE = {
-    "output",
-    "name",
-    "device",
-    "accept_changes",
-    "back_to",
-    "report",
-    "data.cache",
-    "data.cache_batch",
-    "data.shard_size",
-    "student.sharded",
-    "student.gradient_checkpointing",
-    "student.compile",
-    "training.steps",
-    "training.learning_rate",
-    "training.lr_schedule",
-    "training.save_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.accumulation",
-    "training.tensorboard",
-    "training.trackers",
-}
-"""Settings that a run may be continued with other values of."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +68,7 @@ def examine(config: DistillConfig) -> Setup:
         InputError: the first thing that is wrong.
     """
     check(config)
-    check_output(Path(config.output) / "config.json")
+    check_output(Path(config.output) / SETTINGS)
     processes = join_processes(choose_device(config.device or None))
     source = find_teacher(config.teacher)
     info = replace(source.info, prediction_type=config.prediction_type or source.info.prediction_type)
@@ -122,9 +94,8 @@ def examine(config: DistillConfig) -> Setup:
     count = sum(tensor.numel() for tensor in weights)
     choose_precision(processes.device, config.student.precision, count, scales_loss=True)
     setup.teacher.check_parts()
-    file = setup.folder / "config.json"
-    if file.exists() and has_state(setup.folder / "run"):
-        check_same_run(read_settings(file), to_dict(config), file)
+    if before := earlier_settings(setup.folder):
+        check_same_run(before, to_dict(config), setup.folder / SETTINGS)
     return setup
 
 
@@ -172,10 +143,10 @@ def begin(setup: Setup) -> None:
     """
     config, processes, run = setup.config, setup.processes, setup.folder / "run"
     if processes.is_main:
-        for line in [*notes(config), *_changes(setup)]:
+        for line in [*notes(config), *changes(setup.folder, config)]:
             say(f"note: {line}")
         kept = replace(config, accept_changes=False, back_to=0)
-        write_json(setup.folder / "config.json", to_dict(kept))
+        write_json(setup.folder / SETTINGS, to_dict(kept))
         with atomic_write(setup.folder / "run.toml") as temporary:
             temporary.write_text(describe_run(kept), encoding="utf-8", errors="backslashreplace")
         several = {"processes": str(processes.size)} if processes.size > 1 else {}
@@ -243,15 +214,6 @@ def notes(config: DistillConfig) -> list[str]:
     return lines
 
 
-def _changes(setup: Setup) -> list[str]:
-    """Which of the settings that decide what is learnt are others than when the run began."""
-    file, rate = setup.folder / "config.json", setup.config.training.learning_rate
-    if not (file.exists() and has_state(setup.folder / "run")):
-        return []
-    before = _flat(read_settings(file)).get("training.learning_rate", rate)
-    return [] if before == rate else [f"the learning rate is {rate:g} from here on, no longer {before:g}"]
-
-
 def check_start(config: DistillConfig, teacher: ModelSource) -> None:
     """Refuse a start that is not there, or of another shape than the student.
 
@@ -270,31 +232,6 @@ def check_start(config: DistillConfig, teacher: ModelSource) -> None:
         raise InputError(f"start {start} is not there; give the .safetensors file of an earlier LoRA, or leave it out")
 
 
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
-    """Refuse to continue a run with settings that would make it another one.
-
-    Raises:
-        InputError: names the setting with both its values.
-    """
-    was = _flat(before)
-    for key, value in _flat(now).items():
-        old = was.get(key, value)
-        free = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
-        if old != value and not free:
-            raise InputError(
-                f"{file} is of a run with {key} = {old!r}, not {value!r}; give that, --config {file} for all of its "
-                "settings in place of a preset, or another output folder"
-            )
-
-
 def say(line: str) -> None:
     """A note to whoever watches."""
     print(line, file=sys.stderr)
-
-
-def _flat(settings: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{section}.{key}" if section else key
-        flat |= _flat(value, name) if isinstance(value, Mapping) else {name: value}
-    return flat

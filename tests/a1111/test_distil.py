@@ -28,8 +28,8 @@ from lcm_core.errors import InputError
 from lcm_core.files.reading import read_json
 from trainer.cli.main import build_parser
 from trainer.config import DistillConfig
+from trainer.continuing import check_same_run
 from trainer.options import resolve, to_dict
-from trainer.setup import check_same_run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for Python is a shell script")
 

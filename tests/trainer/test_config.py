@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from lcm_core.errors import InputError
 from trainer.cli.main import main
 from trainer.config import DistillConfig
+from trainer.continuing import check_same_run
 from trainer.methods.config import Dmd2Config, LcdConfig, TcdConfig, config_class, defaults_of
 from trainer.options import add_options, apply, describe_presets, list_options, resolve, to_dict
 from trainer.presets import PRESETS
-from trainer.setup import check, check_same_run
+from trainer.setup import check
 from trainer.toml import read_settings
 
 
