@@ -40,7 +40,7 @@ class Place(NamedTuple):
     """The thing's, there."""
     first: int
     """Number of the first thing in that shard."""
-    count: int
+    size: int
     """How many things are in that shard."""
 
 
@@ -114,7 +114,7 @@ def link(shards: Shards, index: int, earlier: Mapping[int, Place]) -> bool:
     """
     numbers, target = shards.numbers(index), shards.path(index)
     source = earlier.get(numbers[0])
-    if source is None or numbers != range(source.first, source.first + source.count):
+    if source is None or numbers != range(source.first, source.first + source.size):
         return False
     places = [earlier[number] for number in numbers if number in earlier]
     if places != [source._replace(number=number) for number in numbers]:
