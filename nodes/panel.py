@@ -1,4 +1,4 @@
-"""The page's panel of a running LCM Distiller (web/lcm_suite.js): what it is told, and its wish to save."""
+"""The page's panel of a running LCM Distiller (web/lcm_suite.js): what it is told, and its wishes to save and stop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -14,32 +14,42 @@ from PIL import Image
 from .host import page_server
 
 EVENT = "lcm_suite.distiller"
-SAVE = "/lcm_suite/save"
+SHOWN, SAVE, STOP = "/lcm_suite/shown", "/lcm_suite/save", "/lcm_suite/stop"
 _SMOOTHING = 0.05  # weight of the newest loss in the running mean
 _POINTS = 200  # of the curve
 _SIDE = 256  # pixels, at most, of a picture
-_wish = threading.Event()
+_shown: dict[str, dict[str, Any]] = {}  # by node, all that its panel was told of the last run
+_wishes = {SAVE: threading.Event(), STOP: threading.Event()}
 Show = Callable[[dict[str, Any]], None]
 
 
 def register() -> None:
-    """Let the page ask for a LoRA file while a run goes on."""
+    """Let the page ask for what it has missed, and for a LoRA file or an end while a run goes on."""
     server = page_server()
     if server is None:
         return
     from aiohttp import web
 
-    async def save(_: Any) -> Any:
-        _wish.set()
-        return web.json_response({})
+    def hear(wish: threading.Event) -> Callable[[Any], Awaitable[Any]]:
+        async def heard(_: Any) -> Any:
+            wish.set()
+            return web.json_response({})
 
-    server.routes.post(SAVE)(save)
+        return heard
+
+    async def shown(_: Any) -> Any:
+        return web.json_response(list(_shown.values()))
+
+    for path, wish in _wishes.items():
+        server.routes.post(path)(hear(wish))
+    server.routes.get(SHOWN)(shown)
 
 
 def send(node: str | None, told: dict[str, Any]) -> None:
-    """Tell the page what a node has to show."""
+    """Tell the page what a node has to show; a page that comes later can ask for it."""
     server = page_server()
     if server is not None and node is not None:
+        _shown[node] = {**_shown.get(node, {}), "node": node, **told}
         server.send_sync(EVENT, {"node": node, **told})
 
 
@@ -56,7 +66,8 @@ class Panel:
         self.show, self.steps, self.before = show, steps, before
         self.begun = time.monotonic()
         self.saved: int | None = None  # steps that the file has learnt
-        _wish.clear()  # an earlier run's
+        for wish in _wishes.values():
+            wish.clear()  # an earlier run's
 
     def tell(self, losses: Sequence[float], running: bool = True, **pictures: Image.Image) -> None:
         """Show the losses of all steps so far, whether more follow, and pictures that are new: `before`, `after`."""
@@ -69,11 +80,13 @@ class Panel:
         told |= {"saved": self.saved, "running": running}
         self.show(told | {name: _as_url(picture) for name, picture in pictures.items()})
 
-    def wants_file(self) -> bool:
-        """Whether the page has asked for the file since this was last asked."""
-        wanted = _wish.is_set()
-        _wish.clear()
-        return wanted
+    def wants(self, what: str) -> bool:
+        """Whether the page has asked for the file (`SAVE`) or an end (`STOP`) since this was last asked."""
+        wish = _wishes[what]
+        if not wish.is_set():
+            return False  # without forgetting what is asked for at this very moment
+        wish.clear()
+        return True
 
 
 def _as_url(picture: Image.Image) -> str:

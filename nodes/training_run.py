@@ -34,7 +34,7 @@ from .loss_plot import draw_loss
 from .memory import describe_memory
 from .model_patches import Facts, is_unet
 from .network import PROMPT, HostNetwork
-from .panel import Panel, Show
+from .panel import SAVE, STOP, Panel, Show
 from .preview import paint_preview
 from .student import copy_model, fingerprint, lora_of, name_layers, target_modules
 from .training_data import TrainingData
@@ -95,7 +95,8 @@ class Run:
         self.losses = self._logged()
         self.before = len(self.losses)
         bar, panel = comfy.utils.ProgressBar(loop.steps), Panel(self.show, loop.steps, self.before)
-        panel.tell(self.losses, before=self._paint(student, recommended))
+        picture = self._paint(student, recommended)
+        panel.tell(self.losses, before=picture, after=picture)
 
         def save() -> dict[str, Tensor]:
             state = self._save(student, names, recommended)
@@ -107,15 +108,17 @@ class Run:
             self.learnt = True
             sheet = None
             if (step + 1) % self.preview_every == 0 or step + 1 == loop.steps:
-                picture = self._preview(student, recommended, step + 1)
-                panel.tell(self.losses, after=picture)
-                sheet = ("JPEG", self._sheet(picture, loop.steps), None)
+                preview = self._preview(student, recommended, step + 1)
+                panel.tell(self.losses, after=preview)
+                sheet = ("JPEG", self._sheet(preview, loop.steps), None)
             bar.update_absolute(step + 1, loop.steps, sheet)
             if self._tell(step, loop):
                 panel.tell(self.losses)
-            if panel.wants_file():
+            if panel.wants(SAVE):
                 save()
                 panel.tell(self.losses)
+            if panel.wants(STOP):
+                raise comfy.model_management.InterruptProcessingException
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         try:

@@ -25,9 +25,10 @@ function element(tag, style, parent) {
 function button(label, parent, press) {
   const made = element("button", { flex: "1", cursor: "pointer" }, parent);
   made.textContent = label;
-  made.addEventListener("click", () => {
+  made.addEventListener("click", async () => {
     made.disabled = true; // until the run has answered
-    press();
+    const heard = await press().catch(() => null);
+    if (!heard?.ok) made.disabled = false;
   });
   return made;
 }
@@ -73,9 +74,10 @@ function makePanel() {
   slider.addEventListener("input", divide);
   divide();
   const row = element("div", { display: "flex", gap: "4px" }, shown);
-  const stop = button(say.stop, row, () => api.interrupt());
-  const save = button(say.save, row, () => api.fetchApi("/lcm_suite/save", { method: "POST" }));
-  let saved = null;
+  const ask = (what) => api.fetchApi(`/lcm_suite/${what}`, { method: "POST" });
+  const stop = button(say.stop, row, () => ask("stop")); // this run, where an interrupt would end whatever runs by then
+  const save = button(say.save, row, () => ask("save"));
+  let last = { saved: null, running: false };
   const show = (told) => {
     shown.style.display = "flex";
     const [loss] = told.losses.slice(-1);
@@ -85,11 +87,14 @@ function makePanel() {
     if (told.losses.length) drawLosses(canvas, told.losses, told.step / told.steps);
     if (told.before) before.src = told.before;
     if (told.after) after.src = told.after;
-    if (saved !== told.saved || !told.running) save.disabled = stop.disabled = false;
-    saved = told.saved;
+    if (last.saved !== told.saved || !told.running) save.disabled = stop.disabled = false;
+    last = told;
     row.style.display = told.running ? "flex" : "none";
   };
-  return { root, content, show };
+  const catchUp = (told) => {
+    if (told?.running || last.running) show(told ?? { ...last, running: false }); // the server has begun anew
+  };
+  return { root, content, show, catchUp };
 }
 
 function addPanel(node) {
@@ -100,7 +105,7 @@ function addPanel(node) {
     getMinHeight: () => height,
   });
   widget.serialize = false;
-  node.lcmSuiteShow = panel.show;
+  node.lcmSuitePanel = panel;
   new ResizeObserver(() => {
     if (panel.content.offsetHeight <= height) return; // 0 while the node is out of sight
     height = panel.content.offsetHeight;
@@ -110,16 +115,40 @@ function addPanel(node) {
   }).observe(panel.content);
 }
 
+// Every panel with its node's name, which inside of a subgraph follows that of the subgraph: "3:5".
+function panelsOf(graph, within = "") {
+  return graph._nodes.flatMap((node) => [
+    ...(node.lcmSuitePanel ? [[`${within}${node.id}`, node.lcmSuitePanel]] : []),
+    ...(node.subgraph ? panelsOf(node.subgraph, `${within}${node.id}:`) : []),
+  ]);
+}
+
+let events = 0;
+
+// What a page that is loaded, shown, or connected again has missed of a run.
+async function catchUp() {
+  const before = events;
+  const answer = await api.fetchApi("/lcm_suite/shown").catch(() => null);
+  if (!answer?.ok) return;
+  const told = new Map((await answer.json()).map((each) => [each.node, each]));
+  if (events !== before) return catchUp(); // the answer may be older than what has come meanwhile
+  for (const [name, panel] of panelsOf(app.graph)) panel.catchUp(told.get(name));
+}
+
 app.registerExtension({
   name: "lcm_suite.distiller",
   nodeCreated(node) {
     if (node.comfyClass !== "LCMDistiller") return;
     addPanel(node);
   },
+  afterConfigureGraph() {
+    catchUp(); // which the graph need not wait for
+  },
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
-      const node = app.graph.getNodeById(detail.node) ?? app.graph.getNodeById(Number(detail.node));
-      node?.lcmSuiteShow?.(detail);
+      events += 1;
+      for (const [name, panel] of panelsOf(app.graph)) if (name === detail.node) panel.show(detail);
     });
+    api.addEventListener("reconnected", catchUp);
   },
 });

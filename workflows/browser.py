@@ -73,13 +73,17 @@ class Browser:
         self.page.set_default_timeout(300_000)
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(self.url)
-        self.page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler")
+        self.open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._browser.close()
         self._playwright.stop()
+
+    def open(self) -> None:
+        """Load the page, also anew."""
+        self.page.goto(self.url)
+        self.page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler")
 
     def draw(self, prompt: dict[str, Any], name: str, note: str) -> dict[str, Any]:
         """A workflow in API format as a graph with a note, in the UI's format."""

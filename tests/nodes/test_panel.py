@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,13 +39,52 @@ def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
     assert not told[-1]["running"]
 
 
-def test_a_wish_to_save_is_heard_once_and_by_the_run_that_it_was_meant_for(runtime: Any) -> None:
+@pytest.mark.parametrize("what", ["SAVE", "STOP"])
+def test_a_wish_is_heard_once_and_by_the_run_that_it_was_meant_for(runtime: Any, what: str) -> None:
     """Not by the next step, and not by a later run."""
     from lcm_suite_nodes import panel
 
+    path = getattr(panel, what)
     shown = panel.Panel(lambda told: None, 10, 0)
-    panel._wish.set()
-    assert shown.wants_file()
-    assert not shown.wants_file()
-    panel._wish.set()
-    assert not panel.Panel(lambda told: None, 10, 0).wants_file()
+    panel._wishes[path].set()
+    assert shown.wants(path)
+    assert not shown.wants(path)
+    panel._wishes[path].set()
+    assert not panel.Panel(lambda told: None, 10, 0).wants(path)
+
+
+class Clicked(threading.Event):
+    """A wish that comes in the very moment in which it has been looked for."""
+
+    def is_set(self) -> bool:
+        was = super().is_set()
+        self.set()
+        return was
+
+
+def test_no_wish_is_lost_while_it_is_looked_for(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong when it is forgotten unheard: the page's button waits for the answer for ever."""
+    from lcm_suite_nodes import panel
+
+    shown = panel.Panel(lambda told: None, 10, 0)
+    monkeypatch.setitem(panel._wishes, panel.SAVE, Clicked())
+    assert not shown.wants(panel.SAVE)
+    assert shown.wants(panel.SAVE)
+
+
+def test_a_page_that_comes_later_hears_all(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest of everything, each node by itself: pictures are told only once, and reach over a reload."""
+    from lcm_suite_nodes import panel
+
+    sent: list[Any] = []
+    page = SimpleNamespace(send_sync=lambda event, told: sent.append(told))
+    monkeypatch.setattr(panel, "page_server", lambda: page)
+    monkeypatch.setattr(panel, "_shown", {})
+    panel.send("6", {"step": 0, "before": "b", "after": "a"})
+    panel.send("3:6", {"step": 7})
+    panel.send("6", {"step": 2, "after": "c"})
+    assert sent[-1] == {"node": "6", "step": 2, "after": "c"}
+    assert list(panel._shown.values()) == [
+        {"node": "6", "step": 2, "before": "b", "after": "c"},
+        {"node": "3:6", "step": 7},
+    ]

@@ -96,20 +96,50 @@ def fused(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-def test_a_model_that_the_host_cannot_train_is_named(
-    runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Newer hosts run Anima's attention by an operation without a backward pass."""
+@pytest.fixture
+def run(runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run without a network, whose training is still to be given."""
     from lcm_suite_nodes import training_run
 
     facts, data = SimpleNamespace(family="Anima", diffusion=None), SimpleNamespace(latents=None)
-    run = training_run.Run(None, facts, data, None, tmp_path, tmp_path / "x", 4, 1, "ask", print)
+    run = training_run.Run(None, facts, data, None, tmp_path, tmp_path / "x", 4, 100, "ask", print)
     monkeypatch.setattr(run, "_student", lambda *_: (None, {}))
     monkeypatch.setattr(run, "_paint", lambda *_: Image.new("RGB", (8, 8)))
     monkeypatch.setattr(training_run, "_own_arithmetic", lambda model: nullcontext())
     host = training_run.comfy.model_management  # the copy lacks its word for full memory
     monkeypatch.setattr(host, "OOM_EXCEPTION", torch.OutOfMemoryError, raising=False)
+    return run
+
+
+def test_a_model_that_the_host_cannot_train_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer hosts run Anima's attention by an operation without a backward pass."""
+    from lcm_suite_nodes import training_run
+
     x = torch.ones(1, requires_grad=True)
     monkeypatch.setattr(training_run, "distill", lambda *_: fused(x).sum().backward())
     with pytest.raises(InputError, match=r"cannot train Anima: .*lcm_suite_tests.fused"):
         run.train(LcdConfig(), LOOP)
+
+
+def test_stop_ends_its_own_run_and_keeps_what_was_learnt(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong when it goes through the host's interrupt, which ends whatever runs by the time that it is heard."""
+    from lcm_suite_nodes import panel, training_run
+
+    def distill(*given: Any) -> None:
+        for step in range(12):
+            if step == 2:
+                panel._wishes[panel.STOP].set()
+            given[-1](step, 0.5)
+
+    saved: list[int] = []
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(training_run, "distill", distill)
+    monkeypatch.setattr(run, "_save", lambda *_: saved.append(len(run.losses)))
+    run.show = told.append
+    host = training_run.comfy.model_management
+    with pytest.raises(host.InterruptProcessingException):
+        run.train(LcdConfig(), LOOP)
+    assert saved == [3]
+    assert (told[-1]["step"], told[-1]["saved"], told[-1]["running"]) == (3, 3, False)
+    assert told[0]["before"] == told[0]["after"]  # not the end of an earlier run
+    host.throw_exception_if_processing_interrupted()  # nothing is left for the next one

@@ -48,6 +48,16 @@ _SET = """(wanted) => {
     for (const [name, value] of Object.entries(wanted[node.type] ?? {}))
       node.widgets.find((widget) => widget.name === name).value = value;
 }"""
+_INTO_SUBGRAPH = """async (number) => {
+  const { node } = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(number)]));
+  const { output } = await app.graphToPrompt();
+  const [key] = Object.keys(output).filter((each) => output[each].class_type === "LCMDistiller");
+  return [node.id, key];
+}"""
+_TEXT_INSIDE = """(number) => {
+  const [node] = app.graph.getNodeById(number).subgraph._nodes;
+  return node.widgets.find((widget) => widget.name === "panel").element.textContent;
+}"""
 _COUNT = "() => app.graph._nodes.filter((node) => node.type !== 'MarkdownNote').length"
 
 
@@ -208,9 +218,18 @@ def test_the_panel_follows_a_run(page: Browser) -> None:
     page.page.wait_for_function(_PANEL_FITS, arg=number, timeout=20_000)
 
 
+def test_a_panel_in_a_subgraph_follows_too(page: Browser) -> None:
+    """Wrong when the server's name of a node inside of a subgraph is not understood."""
+    number = _distiller(page, _drawn("LCM 09 Distil your own LCM-LoRA"))
+    outer, name = page.evaluate(_INTO_SUBGRAPH, number)
+    told = {"step": 12, "steps": 40, "losses": [0.5], "seconds_left": 75, "running": True, "saved": None, "node": name}
+    page.evaluate("(told) => app.api.dispatchCustomEvent('lcm_suite.distiller', told)", told)
+    assert "step 12 of 40, 1:15 left, loss 0.500" in page.evaluate(_TEXT_INSIDE, outer)
+
+
 def test_a_run_is_saved_and_stopped_by_the_panels_buttons(page: Browser, server: Server) -> None:
-    """Wrong when a click reaches no button, "Save now" writes no file or ends the run, or "Stop" loses what was learnt
-    since."""
+    """Wrong when a click reaches no button, "Save now" writes no file or ends the run, a page that is loaded anew knows
+    less than the one before, or "Stop" loses what was learnt since."""
     drawn = _drawn("LCM 09 Distil your own LCM-LoRA")
     short = {"EmptyLatentImage": {"batch_size": 2}, "KSampler": {"steps": 2}}
     short["LCMDistiller"] = {"output_name": "stopped", "steps": 1000, "batch_size": 1, "preview_every": 1000}
@@ -227,6 +246,12 @@ def test_a_run_is_saved_and_stopped_by_the_panels_buttons(page: Browser, server:
     saved = lora.read_bytes()
     panel.get_by_text(re.compile(r"^step (\d+) of 1000.*, saved at (?!\1$)")).wait_for()  # it goes on
     assert len(server.get("/queue")["queue_running"]) == 1
+    page.open()
+    _distiller(page, drawn)
+    panel.get_by_text(re.compile(r"^step \d+ of 1000.*, saved at ")).wait_for()
+    assert panel.locator("img").evaluate_all("(pictures) => pictures.map((each) => each.naturalWidth)") == [64] * 2
+    page.page.wait_for_function(_PANEL_FITS, arg=number)
+    page.evaluate(_CENTER, number)
     panel.get_by_role("button", name="Stop and keep").click()
     panel.get_by_text(re.compile(r"^step (\d+) of 1000, loss .*, saved at \1$")).wait_for()
     page.page.wait_for_function("async () => (await (await fetch('/queue')).json()).queue_running.length === 0")
