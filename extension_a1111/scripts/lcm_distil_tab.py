@@ -91,11 +91,11 @@ def _inputs() -> list[Any]:
         elem_id="lcm_distil_data",
     )
     prompts = gr.Textbox(label="Or a text file with one prompt a line: the teacher paints what is learnt from")
-    with gr.Row():
-        steps = gr.Number(0, label="Training steps (0: preset)", precision=0, elem_id="lcm_distil_steps")
-        batch = gr.Number(0, label="Pictures per training step", precision=0, elem_id="lcm_distil_batch")
-        rate = gr.Number(0, label="Learning rate of the LoRA")
-        rank = gr.Number(0, label="Rank of the LoRA", precision=0)
+    with gr.Row():  # all four beside each other on a page of usual width
+        steps = gr.Number(0, label="Training steps (0: preset)", precision=0, min_width=100, elem_id="lcm_distil_steps")
+        batch = gr.Number(0, label="Pictures per training step", precision=0, min_width=100, elem_id="lcm_distil_batch")
+        rate = gr.Number(0, label="Learning rate of the LoRA", min_width=100)
+        rank = gr.Number(0, label="Rank of the LoRA", precision=0, min_width=100)
     scored = gr.Checkbox(False, label="Measure teacher and student at the end (can take longer than the training)")
     more = gr.Textbox(label="More options of `python -m trainer distill`", elem_id="lcm_distil_more")
     return [name, teacher, preset, data, prompts, steps, batch, rate, rank, scored, more]
