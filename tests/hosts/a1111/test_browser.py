@@ -123,8 +123,8 @@ SETTINGS_PAGE = """() => {
     return ours.join(" ");
 }"""
 NAMES = re.compile(
-    r"LCM|LoRA|TCD|CFG|MP4|GB|Web|UI|Suite|Python|python|trainer|distill|emoji|noto|auto|txt|lora|Extra|pip|install|av|"
-    r"DPM|SDE|sd|sdxl|gif|webp|mp4|linear|slerp|lerp|smooth|circles|safetensors|lcm|outputs|venv|distil"
+    r"LCM|LoRA|TCD|CFG|MP|GB|Web|UI|Suite|Python|python|trainer|distill|emoji|noto|auto|txt|lora|Extra|pip|install|av|"
+    r"DPM|SDE|sd|sdxl|gif|webp|mp|linear|slerp|lerp|smooth|circles|safetensors|lcm|outputs|venv|distil"
 )
 """What is the same in every language: names, and what is typed as it is."""
 
