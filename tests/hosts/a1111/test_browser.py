@@ -87,7 +87,7 @@ def test_the_new_lora_is_taken_into_the_page(webui: WebUI, page: Any) -> None:
     open_tab(page)
     wait_for_active(page, "start", "use")
     page.evaluate("() => switch_to_txt2img()")
-    set_up(page, "a red circle, noto style", "Euler", steps=20, cfg_scale=7)
+    set_up(page, "a red circle, noto style", "Euler", steps=20, cfg_scale=7, width=64, height=64)
     open_tab(page)
     page.click("#lcm_distil_use")
     page.wait_for_function("() => document.querySelector('#txt2img_steps input[type=number]').value === '4'")
