@@ -1,4 +1,4 @@
-"""The page's panel of a running LCM Distiller (web/lcm_suite.js): what it is told, and its wishes to save and stop."""
+"""The page's panel of a running LCM Distiller (web/lcm_suite.js): what it is told, and what it asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMOOTHING = 0.05  # weight of the newest loss in the running mean
 _POINTS = 200  # of the curve
 _SIDE = 256  # pixels, at most, of a picture
 _shown: dict[str, dict[str, Any]] = {}  # by node, all that its panel was told of the last run
-_wishes = {SAVE: threading.Event(), STOP: threading.Event()}
+_requests = {SAVE: threading.Event(), STOP: threading.Event()}
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -30,9 +30,9 @@ def register() -> None:
         return
     from aiohttp import web
 
-    def hear(wish: threading.Event) -> Callable[[Any], Awaitable[Any]]:
+    def hear(request: threading.Event) -> Callable[[Any], Awaitable[Any]]:
         async def heard(_: Any) -> Any:
-            wish.set()
+            request.set()
             return web.json_response({})
 
         return heard
@@ -40,8 +40,8 @@ def register() -> None:
     async def shown(_: Any) -> Any:
         return web.json_response(list(_shown.values()))
 
-    for path, wish in _wishes.items():
-        server.routes.post(path)(hear(wish))
+    for path, request in _requests.items():
+        server.routes.post(path)(hear(request))
     server.routes.get(SHOWN)(shown)
 
 
@@ -66,8 +66,8 @@ class Panel:
         self.show, self.steps, self.before = show, steps, before
         self.begun = time.monotonic()
         self.saved: int | None = None  # steps that the file has learnt
-        for wish in _wishes.values():
-            wish.clear()  # an earlier run's
+        for request in _requests.values():
+            request.clear()  # an earlier run's
 
     def tell(self, losses: Sequence[float], running: bool = True, **pictures: Image.Image) -> None:
         """Show the losses of all steps so far, whether more follow, and pictures that are new: `before`, `after`."""
@@ -82,10 +82,10 @@ class Panel:
 
     def wants(self, what: str) -> bool:
         """Whether the page has asked for the file (`SAVE`) or an end (`STOP`) since this was last asked."""
-        wish = _wishes[what]
-        if not wish.is_set():
+        request = _requests[what]
+        if not request.is_set():
             return False  # without forgetting what is asked for at this very moment
-        wish.clear()
+        request.clear()
         return True
 
 

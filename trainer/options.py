@@ -153,7 +153,7 @@ def resolve(args: argparse.Namespace, usual: Mapping[str, Any] | None = None) ->
         (flags, "the command line"),
     ]
     changes: dict[str, Any] = {}
-    for settings, origin in layers:  # all before any value is judged: two that belong together may come from two places
+    for settings, origin in layers:  # all before any value is checked: two that belong together may stand apart
         changes = _merged(changes, _read(config, settings, origin))
     return _changed(config, changes)
 

@@ -155,7 +155,7 @@ def begin(setup: Setup) -> None:
 
 
 def check(config: DistillConfig) -> None:
-    """Refuse settings that cannot be meant. Those of the method were judged when they were made.
+    """Refuse settings that cannot be meant. Those of the method were checked when they were made.
 
     Raises:
         InputError: names the first of them, and what it may be.

@@ -40,21 +40,21 @@ def test_the_panel_is_told_where_the_run_is(runtime: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["SAVE", "STOP"])
-def test_a_wish_is_heard_once_and_by_the_run_that_it_was_meant_for(runtime: Any, what: str) -> None:
+def test_a_request_is_heard_once_and_by_the_run_that_it_was_meant_for(runtime: Any, what: str) -> None:
     """Not by the next step, and not by a later run."""
     from lcm_suite_nodes import panel
 
     path = getattr(panel, what)
     shown = panel.Panel(lambda told: None, 10, 0)
-    panel._wishes[path].set()
+    panel._requests[path].set()
     assert shown.wants(path)
     assert not shown.wants(path)
-    panel._wishes[path].set()
+    panel._requests[path].set()
     assert not panel.Panel(lambda told: None, 10, 0).wants(path)
 
 
 class Clicked(threading.Event):
-    """A wish that comes in the very moment in which it has been looked for."""
+    """A request that comes in the very moment in which it has been looked for."""
 
     def is_set(self) -> bool:
         was = super().is_set()
@@ -62,12 +62,12 @@ class Clicked(threading.Event):
         return was
 
 
-def test_no_wish_is_lost_while_it_is_looked_for(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_is_lost_while_it_is_looked_for(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong when it is forgotten unheard: the page's button waits for the answer for ever."""
     from lcm_suite_nodes import panel
 
     shown = panel.Panel(lambda told: None, 10, 0)
-    monkeypatch.setitem(panel._wishes, panel.SAVE, Clicked())
+    monkeypatch.setitem(panel._requests, panel.SAVE, Clicked())
     assert not shown.wants(panel.SAVE)
     assert shown.wants(panel.SAVE)
 

@@ -128,7 +128,7 @@ def test_stop_ends_its_own_run_and_keeps_what_was_learnt(run: Any, monkeypatch: 
     def distill(*given: Any) -> None:
         for step in range(12):
             if step == 2:
-                panel._wishes[panel.STOP].set()
+                panel._requests[panel.STOP].set()
             given[-1](step, 0.5)
 
     saved: list[int] = []
