@@ -40,6 +40,11 @@ def recommended_of(model: Any) -> Recommended:
     return found
 
 
+def is_for_few_steps(model: Any) -> bool:
+    """Whether a MODEL is known to be made for few steps already: a full LCM, or one with a LoRA that says so."""
+    return get_guidance(model) is not None or recommended_of(model).is_distilled
+
+
 def with_guidance(model: Any, guidance_scale: float) -> Any:
     """A clone of a full LCM that follows this guidance scale, in place of any before."""
     guidance = get_guidance(model)

@@ -162,6 +162,11 @@ class LCMDistiller(io.ComfyNode):
         facts = inspect_model(model)
         if facts.guidance is not None:
             raise InputError("this MODEL is a full LCM already; connect the plain model that you want to make fast")
+        if facts.recommended.is_distilled and method != "finetune":  # which needs no teacher
+            raise InputError(
+                f"this MODEL is made for few steps already ({facts.recommended}); connect the plain model that you "
+                "want to make fast, without an LCM-LoRA on it"
+            )
         target = lora_file(output_name, "output_name")
         home = Path(folder_paths.get_output_directory(), "lcm_suite", target.stem)
         with torch.inference_mode(False), torch.enable_grad():

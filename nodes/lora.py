@@ -18,7 +18,7 @@ from lcm_core.files.recommended import Recommended, read_recommended
 from lcm_core.files.safetensors import read_metadata
 from lcm_core.pipeline.sources import MODELS
 
-from .attachments import attach_recommended
+from .attachments import attach_recommended, is_for_few_steps
 from .host import say, schema
 from .model_patches import is_unet
 
@@ -103,7 +103,9 @@ class LCMLoraConvert(io.ComfyNode):
         state = to_host(lora, names)
         if model is not None or clip is not None:
             model, clip = comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
-        if model is not None:
+        if model is not None and strength_model:
+            if recommended.is_distilled and is_for_few_steps(model):
+                info += "; this MODEL is made for few steps already, and a second time overdoes it"
             attach_recommended(model, recommended)
         if save_as.strip():
             save_lora_file(target := lora_file(save_as), state, recommended)

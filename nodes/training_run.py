@@ -23,6 +23,7 @@ from lcm_core.files.recommended import Recommended
 from lcm_core.files.safetensors import read_json, write_json
 from trainer.config import LoopConfig, StudentConfig
 from trainer.distill import distill, for_method
+from trainer.loop import Diverged
 from trainer.methods.config import MethodConfig
 from trainer.methods.method import get_method, sampling_of
 from trainer.students import Student, lora_student
@@ -87,7 +88,8 @@ class Run:
         """Train to the last step; returns the LoRA in kohya's layout.
 
         Raises:
-            InputError: the run of this name was another one, memory runs out, or the host cannot train such a MODEL.
+            InputError: the run of this name was another one, memory runs out, the loss is not finite, or the host
+                cannot train such a MODEL.
         """
         self.steps = loop.steps
         student, names = self._student(method, loop)
@@ -139,6 +141,8 @@ class Run:
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 raise InputError(_out_of_memory(loop, self.rank)) from error
             raise
+        except Diverged as error:
+            raise InputError(_diverged(error, loop)) from error
         except RuntimeError as error:
             if _NO_GRADIENT not in str(error):
                 raise
@@ -271,6 +275,14 @@ def _out_of_memory(loop: LoopConfig, rank: int) -> str:
     return (
         f"out of memory with batch_size {loop.batch_size} and rank {rank}; use {smaller} or smaller pictures, and "
         "close other programs that use the GPU. What was learnt is kept: queue again to go on"
+    )
+
+
+def _diverged(error: Diverged, loop: LoopConfig) -> str:
+    kept = f"'{CONTINUE}', which goes on from step {error.saved_step}, or " if error.saved_step else ""
+    return (
+        f"the {error.what} at step {error.step}: learning_rate {loop.learning_rate:g} is too high for this MODEL, or "
+        f"the data has a broken picture; lower it, and set if_exists to {kept}'{START_ANEW}'"
     )
 
 

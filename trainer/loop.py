@@ -24,7 +24,7 @@ from trainer.progress import show_progress
 from trainer.ranges import check_choices
 from trainer.state import Log, State, stop_requests
 
-__all__ = ["LoopConfig", "LossFunction", "learning_rate_at", "step_generator", "train", "update_ema"]
+__all__ = ["Diverged", "LoopConfig", "LossFunction", "learning_rate_at", "step_generator", "train", "update_ema"]
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("trapezoid", "constant", "linear", "cosine")
@@ -33,6 +33,25 @@ LossFunction = Callable[[int, torch.Generator], Tensor | Iterable[Tensor]]
 Of several processes each gives its own share, and the sum over all is the loss."""
 AfterStep = Callable[[int, float], None]
 """(step, loss), after each step. It may raise to end the run, whose state is saved then."""
+
+
+class Diverged(InputError):
+    """A loss or gradient that is not finite. The message is for the command line; a host says it in its own words.
+
+    Args:
+        what: what became what.
+        step: the step.
+        path: of the saved state.
+        saved_step: the step to which that goes back.
+    """
+
+    def __init__(self, what: str, step: int, path: Path, saved_step: int) -> None:
+        super().__init__(
+            f"the {what} at step {step}; {path} keeps the last good state, of step {saved_step}: "
+            "lower the learning rate with --learning-rate, and the same command goes on from there, or with --back-to "
+            "from an earlier checkpoint; or look for broken pictures in the data"
+        )
+        self.what, self.step, self.saved_step = what, step, saved_step
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -96,7 +115,8 @@ def train(
             case the step is left out, and rises when they have not for long.
 
     Raises:
-        InputError: the loss is not finite (the last good state stays on disk), or the state is of another model.
+        Diverged: the loss is not finite; the last good state stays on disk.
+        InputError: the state is of another model.
         KeyboardInterrupt: stopped by a signal; the state is saved.
     """
     processes = processes or Processes()
@@ -201,11 +221,7 @@ def _update(
     may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
     if not (math.isfinite(loss) and math.isfinite(norm)) and not may_overflow:
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient became {norm}"
-        raise InputError(
-            f"the {what} at step {step}; {state.path} keeps the last good state, of step {state.saved_step}: "
-            "lower the learning rate with --learning-rate, and the same command goes on from there, or with --back-to "
-            "from an earlier checkpoint; or look for broken pictures in the data"
-        )
+        raise Diverged(what, step, state.path, state.saved_step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)
     scaler.step(optimizer)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_core.errors import InputError
 from lcm_core.files.lora import read_lora
+from lcm_core.files.recommended import Recommended
 
 
 def test_a_lora_is_converted_and_no_stranger_overwritten(runtime: Any) -> None:
@@ -74,6 +75,38 @@ def test_a_lora_that_fits_in_part_is_loaded_in_part(runtime: Any, monkeypatch: p
     for other, words in ((of(32, "gate", "out"), "none of its 2 layers"), (of(64, "q", "gate"), "weight of shape")):
         with pytest.raises(InputError, match=f"is for another kind of model: .*{words}"):
             lora.match_layers(other, model)
+
+
+@pytest.mark.parametrize(
+    ("file", "strength", "before", "told"),
+    [
+        ("few", 1.0, "lcm", True),
+        ("few", 1.0, None, False),
+        ("few", 0.0, "lcm", False),
+        ("style", 1.0, "lcm", False),
+    ],
+)
+def test_what_is_made_for_few_steps_twice_is_told(
+    runtime: Any, monkeypatch: pytest.MonkeyPatch, file: str, strength: float, before: str | None, told: bool
+) -> None:
+    """An LCM-LoRA on a full LCM, or two of them, give glaring pictures without an error."""
+    import folder_paths
+    from lcm_suite_nodes import lora
+
+    key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    known = Recommended(sampler="lcm").metadata() if file == "few" else None
+    weights = {f"{key}.lora_A.weight": torch.ones(4, 32), f"{key}.lora_B.weight": torch.ones(32, 4)}
+    save_file(weights, Path(folder_paths.get_folder_paths("loras")[0]) / f"{file}.safetensors", known)
+    attached = {} if before is None else {"lcm_suite.recommended": Recommended(sampler=before)}
+    model, said = types.SimpleNamespace(attachments=attached, model=types.SimpleNamespace()), list[str]()
+    monkeypatch.setattr(lora, "match_layers", lambda *_: ({}, []))
+    monkeypatch.setattr(lora.comfy.sd, "load_lora_for_models", lambda model, *_: (model, None), raising=False)
+    monkeypatch.setattr(lora, "attach_recommended", lambda *_: None)
+    monkeypatch.setattr(lora, "say", lambda node, text: said.append(text))
+    runtime.execute_node(
+        "LCMLoraConvert", lora_name=f"{file}.safetensors", model=model, strength_model=strength, strength_clip=1.0
+    )
+    assert ("a second time overdoes it" in said[0]) == told
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 from lcm_core.errors import InputError
 from trainer.config import LoopConfig, MethodConfig
 from trainer.distill import Latents
+from trainer.loop import Diverged
 from trainer.methods.config import LcdConfig
 
 
@@ -119,6 +120,25 @@ def test_a_model_that_the_host_cannot_train_is_named(run: Any, monkeypatch: pyte
     monkeypatch.setattr(training_run, "distill", lambda *_: fused(x).sum().backward())
     with pytest.raises(InputError, match=r"cannot train Anima: .*lcm_suite_tests.fused"):
         run.train(LcdConfig(), LOOP)
+
+
+@pytest.mark.parametrize(("saved", "kept"), [(0, ""), (40, "'continue', which goes on from step 40, or ")])
+def test_a_loss_that_is_not_finite_is_told_in_the_nodes_words(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: int, kept: str
+) -> None:
+    """Wrong when it names flags of the command line, or a state that was never written."""
+    from lcm_suite_nodes import training_run
+
+    def distill(*_: Any) -> None:
+        raise Diverged("loss became nan", 52, tmp_path / "state.safetensors", saved)
+
+    monkeypatch.setattr(training_run, "distill", distill)
+    with pytest.raises(InputError) as caught:
+        run.train(LcdConfig(), dataclasses.replace(LOOP, learning_rate=0.5))
+    assert str(caught.value) == (
+        "the loss became nan at step 52: learning_rate 0.5 is too high for this MODEL, or the data has a broken "
+        f"picture; lower it, and set if_exists to {kept}'start anew'"
+    )
 
 
 def test_stop_ends_its_own_run_and_keeps_what_was_learnt(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,19 @@ def test_a_transformer_goes_by_its_name_and_layers(runtime: Any) -> None:
     assert student.name_layers(anima, network) == {"lora_unet_q_proj": "diffusion_model.q_proj"}
 
 
+def test_a_model_for_few_steps_is_no_teacher(runtime: Any) -> None:
+    """With an LCM-LoRA on it, it paints nothing that is worth learning with a guidance; a style's LoRA is welcome."""
+    from lcm_core.files.recommended import Recommended
+
+    fast = model_of("SD15", {"model_channels": 320})
+    fast.model.model_sampling = Discrete()
+    fast.attachments = {"lcm_suite.recommended": Recommended(sampler="lcm", original_steps=50)}
+    with pytest.raises(Exception, match=r"made for few steps already \(lcm, 50 original steps\); connect the plain"):
+        runtime.execute_node("LCMDistiller", model=fast)
+    with pytest.raises(Exception, match="nothing to learn from"):  # so far without a complaint
+        runtime.execute_node("LCMDistiller", model=fast, method="finetune")
+
+
 def test_a_v_model_behind_the_stock_lcm_node_is_told(runtime: Any) -> None:
     """That node reads every output as epsilon; LCM Apply does not."""
     from types import SimpleNamespace
