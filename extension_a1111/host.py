@@ -53,11 +53,6 @@ def unet() -> nn.Module:
     return (_patched() or shared.sd_model.model).diffusion_model
 
 
-def time_embed() -> nn.Module:
-    """The layers through which that network reads the timestep."""
-    return unet().get_submodule("time_embed")
-
-
 def _is_flow() -> bool:
     """Whether the model is a rectified flow in a host that mixes pictures and noise as flows want it.
 
@@ -186,6 +181,12 @@ def told() -> Iterator[None]:
     except Mistake as mistake:
         mistake.args = (explain(mistake, say()),)
         raise
+
+
+def unnamed_settings() -> dict[str, float]:
+    """What changes a picture and is not always in the host's infotext: reForge leaves it out for the first step."""
+    skipped = float(getattr(shared.opts, "skip_early_cond", 0))
+    return {"Skip Early CFG": skipped} if skipped else {}
 
 
 def apply_noise_multiplier(p: Any) -> None:

@@ -39,7 +39,7 @@ class SuiteDenoiser(CFGDenoiserKDiffusion):
         if is_new:
             host.prepare_denoiser(model_wrap, self.rows)
         if self.hook.is_wanted:
-            self.hook.attach(host.time_embed(), read_cond_proj(host.checkpoint_file()))
+            self.hook.attach(host.unet().get_submodule("time_embed"), read_cond_proj(host.checkpoint_file()))
         return model_wrap
 
     def forward(
@@ -137,7 +137,7 @@ class SuiteSampler(KDiffusionSampler):
             p.cfg_scale = self.suite.guidance
             if hasattr(p, "hr_cfg"):
                 p.hr_cfg = self.suite.guidance
-        p.extra_generation_params.update(self.suite.infotext(self.name))
+        p.extra_generation_params.update({**host.unnamed_settings(), **self.suite.infotext(self.name)})
         loras = find_loras(host.prompts_of(p))
         check_loras({lora.name: host.lora_file(lora.name) for lora in loras}, network_width(host.unet()))
 

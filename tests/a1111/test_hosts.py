@@ -95,7 +95,7 @@ def load(fake_host: Any, wrapper: Wrapper | None) -> None:
 def test_network_and_noise_levels_are_found_in_every_host(fake_host: Any, wrapper: Wrapper | None) -> None:
     load(fake_host, wrapper)
     host = fake_host.load("extension_a1111.host")
-    assert isinstance(host.time_embed(), nn.Linear)
+    assert isinstance(host.unet().get_submodule("time_embed"), nn.Linear)
     host.check_supported()
     torch.testing.assert_close(host.noise_process().alphas_cumprod.double(), ALPHAS.double(), rtol=1e-5, atol=1e-7)
 
@@ -162,6 +162,14 @@ def test_samplers_say_that_they_use_the_noise_seed_delta(fake_host: Any) -> None
         ("LCM Suite", True),
         ("TCD Suite", True),
     ]
+
+
+def test_a_setting_that_a_host_may_not_name_is_named(fake_host: Any) -> None:
+    """Else a picture of reForge, whose first step has been painted without CFG, does not come back."""
+    host = fake_host.load("extension_a1111.host")
+    assert host.unnamed_settings() == {}
+    fake_host.shared.opts.skip_early_cond = 0.4
+    assert host.unnamed_settings() == {"Skip Early CFG": 0.4}
 
 
 def test_a_requests_own_noise_multiplier_counts(fake_host: Any) -> None:
