@@ -12,6 +12,7 @@ from trainer.config import DistillConfig, StudentConfig
 from trainer.data.settings import DataConfig
 from trainer.data.sources import read_prompts
 from trainer.data.teacher import find_teacher
+from trainer.methods.config import SegmentedConfig
 from trainer.presets import PRESETS, Values
 
 GUIDANCE = 7.5
@@ -21,16 +22,22 @@ PICTURES, MOST_VARIANTS = 256, 16
 SAMPLES = 256
 LCM_LORA = "lcm_lora"
 """Name of the LCM-LoRA that a model may come with."""
+METHOD: Values = {"method": {"kind": SegmentedConfig.kind}}
+"""The method where none is asked for and the teacher paints well in `COARSE` steps."""
+COARSE = 8
+"""Steps of the embedded teacher that paint as well as many; the student, which does two of them at once, then has less
+to learn."""
 
 
 def usual_settings(config: DistillConfig) -> Values:
     """What `accelerate` sets where nothing is said.
 
     The guidance that the teacher is used with goes into the student. How long and with which learning rate, the preset
-    for LoRAs of the teacher's family says. Where the model comes with an LCM-LoRA, the student starts from that.
+    for LoRAs of the teacher's family says. The embedded model learns by `segmented`, for just the number of steps that
+    it is to be used with. Another method starts from the LCM-LoRA that a model comes with.
 
     Args:
-        config: what was given.
+        config: what was given, over `METHOD`.
 
     Raises:
         InputError: no teacher, or no LoRA was given; or the teacher is unknown.
@@ -42,11 +49,14 @@ def usual_settings(config: DistillConfig) -> Values:
     source = find_teacher(config.teacher)
     preset = PRESETS[preset_of(source)][1]
     w = max(0.0, (source.recommended.teacher_guidance_scale or GUIDANCE) - 1)
+    is_segmented = source.is_shipped and config.method.kind == SegmentedConfig.kind
+    method = {**METHOD["method"], "original_steps": COARSE} if is_segmented else {}
+    start = {} if is_segmented else start_of(source, config.student)
     return {
         "output": f"runs/{Path(parse_lora(config.lora[0])[0]).stem}-fast",
         "data": {"variants": _variants(config.data)},
-        "method": {"w_min": w, "w_max": w},
-        "student": preset["student"] | start_of(source, config.student),
+        "method": {"w_min": w, "w_max": w, **method},
+        "student": preset["student"] | start,
         "training": preset["training"],
         "report": {**preset.get("report", {}), "samples": SAMPLES},
     }

@@ -16,12 +16,14 @@ from lcm_core.networks.lora_layers import add_lora, lora_state_dict
 from lcm_core.pipeline import Pipeline
 from lcm_core.pipeline.sources import MODELS
 from tests.trainer.conftest import build_unet
-from trainer.accelerate import usual_settings
+from trainer.accelerate import METHOD, usual_settings
 from trainer.cli.main import main
 from trainer.config import DistillConfig, StudentConfig
 from trainer.data.settings import DataConfig
 from trainer.data.teacher import Teacher, find_teacher
-from trainer.evaluate.style import References, choose_captions, kept, style_evaluation
+from trainer.evaluate.style import SHOWN_STEPS, References, choose_captions, kept, style_evaluation
+from trainer.methods.config import SegmentedConfig
+from trainer.options import add_options, resolve
 from trainer.recipes.emoji.stages import LORA_RANK
 from trainer.starts import check_lora_start
 
@@ -103,6 +105,29 @@ def test_nothing_but_teacher_lora_and_prompts_is_needed(prompts):
     assert usual["data"] == {"variants": 16}
 
 
+def read_command(*words):
+    """The settings that a command line means."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    args = parser.parse_args(["--lora", "a.safetensors", *words])
+    return resolve(args, usual_settings(resolve(args, METHOD)))
+
+
+def test_the_embedded_model_learns_for_four_steps_alone(teachers):
+    """Where its teacher needs no more than eight; another model, or another method, learns as it did."""
+    ours = read_command("--teacher", "emoji")
+    assert isinstance(ours.method, SegmentedConfig)
+    assert (ours.method.phases, ours.method.original_steps, ours.method.w_max) == (SHOWN_STEPS, 8, 1.0)
+    assert (ours.student.start, ours.student.rank) == ("", 16)
+    assert read_command("--teacher", "emoji", "--original-steps", "16").method.original_steps == 16
+    asked = read_command("--teacher", "emoji", "--method", "lcd")
+    assert (asked.method.kind, asked.method.original_steps) == ("lcd", 50)
+    assert asked.student.start.endswith("lcm_lora.safetensors")
+    other = read_command("--teacher", str(teachers()))
+    assert (other.method.kind, other.method.original_steps) == ("lcd", 50)
+    assert read_command("--teacher", str(teachers()), "--method", "segmented").method.original_steps == 50
+
+
 def test_the_speed_that_a_model_comes_with_is_where_its_student_starts(prompts):
     """Rank and file of the embedded model's LCM-LoRA; not where another start, or another rank, was asked for."""
     config = DistillConfig(teacher="emoji", lora=("ink.safetensors",), data=DataConfig(prompts=str(prompts)))
@@ -158,12 +183,10 @@ def test_captions_come_from_all_over_and_equally_often():
 
 
 def test_a_preset_goes_before_what_the_command_usually_sets(prompts):
-    from trainer.options import add_options, resolve
-
     parser = argparse.ArgumentParser()
     add_options(parser)
     words = ["--preset", "sd15-lora", "--teacher", "emoji", "--lora", "a.safetensors", "--steps", "7"]
     args = parser.parse_args(words)
-    config = resolve(args, usual_settings(resolve(args)))
+    config = resolve(args, usual_settings(resolve(args, METHOD)))
     assert (config.training.steps, config.training.batch_size, config.method.w_min) == (7, 16, 7.5)
     assert config.output == "runs/a-fast"

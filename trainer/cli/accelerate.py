@@ -31,9 +31,9 @@ def add_accelerate(commands: Any) -> None:
 
 
 def _accelerate(args: argparse.Namespace) -> None:
-    from trainer.accelerate import usual_settings
+    from trainer.accelerate import METHOD, usual_settings
 
-    config = resolve(args, usual_settings(resolve(args)))
+    config = resolve(args, usual_settings(resolve(args, METHOD)))
     if args.dry_run:
         from trainer.estimate import print_plan
 
