@@ -246,6 +246,8 @@ def test_the_tab_distils_from_start_to_end(reforge: WebUI, tmp_path: Path) -> No
 @pytest.mark.parametrize(("checkpoint", "lora"), MODELS, ids=["plain", "lora", "full"])
 def test_a_picture_comes_back(reforge: WebUI, checkpoint: str, lora: str) -> None:
     """See `round_trips.py`."""
+    if reforge.kind == "CLASSIC":
+        pytest.skip("Forge Classic writes its own setting NGMS into an infotext and does not take it back from there")
     reforge.load(checkpoint)
     for number in range(MODELS.index((checkpoint, lora)), TRIPS, len(MODELS)):
         first, again = paint_twice(reforge, number, lora)
