@@ -24,8 +24,9 @@ async def live(socket: WebSocket, service: Service, open_pages: set[WebSocket]) 
     """Serve one page until it goes away. A message that waits is replaced by the next one: the newest wins.
 
     Each picture, of "count" where that is given, is answered by a JSON text with "id", "seconds" that it took, "every"
-    how many of them one can be had, "seed" and "side", then the PNG; "frames" by a loop as WebP; a mistake by a text
-    with "error". Of drafts several may be under way; one that is overtaken by a newer one is not sent.
+    (seconds from one picture to the next where several are under way), "seed" and "side", then the PNG; "frames" by a
+    loop as WebP; a mistake by a text with "error". Of drafts several may be under way; one that is overtaken by a newer
+    one is not sent.
     """
     if len(open_pages) >= service.limits.live:
         await socket.close(_TRY_AGAIN)
