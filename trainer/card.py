@@ -9,25 +9,29 @@ from typing import Any
 from lcm_core.families.known import is_class_conditional
 from lcm_core.files.atomic import atomic_write
 from lcm_core.files.checkpoint import ModelInfo
-from lcm_core.files.recommended import SCHEDULERS
+from lcm_core.files.recommended import SCHEDULERS, Recommended
 from lcm_core.pipeline.sources import CARD, MODELS
 from trainer.config import DistillConfig
 from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
-from trainer.methods.method import get_method, sampling_of
-from trainer.outputs import recommended_of, run_name
+from trainer.methods.method import get_method
+from trainer.outputs import run_name
 from trainer.report.tables import to_markdown
 
 
-def write_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[str, Any]], remark: str) -> Path:
+def write_card(
+    config: DistillConfig, info: ModelInfo, said: Recommended, rows: Sequence[Mapping[str, Any]], remark: str
+) -> Path:
     """README.md: what the model is, how it is used, what it was made with, how good it is."""
     file = Path(config.output) / "README.md"
     with atomic_write(file) as temporary:
-        temporary.write_text(model_card(config, info, rows, remark), encoding="utf-8")
+        temporary.write_text(model_card(config, info, said, rows, remark), encoding="utf-8")
     return file
 
 
-def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[str, Any]], remark: str) -> str:
-    """The model card, Markdown."""
+def model_card(
+    config: DistillConfig, info: ModelInfo, said: Recommended, rows: Sequence[Mapping[str, Any]], remark: str
+) -> str:
+    """The model card, Markdown; `said` is how the student wants to be sampled."""
     name, method, training = run_name(config), config.method, config.training
     is_lora = config.student.kind == "lora"
     what = f"LoRA of rank {config.student.rank}" if is_lora else "full model that reads guidance as an input"
@@ -37,8 +41,8 @@ def model_card(config: DistillConfig, info: ModelInfo, rows: Sequence[Mapping[st
     return (
         f"# {name}\n\nPaints in 1 to 8 steps: a {what}, distilled from `{config.teacher}` ({info.family}, "
         f"{info.prediction_type}) by the method `{method.kind}` on {data}.\n\n## Use\n\n"
-        f"Sampler {sampling_of(method)}, guidance scale {scale}.\n\n"
-        f"{_usage(config, info, name, is_lora)}{score}\n"
+        f"Sampler {said}, guidance scale {scale}.\n\n"
+        f"{_usage(config, info, said, name, is_lora)}{score}\n"
         f"## Training\n\n{training.steps:,} steps of {training.batch_size}, learning rate {training.learning_rate:g}, "
         f"w {method.w_min:g} to {method.w_max:g}{_learnt_by(method)}. Everything is in "
         "`config.json`, which `python -m trainer distill --config` takes again.\n"
@@ -51,9 +55,9 @@ def _learnt_by(method: MethodConfig) -> str:
     return f", loss {method.loss}" if isinstance(method, ConsistencyConfig) else ", without the paper's GAN loss"
 
 
-def _flow_usage(config: DistillConfig, info: ModelInfo, name: str) -> str:
+def _flow_usage(config: DistillConfig, info: ModelInfo, said: Recommended, name: str) -> str:
     """How a LoRA for a flow model is used. The jumps of trajectory methods are Euler's, which need no fresh noise."""
-    said, file = recommended_of(config, info), f"{name}_lora.safetensors"
+    file = f"{name}_lora.safetensors"
     scheduler = "FlowMatchLCMScheduler" if said.sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
     return (
         f'```\npython -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}\n```\n\n'
@@ -67,14 +71,13 @@ def _flow_usage(config: DistillConfig, info: ModelInfo, name: str) -> str:
     )
 
 
-def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> str:
+def _usage(config: DistillConfig, info: ModelInfo, said: Recommended, name: str, is_lora: bool) -> str:
     if info.prediction_type == "flow":
-        return _flow_usage(config, info, name)
+        return _flow_usage(config, info, said, name)
     if is_class_conditional(info.family):
         return _class_usage(config, name, is_lora)
     if get_method(config.method).needs_end:
-        return _flow_map_usage(1 + config.method.w_min)
-    said = sampling_of(config.method)
+        return _flow_map_usage(said)
     scheduler = SCHEDULERS[str(said.sampler)]
     how = f"num_inference_steps={said.steps}" + ("" if said.gamma is None else f", eta={said.gamma:g}")
     grid = "" if said.original_steps is None else f", original_inference_steps={said.original_steps}"
@@ -97,7 +100,7 @@ def _usage(config: DistillConfig, info: ModelInfo, name: str, is_lora: bool) -> 
         python = (
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("diffusers")\n'
-            f'pipe("a lighthouse", {how}, guidance_scale={1 + config.method.w_min:g})'
+            f'pipe("a lighthouse", {how}, guidance_scale={said.guidance_scale:g})'
             '.images[0].save("picture.png")\n'
         )
         shell = f'python -m lcm_core generate "a lighthouse" --model {name}.safetensors'
@@ -128,11 +131,11 @@ def _class_usage(config: DistillConfig, name: str, is_lora: bool) -> str:
     )
 
 
-def _flow_map_usage(guidance_scale: float) -> str:
+def _flow_map_usage(said: Recommended) -> str:
     return (
         '```\npython -m lcm_core generate "a lighthouse" --model diffusers --steps 8\n```\n\n'
         '```python\nfrom lcm_core.pipeline import Pipeline\n\npipe = Pipeline.load("diffusers")\n'
-        f'pipe("a lighthouse", num_inference_steps=8, guidance_scale={guidance_scale:g})'
+        f'pipe("a lighthouse", num_inference_steps=8, guidance_scale={said.guidance_scale:g})'
         '.images[0].save("picture.png")\n```\n\n'
         "It can be sampled with any number of steps. The network is told where each step ends; diffusers, ComfyUI and "
         "A1111 cannot tell it, and do not open it.\n"

@@ -25,7 +25,7 @@ from lcm_core.files.checkpoint import (
     scheduler_config,
 )
 from lcm_core.files.lora import save_lora
-from lcm_core.files.recommended import Recommended
+from lcm_core.files.recommended import FULL_LCM_GUIDANCE, Recommended
 from lcm_core.files.safetensors import DIFFUSERS_WEIGHTS, read_json, write_json, write_safetensors
 from lcm_core.networks.lora_layers import lora_state_dict, transformer_lora_state_dict
 from lcm_core.pipeline.sources import ModelSource
@@ -63,7 +63,7 @@ def write_weights(
         InputError: the folder cannot be written, or the disk is full.
     """
     folder, name, family = folder or Path(config.output), run_name(config), source.family
-    recommended = recommended_of(config, info)
+    recommended = recommended_of(config, source, info)
     metadata = {**recommended.metadata(), DISTILL_KEY: json.dumps(to_dict(config)), "modelspec.title": name}
     if student.adapters is not None:
         which: dict[str, Any] = {"ema": student.final == "ema", "dtype": _STORED}
@@ -94,10 +94,19 @@ def write_weights(
     return [folder / f"{name}.safetensors", folder / "diffusers"]
 
 
-def recommended_of(config: DistillConfig, info: ModelInfo) -> Recommended:
-    """How a student wants to be sampled; of a flow model with its shift."""
+def recommended_of(config: DistillConfig, source: ModelSource, info: ModelInfo) -> Recommended:
+    """How a student wants to be sampled; of a flow model with its shift, and a full one with its guidance scale."""
     said = sampling_of(config.method)
+    if config.student.kind == "full":
+        said = replace(said, guidance_scale=guidance_of(config.method, source))
     return replace(said, shift=info.shift) if info.prediction_type == "flow" else said
+
+
+def guidance_of(method: MethodConfig, source: ModelSource) -> float:
+    """The guidance scale of a student that reads it: what the teacher is used with, or else what is usual, as near as
+    what was learnt comes to it."""
+    usual = source.recommended.teacher_guidance_scale or FULL_LCM_GUIDANCE
+    return min(max(usual, 1 + method.w_min), 1 + method.w_max)
 
 
 def read_parts(source: ModelSource, vae: str = "") -> dict[str, Component]:

@@ -30,7 +30,7 @@ from trainer.evaluate.style import kept, paint_references
 from trainer.inputs import check_inputs
 from trainer.lock import lock_folder
 from trainer.methods.method import get_method
-from trainer.outputs import write_weights, write_workflow
+from trainer.outputs import recommended_of, write_weights, write_workflow
 from trainer.report.page import write_report
 from trainer.report.tables import to_markdown
 from trainer.setup import Setup, begin, examine, say
@@ -190,7 +190,8 @@ def finish(setup: Setup, student: Student, prompts: Sequence[PictureOptions]) ->
     if setup.source.family is None and not get_method(config.method).needs_end:
         with painter(setup, student, "student") as model:
             written.append(write_workflow(config, info, model.resolution))
-    written += [write_card(config, info, scores.rows, scores.remark), write_report(folder)]
+    said = recommended_of(config, setup.source, info)
+    written += [write_card(config, info, said, scores.rows, scores.remark), write_report(folder)]
     if scores.rows:
         print(to_markdown(scores.rows))
     if words := kept(scores.rows):

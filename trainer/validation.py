@@ -24,7 +24,7 @@ from trainer.data.index import find_index
 from trainer.distributed import Processes
 from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, grade, read_pictures
 from trainer.evaluate.style import kept, own_features, read_references, style_evaluation
-from trainer.outputs import recommended_of, run_name
+from trainer.outputs import guidance_of, recommended_of, run_name
 from trainer.report.preview import preview_grid, save_samples
 from trainer.report.prompts import read_prompts
 from trainer.scores import TEACHER_STEPS, Scores, shown_steps
@@ -46,11 +46,9 @@ def painter(setup: Setup, student: Student, role: str) -> Iterator[Model]:
     if role == "teacher":
         recommended = replace(said, sampler="euler")
     else:
-        method = setup.config.method
-        # a LoRA has its guidance inside; a student that reads it is asked for the middle of what it was trained with
-        inside = adapters is not None and not call.reads_guidance
-        guidance = 1.0 if inside else 1 + (method.w_min + method.w_max) / 2
-        recommended = replace(recommended_of(setup.config, setup.info), guidance_scale=guidance)
+        inside = adapters is not None and not call.reads_guidance  # as of a LoRA
+        guidance = 1.0 if inside else guidance_of(setup.config.method, source)
+        recommended = replace(recommended_of(setup.config, source, setup.info), guidance_scale=guidance)
     model = Model(
         name=role,
         unet=call,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from lcm_core.files.safetensors import read_safetensors
 from lcm_core.pipeline.generate import Inputs, noise_source, paint
 from lcm_core.pipeline.model import load_model
 from lcm_core.pipeline.prompts import encode_prompts
+from lcm_core.pipeline.sources import ModelSource, recommended_for
 from trainer.card import model_card
 from trainer.cli.main import main
-from trainer.config import DistillConfig
-from trainer.methods.config import Dmd2Config
+from trainer.config import DistillConfig, StudentConfig
+from trainer.methods.config import Dmd2Config, LcdConfig
+from trainer.outputs import recommended_of
 
 FULL_LCM = Recommended(guidance_scale=FULL_LCM_GUIDANCE, teacher_guidance_scale=FULL_LCM_GUIDANCE)
 PROMPT, SEED, STEPS = "picture number 3", 7, 3
@@ -122,7 +125,7 @@ def test_the_run_leaves_everything_that_was_promised(lora_run):
 def test_the_card_s_python_loads_the_teacher_as_diffusers_can(teacher, family, loads):
     import diffusers
 
-    card = model_card(DistillConfig(teacher=teacher, output="out"), ModelInfo(family), [], "")
+    card = model_card(DistillConfig(teacher=teacher, output="out"), ModelInfo(family), Recommended("lcm", 4), [], "")
     code = card.split("```python\n")[1].split("```")[0]
     assert loads in code
     names = code.splitlines()[0].removeprefix("from diffusers import ").split(", ")
@@ -135,7 +138,7 @@ def test_the_card_s_python_loads_the_teacher_as_diffusers_can(teacher, family, l
 
 def test_the_card_says_what_dmd2_leaves_out():
     config = DistillConfig(teacher="emoji", output="out", method=Dmd2Config())
-    assert "without the paper's GAN loss" in model_card(config, ModelInfo("sd1"), [], "")
+    assert "without the paper's GAN loss" in model_card(config, ModelInfo("sd1"), Recommended("lcm", 4), [], "")
 
 
 def test_the_workflow_uses_the_result_and_its_wires_meet(lora_run):
@@ -207,6 +210,23 @@ def test_the_full_student_paints_the_same_from_its_folder_its_file_and_in_diffus
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.scheduler).__name__ == {"lcd": "LCMScheduler", "tcd": "TCDScheduler"}[method]
     torch.testing.assert_close(_paint_with_diffusers(pipe, 4.0), from_folder, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("usual", "w_min", "w_max", "expected"),
+    [(None, 2, 14, 8), (None, 1, 1, 2), (2.0, 0, 3, 2), (7.5, 0, 3, 4), (2, 3, 5, 4)],
+)
+def test_a_full_student_asks_for_its_teacher_s_guidance_where_it_has_learnt_it(usual, w_min, w_max, expected):
+    """A student of w 1 alone was painted with the usual scale of 8, which it has never seen."""
+    said = Recommended(teacher_guidance_scale=usual)
+    source = ModelSource(*[Path("a")] * 4, ModelInfo("sd1"), recommended=said)
+    config = DistillConfig(
+        teacher="a", output="out", method=LcdConfig(w_min=w_min, w_max=w_max), student=StudentConfig("full")
+    )
+    asked = recommended_of(config, source, source.info)
+    assert asked == Recommended("lcm", 4, guidance_scale=expected)
+    assert recommended_for(replace(source, recommended=asked), guidance_embedding=True).guidance_scale == expected
+    assert f"guidance_scale={expected})" in model_card(config, source.info, asked, [], "")
 
 
 def test_a_folder_from_elsewhere_is_sampled_as_its_scheduler_says(full_run, tmp_path):
