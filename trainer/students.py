@@ -20,6 +20,7 @@ from lcm_core.errors import InputError
 from lcm_core.families.family import Family
 from lcm_core.families.network import FamilyNetwork, build_label_network
 from lcm_core.files.checkpoint import Component
+from lcm_core.networks.cpu.small_pictures import use_matrix_products
 from lcm_core.networks.device import choose_device, choose_dtype
 from lcm_core.networks.lora_layers import (
     TARGET_MODULES,
@@ -36,7 +37,7 @@ from trainer.config import StudentConfig
 from trainer.methods.shared import Conditioning, Network, Networks
 from trainer.starts import with_guidance
 
-_SMALL_PICTURE = 32 * 32  # positions in the latents up to which plain attention trains faster on a CPU
+_SMALL_PICTURE = 16 * 16  # positions in the latents up to which plain attention trains faster on a CPU
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,8 @@ def prepare_unet(unet: Any, config: StudentConfig, size: tuple[int, int]) -> Non
     """Set a U-Net up for training on latents of this (height, width): layout, attention, checkpointing, compilation."""
     on_cpu = next(unet.parameters()).device.type == "cpu"
     unet.to(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
+    if on_cpu:
+        use_matrix_products(unet)
     if hasattr(unet, "set_attn_processor"):
         set_attention(unet, "bmm" if on_cpu and size[0] * size[1] <= _SMALL_PICTURE else "sdpa")
     prepare_network(unet, config)
