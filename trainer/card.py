@@ -35,7 +35,8 @@ def model_card(
     name, method, training = run_name(config), config.method, config.training
     is_lora = config.student.kind == "lora"
     what = f"LoRA of rank {config.student.rank}" if is_lora else "full model that reads guidance as an input"
-    scale = "1 (the guidance is inside)" if is_lora else f"{1 + method.w_min:g} to {1 + method.w_max:g}"
+    is_inside = is_lora and said.guidance_scale is None
+    scale = "1 (the guidance is inside)" if is_inside else f"{1 + method.w_min:g} to {1 + method.w_max:g}"
     score = f"\n## Scores\n\n{to_markdown(rows)}\n{remark}\n" if rows else ""
     data = config.data.path or f"the prompts in {config.data.prompts}, painted by the teacher"
     return (
@@ -57,17 +58,19 @@ def _learnt_by(method: MethodConfig) -> str:
 
 def _flow_usage(config: DistillConfig, info: ModelInfo, said: Recommended, name: str) -> str:
     """How a LoRA for a flow model is used. The jumps of trajectory methods are Euler's, which need no fresh noise."""
-    file = f"{name}_lora.safetensors"
+    file, guidance = f"{name}_lora.safetensors", said.guidance_scale
+    reads = "" if guidance is None else f" --guidance {guidance:g}"
+    node = "" if guidance is None else f", FluxGuidance {guidance:g}"
     scheduler = "FlowMatchLCMScheduler" if said.sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
     return (
-        f'```\npython -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}\n```\n\n'
+        f'```\npython -m lcm_core generate "a lighthouse" --model {config.teacher} --lora {file}{reads}\n```\n\n'
         f"```python\nfrom diffusers import DiffusionPipeline, {scheduler}\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{config.teacher}")\n'
         f"pipe.scheduler = {scheduler}(shift={info.shift:g})\n"
         f'pipe.load_lora_weights("{file}")\n'
-        f'pipe("a lighthouse", num_inference_steps={said.steps}, guidance_scale=1)\n```\n\n'
+        f'pipe("a lighthouse", num_inference_steps={said.steps}, guidance_scale={guidance or 1:g})\n```\n\n'
         f"ComfyUI: the file in `models/loras`, sampler `{'lcm' if said.sampler == 'lcm' else 'euler'}`, scheduler "
-        f"`simple`, {said.steps} steps, CFG 1, and the model's sampling node with shift {info.shift:g}.\n"
+        f"`simple`, {said.steps} steps, CFG 1{node}, and the model's sampling node with shift {info.shift:g}.\n"
     )
 
 

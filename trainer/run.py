@@ -30,7 +30,7 @@ from trainer.evaluate.style import kept, paint_references
 from trainer.inputs import check_inputs
 from trainer.lock import lock_folder
 from trainer.methods.method import get_method
-from trainer.outputs import recommended_of, write_weights, write_workflow
+from trainer.outputs import guidance_of, recommended_of, write_weights, write_workflow
 from trainer.report.page import write_report
 from trainer.report.tables import to_markdown
 from trainer.setup import Setup, begin, examine, say
@@ -191,6 +191,8 @@ def finish(setup: Setup, student: Student, prompts: Sequence[PictureOptions]) ->
         with painter(setup, student, "student") as model:
             written.append(write_workflow(config, info, model.resolution))
     said = recommended_of(config, setup.source, info)
+    if student.reads_guidance:  # which the file does not say, as programs would take it for CFG
+        said = replace(said, guidance_scale=guidance_of(config.method, setup.source))
     written += [write_card(config, info, said, scores.rows, scores.remark), write_report(folder)]
     if scores.rows:
         print(to_markdown(scores.rows))

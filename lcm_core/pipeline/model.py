@@ -138,6 +138,8 @@ class Model:
         if sampler in FEW_STEP_SAMPLERS:
             usual = Settings.num_inference_steps, Settings.guidance_scale
             steps, guidance = said.steps, said.guidance_scale
+            if guidance is None and self.unet.reads_guidance:  # a LoRA for few steps has learnt with the usual one
+                guidance = said.teacher_guidance_scale
         else:
             usual, steps, guidance = _TEACHER_USUAL, said.teacher_steps, said.teacher_guidance_scale
         return Settings(

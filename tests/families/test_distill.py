@@ -101,6 +101,18 @@ def test_a_family_is_trained_at_the_shift_that_it_states(model_of, photos, tmp_p
     assert json.loads((tmp_path / "config.json").read_text())["shift"] == 0.0
 
 
+@pytest.mark.parametrize(("family", "usual", "learnt"), [("flux", 3.5, 4), ("sd3", 1.0, 1)])
+def test_few_steps_keep_the_guidance_that_a_network_reads(model_of, photos, tmp_path, family, usual, learnt):
+    """Flux has guidance as an input, in training too; it was painted with 1, which a LoRA has never seen."""
+    assert distil(model_of(family), photos, tmp_path, "--steps", 1, "--w-min", 3, "--w-max", 3) == 0
+    file = tmp_path / f"{tmp_path.name}_lora.safetensors"
+    model = Pipeline.load(model_of(family), device="cpu", lora=[(file, 1.0)]).model
+    assert model.settings().guidance_scale == usual
+    card = (tmp_path / "README.md").read_text()
+    assert f"guidance_scale={learnt})" in card
+    assert ("--guidance 4" in card, "FluxGuidance 4" in card) == (family == "flux",) * 2
+
+
 def test_the_plan_of_a_run_names_weights_and_data(model_of, photos, tmp_path, capsys):
     assert distil(model_of("flux"), photos, tmp_path, "--dry-run") == 0
     assert "frozen weights" in (plan := capsys.readouterr().out)
