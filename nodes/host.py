@@ -28,7 +28,7 @@ def schema(aliases: Sequence[str] = (), **fields: Any) -> io.Schema:
 def say(node: type[io.ComfyNode], text: str, log: bool = True) -> None:
     """Show a line of text on the node, and write it to the host's log."""
     if log:
-        logging.info("%s: %s", node.__name__, text)
+        logging.info("%s: %s", node.__name__.removesuffix("Clone"), text)  # the host runs a copy of the class
     server = page_server()
     if server is not None and node.hidden is not None:
         server.send_progress_text(text, node.hidden.unique_id)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from playwright.sync_api import Browser as Chromium
 from playwright.sync_api import ConsoleMessage, Page, sync_playwright
 
 # Failures to reach the outside and notices of the page itself say nothing about a workflow.
@@ -49,27 +52,37 @@ _GROUP = """async ([api, name, numbers, widgets]) => {
   node.properties.proxyWidgets = widgets;
   return JSON.parse(JSON.stringify(graph.serialize()));
 }"""
+_NODES = """(inside) => (inside ? app.graph._nodes[0].subgraph : app.graph)._nodes.map(
+  (node) => [node.type, Boolean(node.comfyClass), Boolean(node.has_errors)]
+)"""
 _LOAD = "async (drawn) => { await app.loadGraphData(drawn); return (await app.graphToPrompt()).output; }"
 
 
+@contextmanager
+def launch() -> Iterator[Chromium]:
+    """Chromium: $CHROMIUM, or the system's. One at a time; any number of pages can be opened in it."""
+    with sync_playwright() as playwright:
+        path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
 class Browser:
-    """`with Browser(url) as page:` opens the page; what goes wrong in its console is in `errors`.
+    """`with Browser(url, chromium) as page:` opens the page; what goes wrong in its console is in `errors`.
 
     It is not the first visit, on which the page lays its templates over everything, at some time.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, chromium: Chromium) -> None:
+        self.url, self._chromium = url, chromium
         self.errors: list[str] = []
 
     def __enter__(self) -> Browser:
         visited = urllib.request.Request(f"{self.url}/settings/Comfy.TutorialCompleted", b"true")
         visited.add_header("Content-Type", "application/json")
         urllib.request.urlopen(visited, timeout=60).close()
-        self._playwright = sync_playwright().start()
-        chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-        self._browser = self._playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        self.page: Page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
+        self.page: Page = self._chromium.new_page(viewport={"width": 1600, "height": 1000})
         self.page.set_default_timeout(300_000)
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -77,8 +90,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._browser.close()
-        self._playwright.stop()
+        self.page.close()
 
     def open(self) -> None:
         """Load the page, also anew."""
@@ -96,6 +108,15 @@ class Browser:
     def load(self, drawn: dict[str, Any]) -> dict[str, Any]:
         """Open a graph, and give it back in API format."""
         return self.page.evaluate(_LOAD, drawn)
+
+    def faulty(self, inside: bool = False) -> tuple[set[str], set[str]]:
+        """Types of the nodes that the page does not know, and of those that it marks as faulty.
+
+        Args:
+            inside: look into the subgraph that is the open graph's first node.
+        """
+        nodes = [node for node in self.page.evaluate(_NODES, inside) if node[0] != "MarkdownNote"]  # has no definition
+        return {kind for kind, known, _ in nodes if not known}, {kind for kind, _, marked in nodes if marked}
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
         """Run JavaScript in the page."""

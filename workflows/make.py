@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blueprints import BLUEPRINTS, blueprint_of
-from browser import Browser
+from browser import Browser, launch
 from comfyui import ROOT, Server, make_base
 from downloads import DOWNLOADS, with_links
 from graph import Graph
@@ -41,7 +41,8 @@ def main(names: list[str]) -> None:
 def make(server: Server, names: list[str]) -> None:
     """Make workflows and blueprints with a running ComfyUI."""
     prompts = {name: prompt_of(name) for name in names if name in WORKFLOWS}
-    with Browser(server.url) as page:  # closed before anything is painted: it takes a processor of its own
+    # The page is closed before anything is painted: it takes a processor of its own.
+    with launch() as chromium, Browser(server.url, chromium) as page:
         for name, prompt in prompts.items():
             write_json(HERE / "api" / f"{name}.json", prompt)
             write_json(HERE / f"{name}.json", page.draw(prompt, name, note_of(name)))

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "workflows"))
 
 from comfyui import Server, make_base  # noqa: E402
+
+if TYPE_CHECKING:
+    from browser import Browser, Chromium
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,12 +51,21 @@ def with_blueprints(checkout: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def page(server: Server) -> Iterator[object]:
-    """ComfyUI's page in a real browser."""
+def chromium() -> Iterator[Chromium]:
+    """A real browser, for all pages."""
     pytest.importorskip("playwright", reason="playwright is not installed; it drives the browser")
-    from browser import Browser
+    from browser import launch
 
     if not (os.environ.get("CHROMIUM") or shutil.which("chromium")):
         pytest.skip("no chromium here; install one or set CHROMIUM")
-    with Browser(server.url) as opened:
+    with launch() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def page(server: Server, chromium: Chromium) -> Iterator[Browser]:
+    """ComfyUI's page in a real browser."""
+    from browser import Browser
+
+    with Browser(server.url, chromium) as opened:
         yield opened

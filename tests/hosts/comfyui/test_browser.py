@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blueprints import BLUEPRINTS
 from comfyui import Server
-from downloads import DOWNLOADS, MODELS
+from downloads import DOWNLOADS, HUB, MODELS
 from graphs import WORKFLOWS, note_of
 
 if TYPE_CHECKING:
-    from browser import Browser
+    from browser import Browser, Chromium
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "workflows"
@@ -37,9 +37,7 @@ _PANEL_FITS = """(number) => {
   const parts = [...document.querySelectorAll(".lcm-suite-panel *")].map((part) => part.getBoundingClientRect().bottom);
   return Math.max(...parts) > 0 && Math.max(...parts) <= bottom + 1;
 }"""
-_NODES = """(inside) => (inside ? app.graph._nodes[0].subgraph : app.graph)._nodes.map(
-  (node) => [node.type, Boolean(node.comfyClass), Boolean(node.has_errors)]
-)"""
+_IS_SHOWN = "(pattern) => new RegExp(pattern).test(document.body.innerText)"
 _LIST_FILES = "() => app.refreshComboInNodes()"
 _DIALOG = ".p-dialog-mask"
 _CENTER = "(number) => app.canvas.centerOnNode(app.graph.getNodeById(number))"
@@ -70,17 +68,6 @@ def _plain(prompt: dict[str, Any]) -> dict[str, Any]:
     return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in prompt.items()}
 
 
-def _faulty(page: Browser, inside: bool = False) -> tuple[set[str], set[str]]:
-    """Types of the nodes that the page does not know, and of those that it marks as faulty.
-
-    Args:
-        page: with an open graph.
-        inside: look into the subgraph that is the graph's first node.
-    """
-    nodes = [node for node in page.evaluate(_NODES, inside) if node[0] != "MarkdownNote"]  # which has no definition
-    return {kind for kind, known, _ in nodes if not known}, {kind for kind, _, marked in nodes if marked}
-
-
 @pytest.fixture
 def downloaded(page: Browser, server: Server) -> Iterator[None]:
     """Files of the names that the templates want downloaded, with nothing in them."""
@@ -102,7 +89,7 @@ def test_a_drawn_workflow_is_the_tested_one(page: Browser, name: str) -> None:
     expected = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert _plain(page.load(_drawn(name))) == _plain(expected)
     assert page.errors == []
-    unknown, marked = _faulty(page)
+    unknown, marked = page.faulty()
     assert unknown == set()
     assert marked <= {node["type"] for node in _drawn(name)["nodes"] if "models" in node["properties"]}
     [note] = [node for node in _drawn(name)["nodes"] if node["type"] == "MarkdownNote"]
@@ -116,7 +103,7 @@ def test_a_workflow_is_whole_once_its_files_are_there(page: Browser, name: str) 
     its missing file."""
     page.load(_drawn(name))
     page.page.wait_for_timeout(2000)  # newer pages look for the files after the graph is there
-    assert _faulty(page) == (set(), set())
+    assert page.faulty() == (set(), set())
 
 
 @pytest.mark.parametrize("name", DOWNLOADS)
@@ -128,6 +115,27 @@ def test_a_workflow_names_all_files_that_are_to_be_downloaded(name: str) -> None
         linked |= {link["name"]: (link["directory"], link["url"]) for link in links}
         chosen |= {value for value in node.get("widgets_values") or () if str(value).endswith(".safetensors")}
     assert linked == {file: MODELS[file] for file in chosen}
+
+
+def test_the_page_offers_what_is_missing(server: Server, chromium: Chromium) -> None:
+    """Wrong when the page does not list one of a template's missing files with its folder, or looks for it at another
+    address than ours."""
+    from browser import Browser
+
+    with Browser(server.url, chromium) as page:
+        asked: set[str] = set()
+        page.page.context.route(f"{HUB}/**", lambda route: (asked.add(route.request.url), route.fulfill(body="")))
+        for name in DOWNLOADS:
+            page.load(_drawn(name))
+            linked = [link for node in _drawn(name)["nodes"] for link in node["properties"].get("models", [])]
+            details, listed = page.page.get_by_text("View details"), page.page.get_by_text(linked[0]["name"])
+            details.or_(listed).first.wait_for()
+            if details.is_visible():
+                details.click()
+            for link in linked:
+                file, folder = re.escape(link["name"]), link["directory"]
+                page.page.wait_for_function(_IS_SHOWN, arg=rf"{file}\s+{folder}|{folder} / {file}")
+            assert {link["url"] for link in linked} <= asked
 
 
 @pytest.mark.usefixtures("with_blueprints")
@@ -143,7 +151,7 @@ def test_a_blueprint_goes_into_any_graph(page: Browser, name: str) -> None:
     assert shown == [[name, True]]
     inside = page.evaluate("() => app.graph._nodes[0].subgraph._nodes.map((node) => node.type)")
     assert sorted(inside) == sorted(node["type"] for node in subgraph["nodes"])
-    assert _faulty(page, inside=True) == (set(), set())
+    assert page.faulty(inside=True) == (set(), set())
     widgets = page.evaluate("() => app.graph._nodes[0].widgets.map((widget) => widget.name)")
     assert {"guidance_scale"} <= set(widgets)
     assert page.errors == []
