@@ -35,6 +35,9 @@ class StudentConfig:
     base_dtype: str = ""
     """Store the frozen weights under a LoRA in int8, fp8 or nf4 (needs bitsandbytes), and convert each when its layer
     runs: half or a quarter of bfloat16's memory, slower; as they are computed with where empty."""
+    offload: bool = False
+    """Keep the frozen weights under a LoRA in main memory, and copy each to the GPU when its layer runs: for networks
+    that do not fit; slower by that copying."""
     sharded: bool = False
     """Share all weights out over the processes (FSDP2), which each gather a block when it runs; with one, nothing."""
     gradient_checkpointing: bool = False

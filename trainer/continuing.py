@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "data.cache_batch",
     "data.shard_size",
     "student.sharded",
+    "student.offload",
     "student.gradient_checkpointing",
     "student.compile",
     "training.steps",

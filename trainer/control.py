@@ -31,7 +31,7 @@ from trainer.data.teacher import Teacher
 
 _LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey, as pictures are made grey elsewhere."""
-_BESIDE_ATTENTION = ("gradient_checkpointing", "compile", "sharded", "base_dtype")
+_BESIDE_ATTENTION = ("gradient_checkpointing", "compile", "sharded", "base_dtype", "offload")
 """Settings of the student under which layers run another time, or in another way, than they are called."""
 
 

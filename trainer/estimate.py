@@ -47,6 +47,8 @@ class Plan:
     """While training, by what it is for; on the accelerator, or of main memory on a CPU. They add up to the peak."""
     caching_memory: int = 0
     """Peak while latents and text embeddings are computed, before the training."""
+    resting: int = 0
+    """Main memory for weights that are copied to the accelerator when they are needed."""
     disk: dict[str, int] = field(default_factory=dict)
     """What will lie in the output folder."""
     facts: dict[str, str] = field(default_factory=dict)
@@ -84,10 +86,10 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     pictures, captions = _count_data(config, teacher)
     is_flow = teacher.source.family is not None
     if is_flow:
-        memory, trained = flow_memory(config, processes, teacher, trained_networks(config))
+        memory, trained, resting = flow_memory(config, processes, teacher, trained_networks(config))
         guess = None
     else:
-        memory, trained, guess = unet_memory(config, processes, unet, side)
+        memory, trained, guess, resting = unet_memory(config, processes, unet, side)
     measured = training_left(config)
     training = {"training": measured} if measured is not None or guess is None else {GUESSED: guess}
     return Plan(
@@ -98,6 +100,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
             "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
         },
         memory=memory,
+        resting=resting,
         caching_memory=0
         if is_flow
         else _caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
@@ -122,6 +125,8 @@ def to_text(plan: Plan) -> str:
     lines += [f"  {size(value):>10}  {name}" for name, value in plan.memory.items()]
     if plan.caching_memory:
         lines.append(f"  {size(plan.caching_memory):>10}  before that, while the cache is made")
+    if plan.resting:
+        lines.append(f"  {size(plan.resting):>10}  of main memory beside that, for weights that rest there")
     lines.append(f"{'disk':<12}{size(disk)}")
     lines += [f"  {size(value):>10}  {name}" for name, value in plan.disk.items()]
     known = [seconds for seconds in plan.seconds.values() if seconds is not None]

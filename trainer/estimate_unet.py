@@ -13,12 +13,13 @@ from torch import nn
 from lcm_core.diffusion.flow_map import EMBEDDING_DIM
 from lcm_core.files.checkpoint import Component
 from lcm_core.networks.device import explained
+from lcm_core.networks.frozen import large_layers
 from trainer.config import DistillConfig
 from trainer.control import control_size
 from trainer.data.teacher import Teacher
 from trainer.disk import TOKENS, count_weights, trained_networks
 from trainer.distributed import Processes
-from trainer.estimate_flow import small_bytes
+from trainer.estimate_flow import frozen_weights
 from trainer.memory import LiveBytes, rehearsal
 from trainer.methods.method import Method, get_method
 from trainer.methods.shared import Networks
@@ -31,20 +32,22 @@ LIBRARIES = 450_000_000
 
 def unet_memory(
     config: DistillConfig, processes: Processes, unet: Component, side: int
-) -> tuple[dict[str, int], int, float]:
-    """Bytes by what they are for, the number of trainable parameters, and about how many seconds the training takes."""
+) -> tuple[dict[str, int], int, float, int]:
+    """Bytes by what they are for, the number of trainable parameters, about how many seconds the training takes, and
+    bytes of weights that rest in main memory."""
     student, training, device = config.student, config.training, processes.device
     precision = choose_precision(device, student.precision, count_weights(unet), scales_loss=True)
     part = max(rows.stop - rows.start for rows in processes.rows(training.batch_size, training.accumulation))
     with explained(unet.source), rehearsal(device, precision) as memory:
-        fixed, trained, step = _build(config, unet, precision, (side, side))
+        fixed, large, trained, step = _build(config, unet, precision, (side, side))
         before = memory.live
         operations = step(memory, part)
         transient = memory.peak - before
+    resident, resting = frozen_weights(fixed, student, precision, large)
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
     trainable = trained * trained_networks(config)
     table = {
-        "frozen weights": small_bytes(fixed, student, precision),
+        "frozen weights": resident,
         "trainable parameters": 4 * trainable,
         "their moving average": 4 * trained if training.ema_decay > 0 else 0,
         "optimiser": per_weight * trainable,
@@ -53,20 +56,21 @@ def unet_memory(
         "libraries": LIBRARIES if device.type == "cpu" else 0,
     }
     seconds = rough_seconds(training.steps * training.accumulation * operations, device, precision)
-    return {name: value for name, value in table.items() if value}, trained, seconds
+    return {name: value for name, value in table.items() if value}, trained, seconds, resting
 
 
 def _build(
     config: DistillConfig, unet: Component, precision: torch.dtype, size: tuple[int, int]
-) -> tuple[int, int, Callable[[LiveBytes, int], int]]:
-    """Inside a rehearsal: bytes of the frozen weights, number of trainable parameters, and one step on part of a batch,
-    which gives its operations."""
+) -> tuple[int, list[int], int, Callable[[LiveBytes, int], int]]:
+    """Inside a rehearsal: bytes of the frozen weights, numbers in each large layer's, number of trainable parameters,
+    and one step on part of a batch, which gives its operations."""
     is_lora, method = config.student.kind == "lora", get_method(config.method)
     torch.set_default_dtype(precision)
     teacher = _network(unet.config, config, size).requires_grad_(False) if is_lora or method.needs_teacher else None
     torch.set_default_dtype(torch.float32)
     call = None if teacher is None else unet_network(teacher, precision)
     frozen = 0 if teacher is None else _bytes(teacher)
+    large = [] if teacher is None else [layer.weight.numel() for layer in large_layers(teacher)]
     if is_lora:
         assert teacher is not None
         assert call is not None
@@ -80,7 +84,7 @@ def _build(
         networks = Networks(online, online, call or online, unet_network(critic, precision))
     number = sum(p.numel() for p in trained.parameters())
     is_tight = config.student.gradient_checkpointing
-    return frozen, number, partial(_rehearse_step, networks, unet.config, method, size, is_tight)
+    return frozen, large, number, partial(_rehearse_step, networks, unet.config, method, size, is_tight)
 
 
 def _rehearse_step(

@@ -13,7 +13,7 @@ import torch
 from lcm_core.families.network import FamilyNetwork
 from lcm_core.files.checkpoint import Component, read_component
 from lcm_core.files.safetensors import read_safetensors
-from lcm_core.networks.frozen import quantise
+from lcm_core.networks.frozen import offload, quantise
 from lcm_core.networks.lora_layers import TARGET_MODULES
 from lcm_core.networks.unet import UNet, exact_output, load_unet
 from lcm_core.pipeline.model import merge_into_network
@@ -141,7 +141,10 @@ def _build_student(setup: Setup, component: Component, precision: torch.dtype, s
             call = open_network(setup.source, place, precision)
         merge_into_network(call, setup.teacher.loras)
         if config.student.base_dtype:
-            quantise(call.model, config.student.base_dtype, device)
+            quantise(call.model, config.student.base_dtype, place if config.student.offload else device)
+        if config.student.offload:
+            offload(call.model, device)
+        if config.student.base_dtype or config.student.offload:
             call = as_network(setup.source, call.model)
         prepare(call.model)
         return call
@@ -168,8 +171,9 @@ def _build_student(setup: Setup, component: Component, precision: torch.dtype, s
 
 
 def _loading_device(config: StudentConfig, device: torch.device) -> torch.device:
-    """Where a network is loaded: what is to be quantised may not fit on the device before that."""
-    return torch.device("cpu") if config.base_dtype else device
+    """Where a network is loaded: what is to be quantised may not fit on the device before that, and what is to rest in
+    main memory never."""
+    return torch.device("cpu") if config.base_dtype or config.offload else device
 
 
 def read_start(config: DistillConfig) -> Component | None:

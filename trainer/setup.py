@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from lcm_core.cli.common import check_output, parse_lora
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.errors import InputError
@@ -88,6 +90,7 @@ def examine(config: DistillConfig) -> Setup:
     check_trackers(config.training.trackers)
     check_compile(config.student, processes.device)
     check_base_dtype(config.student)
+    check_offload(config.student, processes.device)
     check_sharded(config)
     processes.rows(config.training.batch_size, config.training.accumulation)
     weights = read_component(source.unet, "unet").tensors.values()
@@ -133,6 +136,25 @@ def check_base_dtype(config: StudentConfig) -> None:
     check_format(config.base_dtype)
     if config.kind != "lora":
         raise InputError(f"base_dtype {config.base_dtype} is for the frozen weights under a LoRA; leave it out")
+
+
+def check_offload(config: StudentConfig, device: torch.device) -> None:
+    """Refuse to keep weights in main memory where there is no other, where they are trained, and with what does not go
+    with it.
+
+    Raises:
+        InputError: says what to leave out.
+    """
+    if not config.offload:
+        return
+    if device.type != "cuda":
+        raise InputError(f"offload is for CUDA: on {device} the weights are in main memory anyway; leave it out")
+    if config.kind != "lora":
+        raise InputError("offload is for the frozen weights under a LoRA, and a full student trains all; leave it out")
+    if config.base_dtype == "nf4":
+        raise InputError("offload does not go with base_dtype nf4; choose int8 or fp8")
+    if config.compile:
+        raise InputError("compile does not go with offload; leave one of them out")
 
 
 def begin(setup: Setup) -> None:

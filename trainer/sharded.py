@@ -28,6 +28,7 @@ def check_sharded(config: DistillConfig) -> None:
         "preview_every": config.report.preview_every,
         "checkpoint_every": config.training.checkpoint_every,
         "base_dtype": config.student.base_dtype,
+        "offload": config.student.offload,
         "compile": config.student.compile,
         "precision float16": config.student.precision == "float16",
     }

@@ -19,6 +19,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FORMATS = {"int8": 8, "fp8": 8, "nf4": 4}
 """Small formats of frozen weights -> bits of each."""
 _FEW = 1 << 14  # weights of a layer that is left as it is: it takes no memory, and inputs and outputs are often such
+_PIECE, _ALIGNED = 1 << 29, 512  # bytes
 _FP8 = torch.float8_e4m3fn
 _MANY = 1 << 24
 _AT_ONCE = {"cpu": 1 << 20}
@@ -39,7 +40,7 @@ def run_frozen(x: Tensor, layer: Any) -> Tensor:
     """What a layer makes of x, (..., in) or (B, C, ...), in the format that autocast asks for, or of x.
 
     The layer has a `weight` in any format, which gets no gradient, perhaps with a `scale_weight` to multiply it with,
-    or `unpacked_weight()`.
+    or `unpacked_weight()`, or a `resting_weight` elsewhere in its place.
     """
     return _Frozen.apply(x, layer)
 
@@ -59,11 +60,36 @@ def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
         InputError: an unknown format, or bitsandbytes is not installed.
     """
     check_format(kind)
-    for layer in layers_of(network).values():
-        if type(layer) in LAYERS and layer.weight.numel() >= _FEW:  # others have a forward pass of their own
-            _store(layer, layer._parameters.pop("weight").detach(), kind, device)
-            layer.forward = _forward_of(layer)
+    for layer in large_layers(network):
+        _store(layer, layer._parameters.pop("weight").detach(), kind, device)
+        layer.forward = _forward_of(layer)
     network.to(device)
+
+
+def offload(network: nn.Module, device: torch.device) -> None:
+    """Let the weights of a network's larger layers rest in main memory, and move all else to a device. A weight is
+    copied there when its layer runs, and once more in the backward pass; what is trained beside it never moves.
+
+    Args:
+        network: loaded into main memory, perhaps quantised there in int8 or fp8.
+        device: where it is to run.
+    """
+    memory = _MainMemory(pinned=device.type == "cuda")
+    for layer in large_layers(network):
+        weight = layer._parameters.pop("weight", layer.weight).detach()
+        layer.resting_weight = memory.keep(weight)
+        # for code that asks for its shape, its format, and where the layer runs
+        layer.weight = torch.zeros(1, dtype=weight.dtype, device=device).expand(weight.shape)
+        if hasattr(layer, "scale_weight"):
+            layer.scale_weight = layer.scale_weight.to(device)
+        layer.forward = _forward_of(layer)
+    network.to(device)
+
+
+def large_layers(network: nn.Module) -> list[Any]:
+    """The layers whose weights take nearly all of a network's memory; no others than torch's own, which may have a
+    forward pass of their own."""
+    return [layer for layer in layers_of(network).values() if type(layer) in LAYERS and layer.weight.numel() >= _FEW]
 
 
 def check_format(kind: str) -> None:
@@ -104,6 +130,27 @@ def _store(layer: Any, weight: Tensor, kind: str, device: torch.device) -> None:
         part = part / scale
         layer.weight[rows] = part.round() if kind == "int8" else part
         layer.scale_weight[rows] = scale
+
+
+class _MainMemory:
+    """Main memory in large pieces, into which tensors are copied one behind the other. A device copies fastest from
+    pinned memory, of which torch rounds each piece up to a power of two: tensors of their own would take up to twice
+    their size.
+
+    Args:
+        pinned: whether a CUDA device copies from it.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned, self._free = pinned, torch.empty(0, dtype=torch.uint8)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy."""
+        size = -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        if len(self._free) < size:
+            self._free = torch.empty(max(size, _PIECE), dtype=torch.uint8, pin_memory=self.pinned)
+        place, self._free = self._free[: tensor.nbytes], self._free[size:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class _Frozen(torch.autograd.Function):
@@ -168,8 +215,9 @@ def _converted(layer: Any, x: Tensor, rows: slice = slice(None)) -> Tensor:
     unpack = getattr(layer, "unpacked_weight", None)
     if unpack is not None:
         return unpack().to(x.dtype)
-    stored: Tensor = layer.weight[rows]
-    weight = stored.to(x.device, x.dtype, non_blocking=True)
+    stored: Tensor = getattr(layer, "resting_weight", layer.weight)[rows]
+    # converted on the device of x: fewer bytes are copied, and a GPU converts faster
+    weight = stored.to(x.device, non_blocking=True).to(x.dtype)
     scale = getattr(layer, "scale_weight", None)
     if scale is None:
         return weight

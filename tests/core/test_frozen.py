@@ -1,5 +1,7 @@
 """Frozen weights in small formats: what layers make of them, what gradients pass through, and what is not kept."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,8 @@ from torch.nn import functional
 
 from lcm_core.errors import InputError
 from lcm_core.networks import frozen
-from lcm_core.networks.frozen import FORMATS, quantise
-from lcm_core.networks.lora_layers import add_lora
+from lcm_core.networks.frozen import FORMATS, offload, quantise
+from lcm_core.networks.lora_layers import add_lora, checkpoint
 
 CPU = torch.device("cpu")
 ERRORS = {"int8": 0.01, "fp8": 0.05, "nf4": 0.15}
@@ -116,3 +118,89 @@ def test_a_lora_is_trained_on_small_weights(kind):
 def test_an_unknown_format_is_refused():
     with pytest.raises(InputError, match="unknown format of frozen weights 'int3'; choose int8, fp8, nf4"):
         quantise(nn.Linear(4, 4), "int3", CPU)
+
+
+@pytest.mark.parametrize("kind", ["", "int8", "fp8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_offloaded_layers_compute_the_same_numbers(kind, name):
+    """Bit by bit, and so do their gradients; the weight is none of the network's parameters, nor kept until then."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    plain = nn.Sequential(make()).requires_grad_(False)
+    resting = copy.deepcopy(plain)
+    for network in (plain, resting):
+        if kind:
+            quantise(network, kind, CPU)
+    offload(resting, CPU)
+    assert [key for key, _ in resting.named_parameters()] == ["0.bias"]
+    x, kept = torch.randn(shape, requires_grad=True), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with hooks:
+        output = resting(x)
+    assert kept == []
+    found = output, torch.autograd.grad(output.sin().sum(), x)[0]
+    output = plain(x)
+    expected = output, torch.autograd.grad(output.sin().sum(), x)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_lora_on_offloaded_layers_stays_where_they_run(kind, monkeypatch):
+    """On a device with no memory, which the weights reach when they are needed; also where activations are computed
+    again in the backward pass."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows nothing of that device
+    device = torch.device("meta")
+    network = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
+    if kind:
+        quantise(network, kind, CPU)
+    offload(network, device)
+    adapters = add_lora(network, 4, target_modules=("0", "2"))
+    adapters.start_ema()
+    adapters.add_critic()
+    assert {parameter.device for parameter in network.parameters()} == {device}
+    assert {layer.base.resting_weight.device for layer in adapters.layers.values()} == {CPU}
+    x = torch.empty(3, 128, device=device, requires_grad=True)
+    for run in (network, lambda x: checkpoint(network, x)):
+        run(x).sum().backward()
+        assert [half.grad.device for half in adapters.parameters()] == [device] * 4
+        assert x.grad.shape == x.shape
+        adapters.layers["0"].zero_grad()
+
+
+def test_weights_lie_in_main_memory_one_behind_the_other():
+    """torch rounds each piece of pinned memory up to a power of two."""
+    torch.manual_seed(0)
+    network = nn.Sequential(*[nn.Linear(192, 192) for _ in range(5)])
+    weights = [layer.weight.clone() for layer in network]
+    offload(network, CPU)
+    assert len({layer.resting_weight.untyped_storage().data_ptr() for layer in network}) == 1
+    torch.testing.assert_close([layer.resting_weight for layer in network], weights, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_holds_one_offloaded_weight_at_a_time():
+    """32 layers of 16 MiB: trained on with the memory of a few of them, with the losses of layers that stay there."""
+    device, losses, peaks = torch.device("cuda"), [], []
+    for moves in (False, True):
+        torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        network = nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(32)])
+        if moves:
+            offload(network, device)
+        network.to(device)
+        adapters = add_lora(network, 4, target_modules=[str(i) for i in range(32)])
+        optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3)
+        for _ in range(3):
+            loss = network(torch.ones(2, 2048, device=device)).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del network, adapters, optimizer, loss
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+    assert peaks[1] < 0.3 * peaks[0]

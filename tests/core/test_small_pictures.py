@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lcm_core.networks.cpu.small_pictures import MOST_POSITIONS, SmallPictureConv2d, use_matrix_products
+from lcm_core.networks.frozen import offload
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -57,6 +58,16 @@ def test_other_convolutions_are_left_alone(conv: nn.Conv2d) -> None:
     network = nn.Sequential(conv)
     use_matrix_products(network)
     assert network[0] is conv
+
+
+def test_a_convolution_whose_weight_is_kept_elsewhere_is_left_alone() -> None:
+    """What stands for it has its shape and format, but is no parameter."""
+    network = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))
+    offload(network, torch.device("cpu"))
+    x = torch.randn(1, 64, 4, 4)
+    before = network(x)
+    use_matrix_products(network)
+    torch.testing.assert_close(network(x), before, rtol=0, atol=0)
 
 
 def test_a_large_batch_goes_the_usual_way() -> None:

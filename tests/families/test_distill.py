@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import trainer.setup
 from lcm_core.files.safetensors import read_safetensors
+from lcm_core.networks import frozen
 from lcm_core.pipeline import Pipeline
 from tests.flow_models import MODELS
 from trainer.cli.main import main
@@ -131,3 +133,16 @@ def test_what_a_transformer_cannot_do_is_refused_at_once(model_of, photos, tmp_p
     assert distil(model_of("sd3"), photos, tmp_path, *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("words", [["--gradient-checkpointing"], ["--base-dtype", "int8"]], ids=["plain", "int8"])
+def test_a_transformer_in_main_memory_teaches_the_same(model_of, photos, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(trainer.setup, "check_offload", lambda *_: None)
+    monkeypatch.setattr(frozen, "_FEW", 64)
+    words = ["--steps", 2, "--cache", tmp_path / "cache", *words]
+    assert distil(model_of("sd3"), photos, tmp_path / "plain", *words) == 0
+    assert distil(model_of("sd3"), photos, tmp_path / "offloaded", *words, "--offload") == 0
+    states = [read_safetensors(tmp_path / name / "run/state.safetensors")[0] for name in ("plain", "offloaded")]
+    for state in states:
+        del state["log"]
+    torch.testing.assert_close(*states)

@@ -13,8 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import trainer.setup
+import trainer.students
+from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_safetensors
+from lcm_core.networks import frozen
 from trainer.cli.main import main
+from trainer.config import StudentConfig
+from trainer.setup import check_offload
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", "6", "--batch-size", "4", "--rank", "2", "--save-every", "0"]
@@ -69,6 +75,7 @@ def _assert_same_state(a, b):
         (["--method", "dmd2", "--critic-updates", "0"], "critic_updates 0 is out of range"),
         (["--accumulation", "5"], "batch_size=4 is too small"),
         (["--compile"], "CUDA only"),
+        (["--offload"], "offload is for CUDA"),
         (["--target-modules", "nothing"], "no modules named nothing"),
         (["--data", "no/such/folder"], "no/such/folder"),
     ],
@@ -89,6 +96,7 @@ def test_what_cannot_be_used_is_named_in_one_line(teachers, photos, tmp_path, ca
         (["--method", "segmented", "--phases", "99"], "phases=99"),
         (["--sharded", "--preview-every", "5"], "preview_every does not go with sharded"),
         (["--sharded", "--preview-every", "0", "--base-dtype", "int8"], "base_dtype does not go with sharded"),
+        (["--sharded", "--preview-every", "0", "--offload"], "offload"),
         (["--original-steps", "2000"], "original_steps=2000"),
     ],
 )
@@ -96,6 +104,35 @@ def test_what_could_be_known_is_refused_before_pictures_are_encoded(teachers, ph
     assert main(_command(teachers(), photos, tmp_path / "out", *words)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"kind": "full"}, "a full student trains all"),
+        ({"base_dtype": "nf4"}, "choose int8 or fp8"),
+        ({"compile": True}, "compile does not go with offload"),
+    ],
+)
+def test_what_does_not_go_with_weights_in_main_memory_is_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        check_offload(StudentConfig(offload=True, **words), torch.device("cuda"))
+    check_offload(StudentConfig(offload=True, base_dtype="int8"), torch.device("cuda"))
+    check_offload(StudentConfig(**words), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("words", [["--gradient-checkpointing"], ["--base-dtype", "int8"]], ids=["plain", "int8"])
+def test_an_unet_in_main_memory_teaches_the_same(teachers, photos, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(trainer.setup, "check_offload", lambda *_: None)
+    monkeypatch.setattr(frozen, "_FEW", 64)
+    monkeypatch.setattr(trainer.students, "use_matrix_products", lambda _: None)  # which adds up in another order
+    words = ["--steps", "2", "--cache", tmp_path / "cache", *words]
+    assert main(_command(teachers(), photos, tmp_path / "plain", *words)) == 0
+    assert main(_command(teachers(), photos, tmp_path / "offloaded", *words, "--offload")) == 0
+    states = [read_safetensors(tmp_path / name / "run/state.safetensors")[0] for name in ("plain", "offloaded")]
+    for state in states:
+        del state["log"]
+    torch.testing.assert_close(*states)
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_file(teachers, photos, tmp_path, capsys):
