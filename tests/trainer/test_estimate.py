@@ -14,8 +14,9 @@ from lcm_core.errors import InputError
 from lcm_core.files.checkpoint import read_component
 from lcm_core.files.lora import save_lora
 from lcm_core.files.safetensors import write_json
+from lcm_core.networks import frozen
 from lcm_core.networks.lora_layers import lora_state_dict
-from trainer import estimate_unet
+from trainer import estimate_unet, students
 from trainer.cli.main import main
 from trainer.config import DistillConfig, LoopConfig, StudentConfig
 from trainer.data.cache import prepare
@@ -176,6 +177,19 @@ def test_more_pictures_at_once_take_more_and_checkpointing_takes_less(config):
     plain = activations(16)
     assert plain > 1.5 * activations(16, accumulation=4)
     assert activations(16, checkpointing=True) < plain
+
+
+def test_weights_in_main_memory_take_no_place_on_the_device(config, monkeypatch):
+    """But for the largest, while its layer runs; in int8 they take a quarter of float32's main memory."""
+    monkeypatch.setattr(frozen, "_FEW", 64)
+    monkeypatch.setattr(students, "use_matrix_products", lambda _: None)  # as on CUDA
+    large = [layer.weight.numel() for layer in frozen.large_layers(build_unet())]
+    for kind, bits in (("", 32), ("int8", 8)):
+        plan = make_plan(replace(config, student=replace(config.student, offload=True, base_dtype=kind)))
+        assert plan.memory["frozen weights"] == 4 * (count(build_unet()) - sum(large) + max(large))
+        assert plan.resting == sum(large) * bits // 8
+        assert "of main memory beside that" in to_text(plan)
+    assert "of main memory beside that" not in to_text(make_plan(config))
 
 
 def test_the_text_names_every_part_and_time_only_once_steps_were_measured(config, tmp_path):
