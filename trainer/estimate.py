@@ -21,6 +21,7 @@ from trainer.config import DistillConfig
 from trainer.data.cache import LatentCache, open_data, plan_cache
 from trainer.data.hashing import FileHashes
 from trainer.data.index import find_index
+from trainer.data.remote import find_remote, is_remote
 from trainer.data.teacher import Teacher
 from trainer.disk import cache_size, count_weights, encoders, result_size, state_size, trained_networks
 from trainer.distributed import Processes
@@ -83,7 +84,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
     teacher = teacher_of(config)
     unet = read_component(teacher.source.unet, "unet")
     side = (config.data.resolution or teacher.resolution) // teacher.scale
-    pictures, captions = _count_data(config, teacher)
+    pictures, captions, data = _count_data(config, teacher)
     is_flow = teacher.source.family is not None
     if is_flow:
         memory, trained, resting = flow_memory(config, processes, teacher, trained_networks(config))
@@ -96,7 +97,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
         facts={
             "teacher": f"{config.teacher} ({teacher.source.info.family}), {count_weights(unet):,} weights",
             "student": f"{config.student.kind}, {trained:,} trainable parameters, on {processes.device}",
-            "data": f"{pictures:,} pictures of about {side * teacher.scale} x {side * teacher.scale} pixels",
+            "data": f"{data} of about {side * teacher.scale} x {side * teacher.scale} pixels",
             "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
         },
         memory=memory,
@@ -110,7 +111,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
             "result": result_size(config, teacher.source, unet, trained),
         },
         seconds={
-            "caching": caching_left(config, pictures, captions),
+            "caching": caching_left(config, pictures, captions) if pictures else None,
             **training,
             "scoring": scoring_left(config) if is_scored(config, teacher.source) else 0.0,
         },
@@ -138,14 +139,19 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _count_data(config: DistillConfig, teacher: Teacher) -> tuple[int, int]:
-    """Pictures, all variants counted, and versions of captions."""
+def _count_data(config: DistillConfig, teacher: Teacher) -> tuple[int, int, str]:
+    """Pictures, all variants counted, and versions of captions, none where these are not known yet; and in words."""
+    if is_remote(config.data.path):
+        tars = find_remote(config.data.path)
+        total = size(sum(tar.size or 0 for tar in tars))
+        return 0, 0, f"{len(tars):,} tars, {total}, of pictures that are counted while they are read,"
     if config.data.path and (index := find_index(Path(config.data.path))) is not None:
         cache = LatentCache(index, checked=True)
-        return len(cache), cache.caption_count * int(cache.about["versions"])
+        return len(cache), cache.caption_count * int(cache.about["versions"]), f"{len(cache):,} pictures"
     data = open_data(config.data, teacher, FileHashes(_cache(config) / "files.json"), config.prediction_type)
     each = 1 if config.data.is_image_free else config.data.variant_count
-    return len(data.captions) * each, len(set(data.captions)) * config.data.caption_versions
+    count = len(data.captions) * each
+    return count, len(set(data.captions)) * config.data.caption_versions, f"{count:,} pictures"
 
 
 def _caching_memory(source: ModelSource, device: torch.device, side: int, batch: int) -> int:

@@ -8,13 +8,13 @@ from lcm_core.errors import InputError
 from lcm_core.files.safetensors import read_json, read_safetensors, write_json
 from trainer.config import DistillConfig
 from trainer.control import hash_control
-from trainer.data.cache import CachePlan, FinishedCache
+from trainer.data.cache import Plan
 from trainer.data.hashing import hash_tensors
 from trainer.setup import Setup, say
 from trainer.state import has_state
 
 
-def hash_inputs(setup: Setup, plan: CachePlan | FinishedCache) -> dict[str, str]:
+def hash_inputs(setup: Setup, plan: Plan) -> dict[str, str]:
     """What was given -> a hash of its content."""
     inputs = {
         f"teacher {setup.config.teacher}": setup.teacher.hash_unet(setup.info.prediction_type),
@@ -29,7 +29,7 @@ def hash_inputs(setup: Setup, plan: CachePlan | FinishedCache) -> dict[str, str]
     return inputs
 
 
-def check_inputs(setup: Setup, plan: CachePlan | FinishedCache, remember: bool = True) -> None:
+def check_inputs(setup: Setup, plan: Plan, remember: bool = True) -> None:
     """Refuse to go on with a run whose teacher or data have other contents than when it began.
 
     Args:

@@ -21,6 +21,7 @@ from trainer.config import DistillConfig
 from trainer.data.cache import EMOJI, LatentCache
 from trainer.data.hashing import hash_tensors
 from trainer.data.index import find_index
+from trainer.data.remote import is_remote
 from trainer.distributed import Processes
 from trainer.evaluate.scores import Evaluation, benchmark_evaluation, folder_evaluation, grade, read_pictures
 from trainer.evaluate.style import kept, own_features, read_references, style_evaluation
@@ -111,7 +112,7 @@ def is_scored(config: DistillConfig, source: ModelSource) -> bool:
     """Whether there is something to compare with: the benchmark's drawings, or the pictures that it learnt from, where
     these are here and not only their latents."""
     path = config.data.path
-    has_pictures = bool(path) and (path == EMOJI or find_index(Path(path)) is None)
+    has_pictures = bool(path) and not is_remote(path) and (path == EMOJI or find_index(Path(path)) is None)
     return bool(config.report.samples) and (source.is_shipped or has_pictures or bool(config.lora))
 
 

@@ -7,16 +7,15 @@ data's files are read for their hashes once; later their size and time of change
 under its name when it is whole, and one that is missing, or not bit by bit what was written, is made again; it is read
 for this when its size or time of change is not the one of the last time (`checked.json`).
 
-A finished cache can stand for the pictures as data. Then its index alone is opened, however many pictures it holds.
+Of pictures in a store, each tar is a shard, see `trainer.data.streams`. A finished cache can stand for the pictures as
+data. Then its index alone is opened, however many pictures it holds.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,11 +27,16 @@ from lcm_core.networks.device import choose_device
 from trainer.data.batches import Batch, LatentCache, Pick
 from trainer.data.encode import Data, Images, text_maker
 from trainer.data.fill import fill
+from trainer.data.finished import FinishedCache
 from trainer.data.hashing import FileHashes, hash_json
-from trainer.data.index import check_unchanged, find_index, index_path, write_index
+from trainer.data.index import find_index, index_path, write_index
+from trainer.data.labels import column_of
 from trainer.data.paint import Prompts, Shipped
+from trainer.data.pictures import Encoder
+from trainer.data.remote import RemoteTar, find_remote, is_remote
 from trainer.data.settings import DataConfig
 from trainer.data.shards import FORMAT, Contents, Shards, is_unchanged, known_whole, remember_whole
+from trainer.data.streams import Streamed, streaming
 from trainer.data.teacher import Teacher
 from trainer.data.versions import write_versions
 from trainer.distributed import Processes
@@ -96,57 +100,61 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
-class FinishedCache:
-    """A cache that is given as the data, instead of pictures; nothing of these is looked at."""
+class StreamedPlan:
+    """A cache of pictures in a store, of which nothing but names, sizes and versions of its tars is known yet."""
 
     config: DataConfig
     teacher: Teacher
-    index: Path
-
-    @cached_property
-    def cache(self) -> LatentCache:
-        """What it holds."""
-        checked = is_unchanged(self.index, known_whole(self.index.parent))
-        return LatentCache(self.index, self.config.null_prompt == "zeros", checked)
+    tars: Sequence[RemoteTar]
+    latents: Shards
 
     @property
     def captions(self) -> list[str]:
-        """A few of them, from all over; the index has no more."""
-        return self.cache.examples
+        """Every distinct one, once the tars were read."""
+        return _distinct(Streamed(self.latents).captions)
 
     def hash_pictures(self) -> str:
-        """What `CachePlan.hash_pictures` was."""
-        return str(self.cache.about["contents"][0])
+        """A hash of all that the latents depend on."""
+        return _hash_contents(self.latents)
 
     def hash_captions(self) -> str:
-        """What `CachePlan.hash_captions` was."""
-        return str(self.cache.about["contents"][1])
+        """A hash of all that the text embeddings depend on; captions are in the tars."""
+        return hash_json([self.hash_pictures(), self.teacher.hash_text(), write_versions([""], self.config)])
 
     def fill(self, device: torch.device, processes: Processes) -> LatentCache:
-        """Open it.
+        """Read the tars that were not read before, each process its own, and go on as with pictures that are here.
 
         Raises:
-            InputError: it is damaged or not complete, belongs to another teacher, or was made with other settings.
+            InputError: as `CachePlan.fill`; or a connection broke too often, or the tars have no labels.
         """
-        about = self.cache.about
-        check_unchanged(about, asdict(self.config), asdict(DataConfig()))
-        found = set(os.listdir(self.index.parent))
-        names = (f"{number:06d}.safetensors" for number in range(about["shards"]))
-        if (gone := next((name for name in names if name not in found), None)) is not None:
-            raise InputError(f"{self.index.parent / gone} is missing; fill the cache again")
-        for part, value in self.teacher.hash_encoders().items():
-            if value != about["made_by"][part]:
-                raise InputError(
-                    f"the cache {self.config.path} was made with another {part} than that of {self.teacher.name}; "
-                    "give the teacher that it was made for"
-                )
-        return self.cache
+        if processes.is_main:
+            self.latents.begin()
+        processes.wait()
+        fill(self.latents, lambda: streaming(self.tars, self.config, self.teacher, device), processes, "tars")
+        processes.wait()
+        self.latents.check()
+        if processes.is_main:
+            remember_whole(self.latents.folder)
+        processes.wait()
+        data = Streamed(self.latents)
+        if self.config.labels and not any(data.captions):
+            raise InputError(f"data {self.config.path} has no labels {self.config.labels!r}; name those that it has")
+        captions = _distinct(data.captions)
+        texts = _texts(self.config, self.teacher, captions, self.latents.folder.parent)
+        if not processes.is_main:
+            processes.wait()  # as in `plan_cache`
+        return CachePlan(self.config, self.teacher, data, captions, self.latents, texts).fill(device, processes)
+
+
+Plan = CachePlan | StreamedPlan | FinishedCache
+"""What a run is told of its cache before it fills it."""
 
 
 def plan_cache(
     config: DataConfig, teacher: Teacher, folder: Path, processes: Processes, prediction_type: str = ""
-) -> CachePlan | FinishedCache:
-    """Find out what a cache is made of. The data's files are read for their hashes, if that was not done before.
+) -> Plan:
+    """Find out what a cache is made of. The data's files are read for their hashes, if that was not done before; of
+    those in a store nothing is read.
 
     Args:
         config: the data.
@@ -158,21 +166,43 @@ def plan_cache(
     Raises:
         InputError: data or teacher that cannot be used.
     """
+    if is_remote(config.path):
+        return _plan_streams(config, teacher, folder)
     if config.path and (index := find_index(Path(config.path))) is not None:
         return FinishedCache(config, teacher, index)
     data = open_data(config, teacher, FileHashes(folder / "files.json"), prediction_type)
     if not processes.is_main:
         processes.wait()  # until the first process has hashed the files, which then need not be read again
     identity = {"latents": data.identity(), "format": FORMAT}
-    captions = list(dict.fromkeys(["", *data.captions]))
-    written = write_versions(captions, config)
-    text_identity = {"captions": hash_json(written), "text": teacher.hash_text(), "format": FORMAT}
+    captions = _distinct(data.captions)
     each = 1 if config.is_image_free else config.variant_count  # pictures from one picture of the data
     shard = max(1, config.shard_size // each)
     latents = Shards(folder / "latents", identity, len(data.captions), shard, data.contents())
-    about = {name: value for name, value in text_identity.items() if name != "captions"}
-    texts = Shards(folder / "text", text_identity, len(written), config.shard_size, Contents(about, lambda: written))
-    return CachePlan(config, teacher, data, captions, latents, texts)
+    return CachePlan(config, teacher, data, captions, latents, _texts(config, teacher, captions, folder))
+
+
+def _plan_streams(config: DataConfig, teacher: Teacher, folder: Path) -> StreamedPlan:
+    encoder, tars = Encoder(config, teacher), find_remote(config.path)
+    made_by = encoder.made_by() | encoder.kept_beside() | {"labels": column_of(config.labels, teacher.labels)}
+    about = {"latents": made_by, "format": FORMAT}
+    identities = [tar.identity for tar in tars]
+    identity = {**about, "tars": hash_json(identities)}
+    latents = Shards(folder / "latents", identity, len(tars), 1, Contents(about, lambda: identities))
+    latents.starts = ()
+    return StreamedPlan(config, teacher, tars, latents)
+
+
+def _distinct(captions: Sequence[str]) -> list[str]:
+    """Each once, the empty one first."""
+    return list(dict.fromkeys(["", *captions]))
+
+
+def _texts(config: DataConfig, teacher: Teacher, captions: Sequence[str], folder: Path) -> Shards:
+    """The shards of the text embeddings of captions, in all their versions."""
+    written = write_versions(captions, config)
+    about = {"text": teacher.hash_text(), "format": FORMAT}
+    identity = {"captions": hash_json(written), **about}
+    return Shards(folder / "text", identity, len(written), config.shard_size, Contents(about, lambda: written))
 
 
 def prepare(

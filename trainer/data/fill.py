@@ -69,9 +69,10 @@ def fill(shards: Shards, load: Callable[[], Maker], processes: Processes, what: 
     with tqdm(total=total, desc=f"caching {what}", unit=what[:-1], disable=not processes.is_main) as bar:
         for index in missing:
             if not link(shards, index, earlier):
-                write_safetensors(shards.path(index), gather(shards.numbers(index), earlier, make_rest))
+                rows = earlier if shards.starts is None else {}  # else a thing is no row, but a shard
+                write_safetensors(shards.path(index), gather(shards.numbers(index), rows, make_rest))
             bar.update(len(shards.numbers(index)))
-    if processes.is_main and made:
+    if processes.is_main and made and shards.starts is None:  # how long a tar takes says nothing of another
         write_json(shards.speed, {"seconds": (time.monotonic() - started) / (made * processes.size)})
 
 
@@ -114,11 +115,14 @@ def link(shards: Shards, index: int, earlier: Mapping[int, Place]) -> bool:
     """
     numbers, target = shards.numbers(index), shards.path(index)
     source = earlier.get(numbers[0])
-    if source is None or numbers != range(source.first, source.first + source.size):
+    if source is None:
         return False
-    places = [earlier[number] for number in numbers if number in earlier]
-    if places != [source._replace(number=number) for number in numbers]:
-        return False
+    if shards.starts is None:  # else a shard is the same wherever it comes
+        if numbers != range(source.first, source.first + source.size):
+            return False
+        places = [earlier[number] for number in numbers if number in earlier]
+        if places != [source._replace(number=number) for number in numbers]:
+            return False
     try:
         target.unlink(missing_ok=True)  # a damaged one
         os.link(source.shard, target)
@@ -126,7 +130,7 @@ def link(shards: Shards, index: int, earlier: Mapping[int, Place]) -> bool:
         return False
     if not (is_unchanged(target, _known(source.shard.parent)) or shards.is_whole(index)):
         return False
-    skipped = _open(target).get(SKIPPED)
+    skipped = None if shards.starts is not None else _open(target).get(SKIPPED)
     return skipped is None or not json.loads(bytes(skipped.numpy()))
 
 

@@ -126,7 +126,7 @@ def _scan(latents: Shards, caption_of: Tensor, repeats: Tensor, held: Tensor) ->
         tensors = read_safetensors(latents.path(shard))[0]
         skipped += [(name, reason) for name, reason in json.loads(bytes(tensors[SKIPPED].tolist()))]
         for bucket in (name.removeprefix(LATENTS) for name in tensors if name.startswith(LATENTS)):
-            numbers = tensors[NUMBERS + bucket]
+            numbers = tensors[NUMBERS + bucket] + (latents.starts[shard] if latents.starts else 0)
             rows = torch.arange(len(numbers))
             table = torch.stack([torch.full_like(rows, shard), rows, caption_of[numbers]], 1).to(torch.int32)
             parts.setdefault(ROWS + bucket, []).append(table.repeat_interleave(repeats[numbers], 0))

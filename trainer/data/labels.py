@@ -28,26 +28,41 @@ def read_labelled(path: Path, labels: str, classes: ClassLabels | None, folder_n
     Raises:
         InputError: as `read_source`; or a column that no picture has, or a class that the teacher does not know.
     """
-    chosen = labels or (FOLDER if classes is not None else "")
-    source = read_source(path, "" if chosen == FOLDER else chosen, folder_names)
-    if chosen == FOLDER:
-        source = replace(source, items=[replace(item, caption=_folder_of(item.key)) for item in source.items])
-    elif chosen and not any(item.caption for item in source.items):
-        raise InputError(f"data {path} has no labels {chosen!r}; name a column that it has, or {FOLDER!r}")
+    column, by_folder = column_of(labels, classes)
+    source = read_source(path, column, folder_names)
+    if by_folder:
+        source = replace(source, items=[replace(item, caption=folder_of(item.key)) for item in source.items])
+    elif column and not any(item.caption for item in source.items):
+        raise InputError(f"data {path} has no labels {column!r}; name a column that it has, or {FOLDER!r}")
     if classes is not None:
         _check(source.items, classes, path)
     return source
 
 
-def _folder_of(key: str) -> str:
+def column_of(labels: str, classes: ClassLabels | None) -> tuple[str, bool]:
+    """The column that captions or labels are read from, empty for captions; and whether folders name the labels."""
+    by_folder = labels == FOLDER or (not labels and classes is not None)
+    return "" if by_folder else labels, by_folder
+
+
+def folder_of(key: str) -> str:
     """The last folder on the way to a picture; none for one that lies in the data's own."""
     return posixpath.basename(posixpath.dirname(key))
 
 
+def check_label(name: str, classes: ClassLabels, path: Path | str) -> None:
+    """Refuse a class that the teacher does not know.
+
+    Raises:
+        InputError: names it, and the data.
+    """
+    try:
+        classes.number(name)
+    except InputError as error:
+        what = f"class {name!r}" if name else "a picture without a class"
+        raise InputError(f"data {path} has {what}: {error}") from error
+
+
 def _check(items: Sequence[Item], classes: ClassLabels, path: Path) -> None:
     for name in dict.fromkeys(item.caption for item in items):
-        try:
-            classes.number(name)
-        except InputError as error:
-            what = f"class {name!r}" if name else "a picture without a class"
-            raise InputError(f"data {path} has {what}: {error}") from error
+        check_label(name, classes, path)

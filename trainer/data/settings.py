@@ -16,8 +16,10 @@ class DataConfig:
 
     path: str = ""
     """A folder of images with captions in .txt files or metadata.jsonl, and for each folder in it, if you like, a
-    folder.json with `repeats` and a `caption` for images without one; a webdataset .tar or a folder of them; a folder
-    saved by the `datasets` library; a finished cache; or emoji, for the drawings of the embedded model."""
+    folder.json with `repeats` and a `caption` for images without one; a webdataset .tar or a folder of them, on this
+    machine or in a store that fsspec reads, such as s3://bucket/photos-{000..099}.tar, whose tars are read once while
+    the cache is made; a folder saved by the `datasets` library; a finished cache; or emoji, for the drawings of the
+    embedded model."""
     prompts: str = ""
     """A text file with one prompt on each line, instead of images: the teacher paints what the student learns from."""
     labels: str = ""
@@ -118,6 +120,8 @@ class DataConfig:
         check_choices(self, {"null_prompt": NULL_PROMPTS})
         if self.prompts and self.control_pictures:
             raise InputError("control_pictures are for images; give these as data instead of prompts")
+        if "://" in self.path and self.control_pictures:
+            raise InputError("control_pictures go with pictures on this machine, not with those in a store")
         if self.prompts and self.is_augmented:
             raise InputError("flip, crop and colour are for images; leave them out with prompts")
         if self.path and self.variants > 1 and not self.is_augmented:

@@ -48,12 +48,17 @@ class Shards:
         identity: plain JSON values that the contents depend on.
         total, each: how many things.
         contents: what the rows are of, where that is known.
+
+    Attributes:
+        starts: where each thing is a shard of its own, whose rows it numbers from 0 on, the number of the first row in
+            each, once that is known; None where rows have the numbers of the things.
     """
 
     def __init__(
         self, stem: Path, identity: Mapping[str, Any], total: int, each: int, contents: Contents | None = None
     ) -> None:
         self.contents = contents
+        self.starts: Sequence[int] | None = None
         self.identity = {**identity, "each": each}
         self.folder = stem.with_name(f"{stem.name}-{hash_json(self.identity)}")
         self.total, self.each = total, each

@@ -32,9 +32,10 @@ from trainer.data.items import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TEXTS = (*CAPTIONS, ".json")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LONGEST_TEXT = 1_000_000  # bytes
+DAMAGES = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
+"""What comes out of tarfile on damaged headers."""
 
 
 class Span(NamedTuple):
@@ -81,14 +82,25 @@ def _groups(path: Path, skipped: Skipped) -> dict[str, dict[str, Span]]:
     groups: dict[str, dict[str, Span]] = {}
     try:
         for span in _spans(path):
-            folder, slash, name = span.name.rpartition("/")
-            stem, dot, suffix = name.partition(".")
-            if stem:  # others are hidden
-                groups.setdefault(folder + slash + stem, {})[dot + suffix.lower()] = span
-    # more than TarError comes out of tarfile on damaged headers
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        skipped.append((path.name, f"the tar is damaged after {len(groups)} samples ({error}); get it again"))
+            stem, suffix = split_name(span.name)
+            if stem:
+                groups.setdefault(stem, {})[suffix] = span
+    except DAMAGES as error:
+        skipped.append((path.name, damage(len(groups), error)))
     return groups
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name up to the first dot behind its folder, which its sample's members share, empty where it is
+    hidden; and the rest in lower case."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    return folder + slash + stem if stem else "", dot + suffix.lower()
+
+
+def damage(samples: int, error: Exception) -> str:
+    """Why what follows in a tar is left out."""
+    return f"the tar is damaged after {samples} samples ({error}); get it again"
 
 
 def _spans(path: Path) -> Iterator[Span]:
@@ -105,8 +117,7 @@ def _spans(path: Path) -> Iterator[Span]:
 def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], skipped: Skipped, column: str) -> None:
     """Turn one group into an item, or say why not."""
     picture = next((members[suffix] for suffix in PICTURES if suffix in members), None)
-    texts = (f".{column}", ".json") if column else _TEXTS
-    text = next((members[suffix] for suffix in texts if suffix in members), None)
+    text = next((members[suffix] for suffix in text_suffixes(column) if suffix in members), None)
     if picture is None:
         other = next((members[suffix] for suffix in OTHER_PICTURES if suffix in members), None)
         if other is not None:
@@ -123,15 +134,39 @@ def _add(path: Path, stem: str, members: dict[str, Span], items: list[Item], ski
     items.append(Item(key, caption, partial(_open_member, path, picture, key), file=path))
 
 
+def text_suffixes(column: str) -> tuple[str, ...]:
+    """Suffixes of the members that may have a sample's caption, those that go first in front; `column` as of
+    `read_tars`."""
+    return (f".{column}", ".json") if column else (*CAPTIONS, ".json")
+
+
 def _caption(path: Path, span: Span, column: str) -> str:
     name = f"{path.name}/{span.name}"
-    if span.size > _LONGEST_TEXT:
-        raise InputError(f"{name} is too long for a caption ({span.size:,} bytes); shorten it")
+    check_length(span.size, name)
+    return parse_caption(read_bytes(path, name, span.start, span.size), name, column)
+
+
+def check_length(size: int, name: str) -> None:
+    """Refuse a caption of a length that none has.
+
+    Raises:
+        InputError: names it.
+    """
+    if size > _LONGEST_TEXT:
+        raise InputError(f"{name} is too long for a caption ({size:,} bytes); shorten it")
+
+
+def parse_caption(data: bytes, name: str, column: str) -> str:
+    """The caption in a member of this name; `column` as of `read_tars`.
+
+    Raises:
+        InputError: it is not what it should be.
+    """
     try:
-        text = read_bytes(path, name, span.start, span.size).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    is_json = span.name.lower().endswith(".json")
+    is_json = name.lower().endswith(".json")
     return find_caption(parse_object(text, name), name, column) if is_json else clean(text)
 
 

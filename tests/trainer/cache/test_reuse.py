@@ -9,8 +9,8 @@ from PIL import Image
 
 from lcm_core.files.safetensors import read_safetensors
 from trainer.data import cache as caches
-from trainer.data import encode
 from trainer.data.cache import prepare
+from trainer.data.pictures import Encoder
 from trainer.data.rows import CHECKSUMS
 from trainer.data.settings import DataConfig
 
@@ -29,15 +29,13 @@ def grown(photos, tmp_path):
 def encoded(monkeypatch):
     """The names of the pictures that are decoded, and the captions that are encoded."""
     pictures, captions = [], []
-    variants, texts = encode.Images._variants, caches.text_maker
+    variants, texts = Encoder._variants, caches.text_maker
 
     def listen(written, *args):
         make = texts(written, *args)
         return lambda numbers: captions.extend(written[number] for number in numbers) or make(numbers)
 
-    monkeypatch.setattr(
-        encode.Images, "_variants", lambda self, n: pictures.append(self.source.items[n].key) or variants(self, n)
-    )
+    monkeypatch.setattr(Encoder, "_variants", lambda self, item: pictures.append(item.key) or variants(self, item))
     monkeypatch.setattr(caches, "text_maker", listen)
     return pictures, captions
 

@@ -13,6 +13,7 @@ from trainer.data.augment import make_variant
 from trainer.data.buckets import make_buckets
 from trainer.data.cache import prepare
 from trainer.data.items import decode
+from trainer.data.pictures import Encoder
 from trainer.data.settings import DataConfig
 
 
@@ -43,12 +44,8 @@ def test_a_control_picture_is_cropped_and_mirrored_like_its_picture(photos, tmp_
 
 def test_rows_with_control_pictures_are_taken_over_by_such_alone(photos, hints, tmp_path, monkeypatch):
     """Another control picture makes its own row again; a cache without them takes none of those rows."""
-    from trainer.data import encode
-
-    decoded, variants = [], encode.Images._variants
-    monkeypatch.setattr(
-        encode.Images, "_variants", lambda self, n: decoded.append(self.source.items[n].key) or variants(self, n)
-    )
+    decoded, variants = [], Encoder._variants
+    monkeypatch.setattr(Encoder, "_variants", lambda self, item: decoded.append(item.key) or variants(self, item))
     folder = shutil.copytree(hints, tmp_path / "hints")
     config = DataConfig(path=str(photos), control_pictures=str(folder), resolution=64)
     first = prepare(config, "emoji", tmp_path / "cache", "cpu")
