@@ -12,7 +12,7 @@ from lcm_core.files.checkpoint import ModelInfo
 from lcm_core.files.recommended import SCHEDULERS, Recommended
 from lcm_core.pipeline.sources import CARD, MODELS
 from trainer.config import DistillConfig
-from trainer.methods.config import ConsistencyConfig, MethodConfig, TeacherJumpConfig
+from trainer.methods.config import ConsistencyConfig, Dmd2Config, MethodConfig, TeacherJumpConfig
 from trainer.methods.method import get_method
 from trainer.outputs import run_name
 from trainer.report.tables import to_markdown
@@ -53,7 +53,9 @@ def model_card(
 def _learnt_by(method: MethodConfig) -> str:
     if isinstance(method, TeacherJumpConfig):
         return f", solver {method.solver}, loss {method.loss}"
-    return f", loss {method.loss}" if isinstance(method, ConsistencyConfig) else ", without the paper's GAN loss"
+    if isinstance(method, Dmd2Config):
+        return f", GAN weight {method.gan_weight:g}" if method.gan_weight else ", without the paper's GAN loss"
+    return f", loss {method.loss}" if isinstance(method, ConsistencyConfig) else ""
 
 
 def _flow_usage(config: DistillConfig, info: ModelInfo, said: Recommended, name: str) -> str:

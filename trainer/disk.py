@@ -26,11 +26,18 @@ def cache_size(teacher: Teacher, pictures: int, captions: int, side: int, has_hi
     return latents + (captions + 1) * (TOKENS * width + teacher_width) * 2
 
 
-def state_size(config: DistillConfig, trained: int) -> int:
-    """Weights, their average, two moments, and five numbers for each step; twice, for the state before is kept too."""
+def state_size(config: DistillConfig, trained: int, head: int = 0) -> int:
+    """Weights, their average, two moments, and five numbers for each step; twice, for the state before is kept too.
+
+    Args:
+        config: the run's settings.
+        trained: numbers in the student.
+        head: and in its critic's head.
+    """
     average = 4 * trained if config.training.ema_decay > 0 else 0
     moments = 2 if config.training.optimizer == "adamw8bit" else 8
-    return 2 * (trained * trained_networks(config) * (4 + moments) + average + config.training.steps * 5 * 8)
+    weights = trained * trained_networks(config) + head
+    return 2 * (weights * (4 + moments) + average + config.training.steps * 5 * 8)
 
 
 def trained_networks(config: DistillConfig) -> int:

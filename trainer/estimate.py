@@ -23,6 +23,7 @@ from trainer.data.hashing import FileHashes
 from trainer.data.index import find_index
 from trainer.data.remote import find_remote, is_remote
 from trainer.data.teacher import Teacher
+from trainer.discriminator import head_weights
 from trainer.disk import cache_size, count_weights, encoders, result_size, state_size, trained_networks
 from trainer.distributed import Processes
 from trainer.estimate_flow import flow_memory
@@ -107,7 +108,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
         else _caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
         disk={
             "cache": cache_size(teacher, pictures, captions, side, bool(config.data.control_pictures)),
-            "state": state_size(config, trained),
+            "state": state_size(config, trained, head_weights(config.method, unet.config)),
             "result": result_size(config, teacher.source, unet, trained),
         },
         seconds={

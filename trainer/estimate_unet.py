@@ -17,12 +17,14 @@ from lcm_core.networks.frozen import large_layers
 from trainer.config import DistillConfig
 from trainer.control import control_size
 from trainer.data.teacher import Teacher
+from trainer.discriminator import has_discriminator, head_weights
 from trainer.disk import TOKENS, count_weights, trained_networks
 from trainer.distributed import Processes
 from trainer.estimate_flow import frozen_weights
 from trainer.memory import LiveBytes, rehearsal
+from trainer.methods.gan import discriminator_on, make_head
 from trainer.methods.method import Method, get_method
-from trainer.methods.shared import Networks
+from trainer.methods.shared import Networks, absent
 from trainer.speed import rough_seconds
 from trainer.students import choose_precision, lora_student, prepare_unet, unet_network
 
@@ -45,7 +47,7 @@ def unet_memory(
         transient = memory.peak - before
     resident, resting = frozen_weights(fixed, student, precision, large)
     per_weight = 2 if training.optimizer == "adamw8bit" else 8  # two moments
-    trainable = trained * trained_networks(config)
+    trainable = trained * trained_networks(config) + head_weights(config.method, unet.config)
     table = {
         "frozen weights": resident,
         "trainable parameters": 4 * trainable,
@@ -82,6 +84,10 @@ def _build(
         trained, critic = (_network({**unet.config, "time_cond_proj_dim": width}, config, size) for _ in range(2))
         online = unet_network(trained, precision)
         networks = Networks(online, online, call or online, unet_network(critic, precision))
+    if has_discriminator(config.method):
+        judging: Any = teacher if is_lora else critic
+        head = make_head(unet.config["block_out_channels"][-1])
+        networks = networks._replace(discriminator=discriminator_on(networks.critic, judging.mid_block, head))
     number = sum(p.numel() for p in trained.parameters())
     is_tight = config.student.gradient_checkpointing
     return frozen, large, number, partial(_rehearse_step, networks, unet.config, method, size, is_tight)
@@ -104,6 +110,8 @@ def _rehearse_step(
         with torch.no_grad():
             networks.teacher(torch.cat([x, x]), torch.cat([t, t]), _conditioning(unet, 2 * part), None)
     trained = [networks.online, networks.critic] if method.needs_critic else [networks.online]
+    if networks.discriminator is not absent:
+        trained += [networks.discriminator] * 2  # of real and of painted pictures
     before = memory.operations
     outputs = [call(x, t, _conditioning(unet, part), w) for call in trained]
     asked = memory.operations - before

@@ -25,6 +25,7 @@ from trainer.checkpoints import check_back_to, go_back, save_checkpoint
 from trainer.config import DistillConfig, StudentConfig
 from trainer.control import check_guide, open_control
 from trainer.data.cache import LatentCache, plan_cache, write_skipped
+from trainer.discriminator import add_discriminator, has_discriminator
 from trainer.distill import distill
 from trainer.evaluate.style import kept, paint_references
 from trainer.inputs import check_inputs
@@ -123,6 +124,8 @@ def build_student(setup: Setup, size: tuple[int, int]) -> Student:
     count = sum(tensor.numel() for tensor in component.tensors.values())
     precision = choose_precision(device, config.student.precision, count, scales_loss=True)
     student = _build_student(setup, component, precision, size)
+    if has_discriminator(config.method):
+        student = add_discriminator(student)
     return replace(student, scales_loss=precision == torch.float16)
 
 

@@ -22,6 +22,7 @@ from trainer.config import DistillConfig, StudentConfig
 from trainer.continuing import SETTINGS, changes, check_same_run, earlier_settings
 from trainer.control import check_control
 from trainer.data.teacher import Teacher, find_teacher
+from trainer.discriminator import check_discriminator
 from trainer.distill import for_method
 from trainer.distributed import Processes, join_processes
 from trainer.loop import check_optimizer
@@ -95,7 +96,8 @@ def examine(config: DistillConfig) -> Setup:
     processes.rows(config.training.batch_size, config.training.accumulation)
     weights = read_component(source.unet, "unet").tensors.values()
     count = sum(tensor.numel() for tensor in weights)
-    choose_precision(processes.device, config.student.precision, count, scales_loss=True)
+    precision = choose_precision(processes.device, config.student.precision, count, scales_loss=True)
+    check_discriminator(config, source, precision)
     setup.teacher.check_parts()
     if before := earlier_settings(setup.folder):
         check_same_run(before, to_dict(config), setup.folder / SETTINGS)

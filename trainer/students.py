@@ -34,7 +34,7 @@ from lcm_core.networks.unet import UNet, exact_output, load_unet, set_attention
 from lcm_core.pipeline.parts import as_network
 from lcm_core.pipeline.sources import ModelSource
 from trainer.config import StudentConfig
-from trainer.methods.shared import Conditioning, Network, Networks
+from trainer.methods.shared import Conditioning, Network, Networks, absent
 from trainer.starts import with_guidance
 
 _SMALL_PICTURE = 16 * 16  # positions in the latents up to which plain attention trains faster on a CPU
@@ -201,8 +201,8 @@ def full_student(
 
     call = ready(online)
     target = call if average is None else ready(average)
-    critic_call = _absent if critic is None else ready(critic)
-    return Student(Networks(call, target, teacher or _absent, critic_call), online, average, online, critic=critic)
+    critic_call = absent if critic is None else ready(critic)
+    return Student(Networks(call, target, teacher or absent, critic_call), online, average, online, critic=critic)
 
 
 def check_same_layers(start: Component, teacher: Component) -> None:
@@ -267,10 +267,6 @@ def check_compile(config: StudentConfig, device: torch.device) -> None:
 def trained_parameters(student: Student) -> int:
     """How many trainable parameters the student has."""
     return sum(p.numel() for p in student.trained.parameters() if p.requires_grad)
-
-
-def _absent(x: Tensor, t: Tensor, conditioning: Mapping[str, Any], w: Tensor | None) -> Tensor:
-    raise RuntimeError("this method has no such network")
 
 
 def _halves(adapters: LoraAdapters, which: Which) -> nn.ModuleDict:

@@ -139,6 +139,8 @@ def test_the_card_s_python_loads_the_teacher_as_diffusers_can(teacher, family, l
 def test_the_card_says_what_dmd2_leaves_out():
     config = DistillConfig(teacher="emoji", output="out", method=Dmd2Config())
     assert "without the paper's GAN loss" in model_card(config, ModelInfo("sd1"), Recommended("lcm", 4), [], "")
+    config = replace(config, method=Dmd2Config(gan_weight=0.001))
+    assert ", GAN weight 0.001." in model_card(config, ModelInfo("sd1"), Recommended("lcm", 4), [], "")
 
 
 def test_the_workflow_uses_the_result_and_its_wires_meet(lora_run):

@@ -31,8 +31,8 @@ class MethodConfig:
     kind: str = field(default="", init=False)
     """lcd (latent consistency distillation), finetune (the same without a teacher), tcd (trajectory consistency),
     segmented (each phase of the trajectory by itself), flowmap (tcd for a full student that is told where a jump
-    ends), dmd2 (distribution matching, without that paper's GAN loss; begin with a student of
-    lcd) or tdm (the same along a deterministic trajectory, for an Euler sampler)."""
+    ends), dmd2 (distribution matching; begin with a student of lcd) or tdm (the same along a deterministic trajectory,
+    for an Euler sampler)."""
     original_steps: int = 50
     """Timesteps on the student's grid; the skip is the distance between two of them, k = T // original_steps. Under tcd
     and segmented, fewer are better where the teacher itself paints well in as few steps."""
@@ -170,6 +170,13 @@ class Dmd2Config(DistributionConfig):
     """Distribution matching distillation, `trainer.methods.dmd2`."""
 
     kind: str = field(default="dmd2", init=False)
+    gan_weight: float = 0.0
+    """Weight of the GAN term in the student's loss, which also looks at real pictures, for U-Nets: 0 for none; the
+    paper's authors take 0.001 (SD 1.5), 0.003 (ImageNet) and 0.005 (SDXL)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"gan_weight": (0, 1e6)})
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 Where a picture of the student is noised again, the guided teacher's guess of the clean one says what real pictures are
 like, and the critic's guess what the student's are like. Their difference moves the picture. The critic is a second
-copy of the teacher, which learns to denoise what the student paints. No data is looked at, only captions.
+copy of the teacher, which learns to denoise what the student paints. Of the data, captions alone are looked at.
 
-The paper's GAN loss (Sec. 4.3), which also looks at real pictures, is left out: it needs a discriminator of its own.
+With `gan_weight` real pictures have their say too (Sec. 4.3): a head on the critic tells them from the student's, see
+`trainer.methods.gan`.
 
 The student sees what a sampler would show it: its own pictures of the steps before, noised again (backward simulation,
 Sec. 4.5 of DMD2). Each batch is one of `phases`, half as many, ..., one steps, so that one student serves them all.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lcm_core.diffusion.diffusion import Diffusion
 from lcm_core.diffusion.grids import get_timesteps_lcm
-from trainer.methods import lcd
+from trainer.methods import gan, lcd
 from trainer.methods.config import DistributionConfig, Dmd2Config
 from trainer.methods.shared import Asked, Networks, Pair, Sample, draw_pair
 
@@ -45,6 +46,8 @@ class Simulation:
     """Noise at `critic_t`, (B, ...)."""
     pair: Pair
     """Two neighbours on the grid, for the share of consistency loss."""
+    real_noise: Tensor | None = None
+    """Noise on real pictures at `critic_t`, (B, ...), where the student has a GAN term."""
 
 
 def draw(
@@ -56,7 +59,8 @@ def draw(
     critic_t = diffusion.process.draw(size, generator)
     noises = torch.randn(size, path.shape[1] + 1, *shape, generator=generator)
     pair = draw_pair(size, config.consistency(), diffusion, generator)
-    return Simulation(path, score_t, critic_t, noises[:, :-2], noises[:, -2], noises[:, -1], pair)
+    real = torch.randn(size, *shape, generator=generator) if config.gan_weight else None
+    return Simulation(path, score_t, critic_t, noises[:, :-2], noises[:, -2], noises[:, -1], pair, real)
 
 
 def draw_path(
@@ -77,11 +81,19 @@ def loss(networks: Networks, sample: Sample, d: Diffusion, config: Dmd2Config) -
     x_t, t = simulate(online, sample, d), sample.points.path[:, -1]
     with torch.set_grad_enabled(sample.student_turn):
         x = d.f(online(x_t, t), x_t, t)
+    points = sample.points
     total = critic_loss(critic, x.detach(), sample, d)
+    if config.gan_weight:
+        t = points.critic_t
+        real, fake = d.noise(sample.x0, points.real_noise, t), d.noise(x.detach(), points.critic_noise, t)
+        total = total + gan.HEAD_WEIGHT * gan.head_loss(gan.asked(networks, sample), real, fake, t)
     if not sample.student_turn:
         return total
-    s = sample.points.score_t
-    matching = matching_loss(teacher, critic, x, d.noise(x.detach(), sample.points.score_noise, s), s, d)
+    s = points.score_t
+    matching = matching_loss(teacher, critic, x, d.noise(x.detach(), points.score_noise, s), s, d)
+    if config.gan_weight:
+        passing = gan.student_loss(gan.asked(networks, sample), x, points.score_noise, s, d)
+        matching = matching + config.gan_weight * passing
     return total + guard(matching, networks, sample, d, config)
 
 

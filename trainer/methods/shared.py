@@ -28,13 +28,21 @@ Asked = Callable[[Tensor, Tensor], Tensor]
 _LOG_SIGMA_MEAN, _LOG_SIGMA_SPREAD = -1.1, 2.0  # arXiv 2310.14189 Sec. 3.5
 
 
+def absent(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+    """The network that a method has not."""
+    raise RuntimeError("this method has no such network")
+
+
 class Networks(NamedTuple):
-    """The parts of a distillation; only `online`, and in its own part of the loss `critic`, receive a gradient."""
+    """The parts of a distillation; only `online`, and in their own part of the loss `critic` and `discriminator`,
+    receive a gradient."""
 
     online: Network
     target: Network
     teacher: Network
     critic: Network
+    discriminator: Network = absent
+    """Gives a number for each sample, (B,), instead of a prediction: how real it looks, see `trainer.methods.gan`."""
 
     def given(self, sample: Sample, end: Tensor | None = None) -> AskedNetworks:
         """The networks with a batch's conditioning and guidance, the teacher with both halves of its guidance.
