@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def find_remote(address: str) -> list[RemoteTar]:
     names = [tar.name for tar in tars]
     if odd := next((name for name in names if not name.endswith(".tar")), None):
         raise InputError(f"data {address}: {odd} is no .tar; only webdataset tars are read from a store")
-    if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+    if twice := next((name for name, number in Counter(names).items() if number > 1), None):
         raise InputError(f"data {address} has two tars that are called {twice}; give each a name of its own")
     return tars
 
