@@ -35,6 +35,7 @@ from trainer.estimate import (
 from trainer.estimate_unet import LIBRARIES
 from trainer.memory import rehearsal
 from trainer.methods.config import LcdConfig, method_config
+from trainer.methods.gan import make_head
 from trainer.students import full_student, lora_student, prepare_unet, unet_network
 
 from .conftest import WIDTH, build_unet
@@ -81,6 +82,18 @@ def test_weights_are_counted_exactly(config, kind, method):
     assert memory["their moving average"] == 4 * count(student.trained)
     assert memory["optimiser"] == 8 * trainable
     assert memory["frozen weights"] == 4 * count(build_unet())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_critics_head_is_counted_and_its_calls_take_memory(config, kind):
+    config = replace(config, student=replace(config.student, kind=kind), method=method_config("dmd2"))
+    with_head = replace(config, method=method_config("dmd2", gan_weight=0.1))
+    plain, headed = make_plan(config).memory, make_plan(with_head).memory
+    head = count(make_head(build_unet().config.block_out_channels[-1]))
+    assert headed["trainable parameters"] - plain["trainable parameters"] == 4 * head
+    assert headed["optimiser"] - plain["optimiser"] == 8 * head
+    assert headed["their moving average"] == plain["their moving average"]
+    assert headed["activations and gradients"] > 1.1 * plain["activations and gradients"]
 
 
 def test_the_state_and_the_lora_are_as_large_as_planned(config, tmp_path):
