@@ -16,8 +16,10 @@ from lcm_core.errors import InputError
 _AT_ONCE = 16  # tars that the store is asked about
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try to go on with a broken connection, which is given up after the last."""
-_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "Digest", "generation", "mtime", "LastModified")
-_VERSIONS += ("last_modified", "Last-Modified", "updated", "created")
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "Digest", "generation"),
+    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created"),
+)
 """What stores call the sign of a file's content, or the time when it was changed; the best first."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")

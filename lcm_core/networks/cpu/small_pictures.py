@@ -35,8 +35,9 @@ def use_matrix_products(network: nn.Module) -> None:
     """Put `SmallPictureConv2d` in the place of a network's 3x3 convolutions in float32, with the same parameters."""
     for path, module in list(network.named_modules()):
         if type(module) is nn.Conv2d and "weight" in module._parameters and _is_usual(module):  # stored as it is
+            down, across = module.stride
             with torch.device("meta"):
-                small = SmallPictureConv2d(module.in_channels, module.out_channels, 3, module.stride, 1)
+                small = SmallPictureConv2d(module.in_channels, module.out_channels, 3, (down, across), 1)
             small.weight, small.bias = module.weight, module.bias
             network.set_submodule(path, small.train(module.training))
 
