@@ -16,7 +16,7 @@ from lcm_core.files.safetensors import read_safetensors
 from lcm_core.networks.frozen import offload, quantise
 from lcm_core.networks.lora_layers import TARGET_MODULES
 from lcm_core.networks.unet import UNet, exact_output, load_unet
-from lcm_core.pipeline.model import merge_into_network
+from lcm_core.pipeline.loras import merge_into_network
 from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import as_network, open_network
 from lcm_core.pipeline.sources import find_source

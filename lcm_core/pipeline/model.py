@@ -20,8 +20,7 @@ from lcm_core.families.labels import ClassLabels
 from lcm_core.families.network import FamilyNetwork
 from lcm_core.files.architecture import SAMPLE_SIZES
 from lcm_core.files.checkpoint import ModelInfo
-from lcm_core.files.lora import Lora, check_parts, check_strengths, merge, read_lora
-from lcm_core.files.lora_keys import Part
+from lcm_core.files.lora import check_strengths, read_lora
 from lcm_core.files.recommended import FEW_STEP_SAMPLERS, Recommended
 from lcm_core.files.safetensors import PathLike
 from lcm_core.networks.conditioning import flatten, pad_alike, repeat_alike
@@ -31,6 +30,7 @@ from lcm_core.networks.device import choose_device, is_large
 from lcm_core.networks.ip_adapter import IPAdapter
 from lcm_core.networks.unet import UNet
 from lcm_core.networks.vae import VAE
+from lcm_core.pipeline.loras import merge_loras
 from lcm_core.pipeline.options import PictureOptions
 from lcm_core.pipeline.parts import DenoisingNetwork, Text, check_has_vae, open_network, open_text, open_vae
 from lcm_core.pipeline.settings import Settings
@@ -40,7 +40,6 @@ Loras = Sequence[tuple[PathLike, float]]
 Conditioning = dict[str, Any]
 
 _SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # diffusers' name for it
-_TEXT_PARTS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
 _TEACHER_USUAL = (25, 7.5)  # steps and guidance scale of the samplers for plain models
 
 
@@ -243,41 +242,6 @@ def load_model(
     if lora:
         model.origin["lora"] = [[os.fspath(path), float(strength)] for path, strength in lora]
     return model
-
-
-def merge_loras(unet: DenoisingNetwork, text: Text, loras: Sequence[tuple[Lora, float]]) -> None:
-    """Merge LoRAs into the U-Net and the text encoders, for good.
-
-    Raises:
-        InputError: one is for another architecture.
-    """
-    for lora, _ in loras:
-        check_parts(lora, ("unet", *_TEXT_PARTS[: len(text.encoders)]))
-    merge_into_network(unet, loras)
-    merge_into_text(text, loras)
-
-
-def merge_into_network(network: DenoisingNetwork, loras: Sequence[tuple[Lora, float]]) -> None:
-    """Merge LoRAs into the network that predicts, for good.
-
-    Raises:
-        InputError: one is for another architecture.
-    """
-    if loras:
-        other_names = network.family.lora_names if isinstance(network, FamilyNetwork) else None
-        merge(network.model, loras, keep_originals=False, other_names=other_names)
-
-
-def merge_into_text(text: Text, loras: Sequence[tuple[Lora, float]]) -> None:
-    """Merge LoRAs into the text encoders, for good.
-
-    Raises:
-        InputError: one is for another architecture.
-    """
-    if loras:
-        for part, encoder in zip(_TEXT_PARTS, text.encoders, strict=False):
-            merge(encoder.model, loras, part, keep_originals=False)
-        text.clear_cache()
 
 
 def _check_channels(root: Path, unet: DenoisingNetwork, vae: VAE) -> None:

@@ -134,7 +134,7 @@ def _distance(difference, config):
 
 def _reference(networks, sample, config, kind):
     """The loss of each sample; what was drawn is taken from `sample`, everything else is computed here."""
-    online, target, teacher, _ = networks
+    online, target, teacher, *_ = networks
     losses = []
     for i in range(len(sample.x0)):
         x0, eps, w = sample.x0[i : i + 1], sample.eps[i : i + 1].double(), sample.w[i : i + 1].double()

@@ -21,7 +21,7 @@ from lcm_core.files.safetensors import PathLike, read_safetensors
 from lcm_core.networks.ip_adapter import IPAdapter, find_image_encoder, is_ip_adapter, load_ip_adapter
 from lcm_core.networks.tokenizer import find_tokenizer
 from lcm_core.networks.vae import VAE
-from lcm_core.pipeline.model import merge_into_text
+from lcm_core.pipeline.loras import merge_into_text
 from lcm_core.pipeline.parts import Text, check_clip_skip, check_has_vae, open_labels, open_text, open_vae
 from lcm_core.pipeline.sources import CARD, ModelSource, find_control, find_lora, find_model, find_source
 from trainer.data.hashing import hash_folder, hash_json, hash_tensors

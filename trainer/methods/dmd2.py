@@ -81,19 +81,12 @@ def loss(networks: Networks, sample: Sample, d: Diffusion, config: Dmd2Config) -
     x_t, t = simulate(online, sample, d), sample.points.path[:, -1]
     with torch.set_grad_enabled(sample.student_turn):
         x = d.f(online(x_t, t), x_t, t)
-    points = sample.points
-    total = critic_loss(critic, x.detach(), sample, d)
-    if config.gan_weight:
-        t = points.critic_t
-        real, fake = d.noise(sample.x0, points.real_noise, t), d.noise(x.detach(), points.critic_noise, t)
-        total = total + gan.HEAD_WEIGHT * gan.head_loss(gan.asked(networks, sample), real, fake, t)
+    total = critic_loss(critic, x.detach(), sample, d) + discriminator_loss(networks, x.detach(), sample, d, config)
     if not sample.student_turn:
         return total
-    s = points.score_t
-    matching = matching_loss(teacher, critic, x, d.noise(x.detach(), points.score_noise, s), s, d)
-    if config.gan_weight:
-        passing = gan.student_loss(gan.asked(networks, sample), x, points.score_noise, s, d)
-        matching = matching + config.gan_weight * passing
+    s, noise = sample.points.score_t, sample.points.score_noise
+    matching = matching_loss(teacher, critic, x, d.noise(x.detach(), noise, s), s, d)
+    matching = matching + gan_term(networks, x, sample, d, config)
     return total + guard(matching, networks, sample, d, config)
 
 
@@ -123,6 +116,25 @@ def matching_loss(teacher: Asked, critic: Asked, x: Tensor, x_s: Tensor, s: Tens
         size = (x - real).abs().flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1))
         aim = x - (fake - real) / size
     return (x - aim).square().flatten(1).mean(1) / 2
+
+
+def discriminator_loss(
+    networks: Networks, x: Tensor, sample: Sample, d: Diffusion, config: Dmd2Config
+) -> Tensor | float:
+    """What the head on the critic learns by, from real pictures and the student's x, (B,); 0 without a head."""
+    if not config.gan_weight:
+        return 0.0
+    points, t = sample.points, sample.points.critic_t
+    real, fake = d.noise(sample.x0, points.real_noise, t), d.noise(x, points.critic_noise, t)
+    return gan.HEAD_WEIGHT * gan.head_loss(gan.asked(networks, sample), real, fake, t)
+
+
+def gan_term(networks: Networks, x: Tensor, sample: Sample, d: Diffusion, config: Dmd2Config) -> Tensor | float:
+    """The weighted part of the student's loss by which its pictures x pass for real ones, (B,); 0 without a head."""
+    if not config.gan_weight:
+        return 0.0
+    points, discriminator = sample.points, gan.asked(networks, sample)
+    return config.gan_weight * gan.student_loss(discriminator, x, points.score_noise, points.score_t, d)
 
 
 def guard(matching: Tensor, networks: Networks, sample: Sample, d: Diffusion, config: DistributionConfig) -> Tensor:
