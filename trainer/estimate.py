@@ -49,14 +49,14 @@ class Plan:
     """While training, by what it is for; on the accelerator, or of main memory on a CPU. They add up to the peak."""
     caching_memory: int = 0
     """Peak while latents and text embeddings are computed, before the training."""
-    resting: int = 0
-    """Main memory for weights that are copied to the accelerator when they are needed."""
     disk: dict[str, int] = field(default_factory=dict)
     """What will lie in the output folder."""
     facts: dict[str, str] = field(default_factory=dict)
     """What the run will do, in words."""
     seconds: dict[str, float | None] = field(default_factory=dict)
     """The seconds that each part will take from here on; None where nothing like it has been measured yet."""
+    resting: int = 0
+    """Main memory for weights that are copied to the accelerator when they are needed."""
 
 
 def print_plan(config: DistillConfig) -> None:
@@ -102,7 +102,6 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
             "training": f"{config.training.steps:,} steps of {config.training.batch_size}",
         },
         memory=memory,
-        resting=resting,
         caching_memory=0
         if is_flow
         else _caching_memory(teacher.source, processes.device, side * teacher.scale, config.data.cache_batch),
@@ -116,6 +115,7 @@ def make_plan(config: DistillConfig, processes: Processes | None = None) -> Plan
             **training,
             "scoring": scoring_left(config) if is_scored(config, teacher.source) else 0.0,
         },
+        resting=resting,
     )
 
 
