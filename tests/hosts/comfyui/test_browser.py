@@ -29,6 +29,10 @@ _DOT = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJ"
     "RU5ErkJggg=="
 )
+_PICTURES_LOADED = """() => {
+  const pictures = [...document.querySelectorAll(".lcm-suite-panel img")];
+  return pictures.length === 2 && pictures.every((each) => each.naturalWidth === 64);
+}"""
 _PANEL_FITS = """(number) => {
   const node = app.graph.getNodeById(number);
   const bottom = app.canvas.canvas.getBoundingClientRect().top + app.canvas.ds.scale * (
@@ -257,7 +261,7 @@ def test_a_run_is_saved_and_stopped_by_the_panels_buttons(page: Browser, server:
     page.open()
     _distiller(page, drawn)
     panel.get_by_text(re.compile(r"^step \d+ of 1000.*, saved at ")).wait_for()
-    assert panel.locator("img").evaluate_all("(pictures) => pictures.map((each) => each.naturalWidth)") == [64] * 2
+    page.page.wait_for_function(_PICTURES_LOADED)  # the page that is loaded anew asks the server for them
     page.page.wait_for_function(_PANEL_FITS, arg=number)
     page.evaluate(_CENTER, number)
     panel.get_by_role("button", name="Stop and keep").click()
