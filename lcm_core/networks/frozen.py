@@ -87,8 +87,8 @@ def offload(network: nn.Module, device: torch.device) -> None:
 
 
 def large_layers(network: nn.Module) -> list[Any]:
-    """The layers whose weights take nearly all of a network's memory; no others than torch's own, which may have a
-    forward pass of their own."""
+    """The layers whose weights take nearly all of a network's memory. Only torch's own classes: a subclass may compute
+    something else."""
     return [layer for layer in layers_of(network).values() if type(layer) in LAYERS and layer.weight.numel() >= _FEW]
 
 
