@@ -114,8 +114,8 @@ def test_the_picture_differs_from_diffusers(plain: Pipeline, models: Path, folde
             **SMALL,
         }
         given = plain("a red cat", control=control, **options).images
-        # the adapter moves the picture by .08 to .35; from diffusers' it was 3e-5 off in a process of its own, and once,
-        # in one that had run many other tests, 2e-4
+        # The adapter moves the picture by .08 to .35. From diffusers' it was 3e-5 off in a process of its own, and
+        # once, in one that had run many other tests, 2e-4.
         assert abs(given - plain("a red cat", **options).images).max() > 5e-2
         assert_close(given, expected, rtol=0, atol=1e-3)
 
