@@ -1,5 +1,6 @@
 """The emoji recipe from icon packages to a finished model, on icons drawn here, with a handful of steps."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcm_core.diffusion.guidance import guidance_embedding
 from lcm_core.files.checkpoint import read_component
 from lcm_core.files.safetensors import read_safetensors
+from lcm_core.networks.lora_layers import add_lora, lora_state_dict
+from lcm_core.networks.unet import load_unet
 from trainer.cli.main import main
 from trainer.recipes.emoji import autoencoder, publish, stages, teacher
 from trainer.recipes.emoji.autoencoder import SCALING_FACTOR, build_vae, normalise_latents
 from trainer.recipes.emoji.data import CORE, REDRAWN, STYLE_HELD_OUT, is_held_out
 from trainer.recipes.emoji.icons import NAME_LISTS, NAMES_PACKAGE, SETS, load_drawings
-from trainer.recipes.emoji.words import build_tokenizer, tokenize
+from trainer.recipes.emoji.student import average, merged
+from trainer.recipes.emoji.words import CONTEXT_WIDTH, build_tokenizer, tokenize
 
 COLOURS = ["red", "green", "blue", "black", "orange", "purple"]
 
@@ -157,12 +162,43 @@ def test_the_recipe_makes_a_model_that_the_library_paints_with(icons, tmp_path, 
     ]
     student = read_component(tmp_path / "model/unet_lcm", "unet").tensors
     assert student["time_embedding.cond_proj.weight"].dtype == torch.float16
+    both = [read_safetensors(tmp_path / f"work/{stage}-64/result.safetensors")[0] for stage in ("lora", "lora_dmd2")]
+    mean = {key: (both[0][key].double() + both[1][key].double()) / 2 for key in lora}
+    torch.testing.assert_close({key: lora[key].double() for key in lora}, mean, rtol=2e-3, atol=1e-6)
+    guidance = [
+        read_component(tmp_path / f"work/{stage}-64/result/unet", "unet").tensors["time_embedding.cond_proj.weight"]
+        for stage in ("lcm", "lcm_dmd2")
+    ]  # half of the result is the LCM-LoRA's, which does not read it
+    torch.testing.assert_close(
+        student["time_embedding.cond_proj.weight"].double(), sum(guidance).double() / 4, rtol=2e-3, atol=1e-6
+    )
     configs = [file.read_text() for file in (tmp_path / "model").glob("*/config.json")]
     assert len(configs) == 5
     assert not any(str(tmp_path) in text for text in configs)  # nobody's folders in a published model
     command = [sys.executable, "-m", "lcm_core", "generate", "red disc", "--model", str(tmp_path / "model")]
     subprocess.run([*command, "--steps", "1", "--output", str(tmp_path / "disc.png")], check=True)
     assert (tmp_path / "disc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_teacher_with_its_lora_merged_paints_as_with_adapters_and_ignores_guidance():
+    torch.manual_seed(0)
+    unet = teacher.build_unet(block_out_channels=(32,) * 4, layers_per_block=1, norm_num_groups=8).eval()
+    adapted = copy.deepcopy(unet)
+    for layer in add_lora(adapted, 2).layers.values():
+        layer.up.weight.data.normal_(std=0.1)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([999, 259]), torch.randn(2, 77, CONTEXT_WIDTH)
+    student = load_unet(merged(unet, lora_state_dict(adapted)), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        expected, plain = adapted(x, t, context).sample, unet(x, t, context).sample
+        for w in (0.0, 3.0):
+            embedding = guidance_embedding(torch.full((2,), w), 256)
+            torch.testing.assert_close(student(x, t, context, timestep_cond=embedding).sample, expected)
+    assert (expected - plain).abs().mean() > 0.01
+
+
+def test_weights_are_averaged_by_share():
+    first, second = {"a": torch.tensor([0.0, 4.0])}, {"a": torch.tensor([4.0, 0.0], dtype=torch.float16)}
+    torch.testing.assert_close(average(first, second, 0.25), {"a": torch.tensor([1.0, 3.0])})
 
 
 def test_missing_icons_are_named(tmp_path, capsys):

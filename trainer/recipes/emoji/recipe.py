@@ -45,14 +45,15 @@ def run(options: Options) -> None:
     vae = get_vae(recipe)
     data = get_latents(recipe, vae)
     teacher = get_teacher(recipe, data)
+    lora = get_lora(recipe, data, teacher)
     networks = {
         "vae": vae,
         "text_encoder": teacher["text_encoder"],
         "unet_teacher": teacher["unet"],
-        "unet_lcm": get_lcm(recipe, data, teacher),
+        "unet_lcm": get_lcm(recipe, data, teacher, lora),
         "vae_tiny": get_tiny_vae(recipe, vae),
     }
-    loras = {LORA_FILE: get_lora(recipe, data, teacher), STYLE_FILE: get_style(recipe, vae, teacher)}
+    loras = {LORA_FILE: lora, STYLE_FILE: get_style(recipe, vae, teacher)}
     if not options.output.exists():
         with new_folder(options.output) as folder:
             assemble(recipe, folder, networks, loras)

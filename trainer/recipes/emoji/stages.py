@@ -17,14 +17,14 @@ from torch import Tensor
 from lcm_core.files.atomic import new_folder
 from lcm_core.files.safetensors import read_safetensors, write_safetensors
 from trainer.config import LoopConfig
-from trainer.methods.config import LcdConfig
+from trainer.methods.config import Dmd2Config, LcdConfig
 from trainer.recipes.emoji import AnyModule
 from trainer.recipes.emoji.autoencoder import train_tiny_vae, train_vae
 from trainer.recipes.emoji.data import STYLE_HELD_OUT, Drawings
 from trainer.recipes.emoji.features import FeatureNetwork, load_features, save_features, train_features
 from trainer.recipes.emoji.latents import CaptionedLatents, encode_pool
 from trainer.recipes.emoji.plan import plan_loop
-from trainer.recipes.emoji.student import distil_full, distil_lora
+from trainer.recipes.emoji.student import average, distil_full, distil_lora, merged
 from trainer.recipes.emoji.style import train_style
 from trainer.recipes.emoji.teacher import train_teacher
 
@@ -45,12 +45,36 @@ STAGES = {
     "tiny": LoopConfig(steps=8000, batch_size=8, learning_rate=1e-3, ema_decay=0.998),
     "lcm": LoopConfig(steps=16000, batch_size=32, learning_rate=3e-4, cooldown=0.6, ema_decay=0.95),
     "lora": LoopConfig(steps=7400, batch_size=32, learning_rate=1e-3, cooldown=0.6, ema_decay=0.95),
+    "lora_dmd2": LoopConfig(
+        steps=700,
+        batch_size=16,
+        learning_rate=4e-4,
+        warmup_steps=20,
+        lr_schedule="constant",
+        adam_beta2=0.99,
+        ema_decay=0.99,
+    ),
+    "lcm_dmd2": LoopConfig(
+        steps=1200,
+        batch_size=16,
+        learning_rate=1e-4,
+        warmup_steps=30,
+        cooldown=0.6,
+        adam_beta2=0.99,
+        ema_decay=0.98,
+    ),
     "style": LoopConfig(steps=1400, batch_size=16, learning_rate=1e-3, cooldown=0.5, ema_decay=0.99),
 }
 """Each training stage's loop. The teacher's batch is of the smallest pictures; larger ones come in smaller batches."""
 DISTILLATION = LcdConfig(w_min=0.0, w_max=3.0)
 """Guidance that suits the small teacher; Stable Diffusion wants 2 to 14."""
 LORA_DISTILLATION = replace(DISTILLATION, w_min=1.0, w_max=1.0)
+MATCHING = Dmd2Config(w_min=0.0, w_max=3.0, critic_updates=2, consistency_share=0.3)
+LORA_MATCHING = Dmd2Config(w_min=1.0, w_max=1.0, critic_updates=2, gan_weight=0.01)
+MATCHED_SHARE = 0.5
+"""Share of a student after distribution matching in the average with what it was before."""
+START_SHARE, LORA_SHARE = 0.6, 0.5
+"""Share of the LCM-LoRA's weights in those of the full LCM: before distribution matching, and in the result."""
 LORA_RANK = 8
 LORA_FILE = "lora/lcm_lora.safetensors"
 STYLE_FILE = f"lora/{STYLE_HELD_OUT}_style.safetensors"
@@ -141,24 +165,42 @@ def get_teacher(recipe: Recipe, data: CaptionedLatents) -> dict[str, AnyModule]:
     return _cached(recipe, "teacher", {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}, make)
 
 
-def get_lcm(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, AnyModule]) -> AnyModule:
+def get_lcm(
+    recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, AnyModule], lora: Mapping[str, Tensor]
+) -> AnyModule:
+    """The full LCM: consistency distillation, then distribution matching; the average of both and the LCM-LoRA."""
     from diffusers import UNet2DConditionModel
 
     def make(folder: Path) -> Mapping[str, AnyModule]:
         config = recipe.options.loop("lcm")
         return {"unet": distil_full(data, teacher, DISTILLATION, config, folder, recipe.device)}
 
-    return _cached(recipe, "lcm", {"unet": UNet2DConditionModel}, make)["unet"]
+    def match(folder: Path) -> Mapping[str, AnyModule]:
+        config = recipe.options.loop("lcm_dmd2")
+        start = replace(other, tensors=average(first.state_dict(), other.tensors, START_SHARE))
+        return {"unet": distil_full(data, teacher, MATCHING, config, folder, recipe.device, start)}
+
+    other = merged(teacher["unet"], lora)
+    first = _cached(recipe, "lcm", {"unet": UNet2DConditionModel}, make)["unet"]
+    second = _cached(recipe, "lcm_dmd2", {"unet": UNet2DConditionModel}, match)["unet"]
+    own = average(first.state_dict(), second.state_dict(), MATCHED_SHARE)
+    first.load_state_dict(average(own, other.tensors, LORA_SHARE))
+    return first
 
 
 def get_lora(recipe: Recipe, data: CaptionedLatents, teacher: Mapping[str, AnyModule]) -> dict[str, Tensor]:
-    """The LCM-LoRA's tensors in kohya's layout."""
+    """The LCM-LoRA's tensors in kohya's layout: the average of consistency distillation and distribution matching."""
 
     def make(folder: Path) -> dict[str, Tensor]:
         config = recipe.options.loop("lora")
         return distil_lora(data, teacher, LORA_DISTILLATION, config, LORA_RANK, folder, recipe.device)
 
-    return _cached_lora(recipe, "lora", make)
+    def match(folder: Path) -> dict[str, Tensor]:
+        config = recipe.options.loop("lora_dmd2")
+        return distil_lora(data, teacher, LORA_MATCHING, config, LORA_RANK, folder, recipe.device, first)
+
+    first = _cached_lora(recipe, "lora", make)
+    return average(first, _cached_lora(recipe, "lora_dmd2", match), MATCHED_SHARE)
 
 
 def get_style(recipe: Recipe, vae: AnyModule, teacher: Mapping[str, AnyModule]) -> dict[str, Tensor]:
