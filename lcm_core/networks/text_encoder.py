@@ -139,8 +139,14 @@ def _encode_chunk(encoder: Encoder, clip_skip: int, chunk: Chunk, is_sdxl: bool)
         return states, pooled
     weights = torch.ones(states.shape[1], device=states.device)
     weights[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
-    weighted = states * weights[:, None]
-    return weighted * (states.mean() / weighted.mean()), pooled
+    return keep_mean(states * weights[:, None], states), pooled
+
+
+def keep_mean(weighted: Tensor, states: Tensor) -> Tensor:
+    """`weighted` scaled to the mean of `states`, as A1111 does; as it is where its own mean is 0, of which that makes
+    NaN."""
+    before, after = states.mean(), weighted.mean()
+    return weighted * torch.where(after == 0, 1.0, before / after)
 
 
 @contextmanager

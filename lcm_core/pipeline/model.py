@@ -196,8 +196,8 @@ def load_model(
 
     Args:
         name: "emoji" (shipped with this package), a diffusers folder, or a single .safetensors file.
-        device, dtype, memory_format: None chooses the fastest that this machine has. Text is always encoded in float32
-            on a CPU.
+        device, dtype, memory_format: None chooses the fastest that this machine has. CLIP always encodes text in
+            float32 on a CPU.
         lora: files with their strengths, merged into the weights together; a model's own are known by their names.
         vae: another VAE than the model's own, e.g. a tiny one; "tiny" is the embedded model's.
         unet: which U-Net of a shipped model: "lcm" (default) or "teacher".
@@ -216,7 +216,7 @@ def load_model(
     check_strengths(loras)
     check_has_vae(source, vae)
     # what is often missing or unfit comes first, before seconds of loading
-    text = open_text(source, place, None if place.type == "cpu" else dtype, tokenizer, clip_skip, embedding)
+    text = open_text(source, place, dtype, tokenizer, clip_skip, embedding)
     loaded_vae = open_vae(source, place, vae_dtype or dtype, memory_format, vae)
     network = open_network(source, place, dtype, memory_format)
     _check_channels(source.root, network, loaded_vae)

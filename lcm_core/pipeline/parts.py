@@ -57,7 +57,8 @@ def open_text(
     """The text encoders, or a class-conditional model's labels.
 
     Args:
-        dtype: None chooses. Those of flow models have billions of weights, and run in bfloat16 where that is quick.
+        dtype: None chooses. Those of flow models have billions of weights, and run in bfloat16 where that is quick. On
+            a CPU, CLIP stays in float32, in which prompts cost little, and nothing runs in float16.
         tokenizer: folder with CLIP's words, for single files that have none beside them.
         clip_skip: see `TextEncoder`.
         embedding: files of textual inversions.
@@ -66,6 +67,8 @@ def open_text(
         InputError: they are missing or broken, have no layers that could be skipped, or a textual inversion is for
             another kind of model.
     """
+    if device.type == "cpu" and (source.family is None or choose_dtype(device, dtype) == torch.float16):
+        dtype = None
     if source.family is None:
         return load_text(source.opened or source.text, device, dtype, tokenizer, clip_skip, embedding)
     check_clip_skip(source, clip_skip)

@@ -14,6 +14,7 @@ from lcm_core.families.family import scheduled_shift
 from lcm_core.families.patches import from_patches
 from lcm_core.pipeline import PictureOptions, Pipeline
 from lcm_core.pipeline.generate import make_inputs, paint
+from lcm_core.pipeline.parts import open_text
 from lcm_core.pipeline.scheduler import LCMSuiteScheduler
 from lcm_core.pipeline.sources import find_source
 from tests.flow_models import MODELS
@@ -63,6 +64,17 @@ def test_a_picture_is_that_of_diffusers(model_of, family, guidance, monkeypatch)
     theirs = torch.as_tensor(diffusers_picture(folder, MODELS[family][1], asked))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert float(theirs.std()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [(None, torch.bfloat16), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.bfloat16)],
+)
+def test_who_asks_for_float32_gets_bfloat16_on_a_processor_that_has_it(model_of, monkeypatch, asked, used):
+    """The same seed then gave another picture on another processor; float16 is too narrow for language models."""
+    monkeypatch.setattr("lcm_core.networks.device._cpu_has_bfloat16", lambda: True)
+    text = open_text(find_source(model_of("sd3")), torch.device("cpu"), asked)
+    assert text.dtype == used
 
 
 @pytest.mark.parametrize(
