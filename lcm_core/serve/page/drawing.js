@@ -71,13 +71,19 @@ function place(event) {
 }
 
 function strokeTo(point) {
-  pen.strokeStyle = tool.erasing ? "#ffffff" : $("colour").value;
+  const [x, y] = point;
+  pen.strokeStyle = pen.fillStyle = tool.erasing ? "#ffffff" : $("colour").value;
   pen.lineWidth = Number($("size").value);
   pen.lineCap = pen.lineJoin = "round";
   pen.beginPath();
-  pen.moveTo(...(last ?? point));
-  pen.lineTo(...point);
-  pen.stroke();
+  if (last && (last[0] !== x || last[1] !== y)) {
+    pen.moveTo(...last);
+    pen.lineTo(x, y);
+    pen.stroke();
+  } else { // a line of no length has no caps: HTML's "trace a path", which newer browsers keep to
+    pen.arc(x, y, pen.lineWidth / 2, 0, 2 * Math.PI);
+    pen.fill();
+  }
   last = point;
   drawn = true;
   changed();
