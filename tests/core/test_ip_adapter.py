@@ -115,8 +115,8 @@ def test_the_picture_differs_from_diffusers(plain: Pipeline, models: Path, folde
             **SMALL,
         }
         given = plain("a red cat", control=control, **options).images
-        # The adapter moves the picture by .08 to .35. From diffusers' it is 3e-5 off, and with one of many other photos
-        # it was 2e-4.
+        # The adapter moves the picture by .08 to .35. From diffusers' it is up to 3e-4 off, more or less with another
+        # photo or processor: these random weights enlarge rounding.
         assert abs(given - plain("a red cat", **options).images).max() > 5e-2
         assert_close(given, expected, rtol=0, atol=1e-3)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ class EncodedCaptions:
 
     data: CaptionedLatents
     text_encoder: AnyModule
-    sizes: Mapping[int, float] = field(default_factory=lambda: LATE_SIZES)
+    sizes: Mapping[int, float]
     """Shares of the steps for each size of picture."""
 
     def draw(self, size: int, generator: torch.Generator, caption_dropout: float = 0.0) -> list[tuple[Tensor, Tensor]]:
